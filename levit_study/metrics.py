@@ -23,7 +23,8 @@ def overlap_counts(
 ):
     "Count per class the voxels in both maps, in `prediction`, in `reference`: three integer arrays (num_classes,), or (items, num_classes) `by_slice`"
     if tuple(prediction.shape) != tuple(reference.shape):
-        raise StudyError(f"overlap_counts: prediction {tuple(prediction.shape)} and reference {tuple(reference.shape)} differ in shape; bring both to one grid first")
+        shapes = f"prediction {tuple(prediction.shape)} and reference {tuple(reference.shape)}"
+        raise StudyError(f"overlap_counts: {shapes} differ in shape; bring both to one grid first")
     items = prediction.shape[0] if by_slice else 1
     prediction, reference = (_integers(labels, num_classes).reshape(items, -1) for labels in (prediction, reference))
     pairs = reference * num_classes + prediction
@@ -37,8 +38,9 @@ def overlap_counts(
 # %% ../nbs/06_metrics.ipynb #84466173
 def _integers(labels, num_classes):
     "Return `labels` as 64-bit integers; raise `StudyError` if one lies outside 0 … num_classes - 1"
-    if 0 not in labels.shape and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
-        raise StudyError(f"overlap_counts: labels run from {int(labels.min())} to {int(labels.max())}, allowed is 0 to {num_classes - 1}; check the label mapping or num_classes")
+    lowest, highest = (int(labels.min()), int(labels.max())) if 0 not in labels.shape else (0, 0)
+    if lowest < 0 or highest >= num_classes:
+        raise StudyError(f"overlap_counts: labels run from {lowest} to {highest}, allowed is 0 to {num_classes - 1}; check the label mapping or num_classes")
     return labels.astype(np.int64) if isinstance(labels, np.ndarray) else labels.long()
 
 # %% ../nbs/06_metrics.ipynb #7f587ca6
@@ -134,7 +136,7 @@ def surface_dice(
     "Return the share of both surfaces within `tolerance` of the other (normalised surface Dice), in [0, 1]"
     reach = tolerance * (1 + 1e-6)  # 20 voxels of 0.1 mm are 2 mm, whatever the last bit says
     within = np.count_nonzero(from_prediction <= reach) + np.count_nonzero(from_reference <= reach)
-    return within / (len(from_prediction) + len(from_reference))
+    return float(within / (len(from_prediction) + len(from_reference)))
 
 # %% ../nbs/06_metrics.ipynb #56861751
 def transunet_compat(
@@ -195,9 +197,9 @@ def case_metrics(
     "Return one dict per structure with the columns of cases.csv from `structure` on; raise `StudyError` for maps that cannot be compared"
     prediction, reference = np.asarray(prediction), np.asarray(reference)
     if prediction.shape != reference.shape:
-        raise StudyError(f"case_metrics: prediction {prediction.shape} and reference {reference.shape} differ in shape; bring the prediction to the reference's grid first")
+        raise StudyError(f"case_metrics: prediction {prediction.shape} and reference {reference.shape} differ in shape; bring both to one grid first")
     for name, labels in (("prediction", prediction), ("reference", reference)):
-        if labels.dtype.kind not in "iub": raise StudyError(f"case_metrics: the {name} holds {labels.dtype}, a label map holds integers; take the argmax or convert it first")
+        if labels.dtype.kind not in "iub": raise StudyError(f"case_metrics: the {name} holds {labels.dtype}, a label map holds integers; convert it first")
     if spacing is not None and (len(spacing) != prediction.ndim or not all(np.isfinite(size) and size > 0 for size in spacing)):
         raise StudyError(f"case_metrics: spacing {tuple(spacing)} does not fit {prediction.ndim} axes; give a positive size in mm for each, or None")
     return [{"structure": name, **structure_metrics(prediction == value, reference == value, spacing, tolerance)} for name, value in structures.items()]
