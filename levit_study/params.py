@@ -29,6 +29,7 @@ def written_whole(path): # where the file shall appear; its folder is made if ne
     partial = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix: writers go by it
     try:
         yield partial
+        with open(partial, "rb") as f: os.fsync(f.fileno())    # on the disk before it takes the name
         os.replace(partial, path)
     finally: partial.unlink(missing_ok=True)
 
