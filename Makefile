@@ -1,37 +1,36 @@
 # make study   the whole study: environment, data, trainings, evaluation, report      make test   every test
 # make lab     JupyterLab on the notebooks    make site   the report as a web site    make clean  what can be made again
 PYTHON ?= python3
-BIN := $(CURDIR)/.venv/bin
-export PATH := $(BIN):$(PATH)
-export VIRTUAL_ENV := $(CURDIR)/.venv
+INSIDE = PATH="$(CURDIR)/.venv/bin:$$PATH" VIRTUAL_ENV="$(CURDIR)/.venv"
 
 .PHONY: env study test lab site clean
 env: .venv/.ready
 
-# uv from the machine if it is there, else from a small environment of its own.
+# uv from the machine if it is there, else in a small environment of its own.
 .venv/.ready: pins.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)")'
-	@if command -v uv >/dev/null; then ln -sf "$$(command -v uv)" .uv-link; \
-	 else $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet uv==0.13.9 && ln -sf .uv/bin/uv .uv-link; fi
-	./.uv-link venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" .venv
-	./.uv-link pip install --quiet --python .venv/bin/python --requirement pins.txt
-	./.uv-link pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
-	@rm -f .uv-link && touch $@
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 env")'
+	@command -v uv >/dev/null || test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet uv==0.13.9; }
+	@echo "Installing the pinned environment into .venv (about 6 GB, mostly PyTorch) ..."
+	@set -e; uv=$$(command -v uv || echo .uv/bin/uv); \
+	test -x .venv/bin/python || $$uv venv --quiet --python "$$(command -v $(PYTHON))" .venv; \
+	$$uv pip install --quiet --python .venv/bin/python --requirement pins.txt; \
+	$$uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
+	@touch $@
 
 study: env
-	dvc repro
+	$(INSIDE) dvc repro
 	@echo "The report: reports/index.html"
 
 test: env
-	python -m pytest
+	$(INSIDE) python -m pytest
 
 lab: env
-	jupyter lab nbs
+	$(INSIDE) jupyter lab nbs
 
 site: env
-	dvc repro site
+	$(INSIDE) dvc repro --single-item --force site
 	@echo "The site: reports/site/index.html"
 
 clean:
-	rm -rf build tmp .pytest_cache .ruff_cache .hypothesis _proc
-	@echo "Kept: data/, models/, reports/ and .venv. To remove DVC's outputs: dvc remove or rm -rf models data/prepared"
+	rm -rf build tmp _proc .pytest_cache .ruff_cache .hypothesis
+	@echo "Kept: .venv, data, models and reports, which take long to make again."

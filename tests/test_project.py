@@ -1,0 +1,45 @@
+"""Notebooks, package and settings agree, and every notebook's own tests pass."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def run(command, root, environment, **kwargs):
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+def test_notebooks_pass(root, environment):
+    run(["nbdev_test", "--n_workers", "2", "--timing"], root, environment, timeout=1800)
+
+
+def test_package_is_what_the_notebooks_export(project, environment):
+    folder = project("export")
+    before = {p.name: p.read_text() for p in (folder / "levit_study").glob("*.py")}
+    for path in (folder / "levit_study").glob("*.py"):
+        if path.name != "__init__.py": path.unlink()
+    run(["nbdev_export"], folder, environment)
+    after = {p.name: p.read_text() for p in (folder / "levit_study").glob("*.py")}
+    assert sorted(before) == sorted(after)
+    assert [name for name in before if before[name] != after[name]] == [], "edit the notebooks, run nbdev_export, commit both"
+
+
+def test_notebooks_are_clean(project, environment):
+    folder = project("clean")
+    run(["nbdev_clean"], folder, environment)
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True).stdout
+    assert changed == "", f"run nbdev_clean and commit:\n{changed}"
+
+
+def test_style(root, environment):
+    run([sys.executable, "-m", "ruff", "check", "."], root, environment)
+
+
+@pytest.mark.parametrize("stage", ["prepare", "train", "evaluate", "report", "site"])
+def test_stage_notebook_takes_parameters(root, stage):
+    cells = json.loads((root / "nbs" / "study" / f"{stage}.ipynb").read_text())["cells"]
+    assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1
+    assert not any(c.get("outputs") for c in cells), "the notebooks of the pipeline are committed without outputs"
