@@ -5,8 +5,12 @@
 # %% auto #0
 __all__ = ['LOSSES', 'sum_by_label', 'SoftmaxSums', 'LabelCheck', 'Comparison', 'check_shapes', 'compare', 'SegmentationLoss',
            'loss', 'number', 'per_class', 'settings_of', 'checked_settings', 'ForeignLoss', 'loss_class', 'build_loss',
-           'PixelLoss', 'CrossEntropy', 'FocalLoss', 'RegionLoss', 'DiceLoss', 'FocalTverskyLoss', 'bounded_power',
-           'CombinedLoss', 'Baseline', 'HybridLoss', 'build_terms']
+           'PixelLoss', 'CrossEntropy', 'FocalLoss', 'power_of_wrong', 'RegionLoss', 'DiceLoss', 'tversky_error',
+           'TverskyLoss', 'FocalTverskyLoss', 'bounded_power', 'CombinedLoss', 'mean_of_rows', 'Baseline',
+           'DiceFocalLoss', 'HybridLoss', 'build_terms', 'build_inner', 'term_weight', 'GeneralisedDiceLoss',
+           'ModifiedFocalLoss', 'ModifiedFocalTverskyLoss', 'UnifiedFocalLoss', 'TvMFDiceLoss', 'as_vector',
+           'kept_where_undefined', 'jaccard_steps', 'lovasz_extension', 'LovaszSoftmaxLoss', 'ClassWeightedLoss',
+           'FrequencyWeightedLoss', 'DiceWeightedLoss', 'UncertaintyWeightedLoss']
 
 # %% ../nbs/05_losses.ipynb #8235e79f
 import importlib
@@ -14,6 +18,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from math import inf
 from typing import Annotated, Any, Literal
 
@@ -40,12 +45,13 @@ class SoftmaxSums(torch.autograd.Function):
     def forward(ctx, logits, labels, valid, needs):
         ctx.set_materialize_grads(False)
         ctx.logits_dtype, work, index = logits.dtype, torch.promote_types(logits.dtype, torch.float32), labels.unsqueeze(1)
-        probability = logits.log_softmax(1, dtype=work)
         log_true = overlap = predicted = squared = None
         if "pixels" in needs:
-            log_true = probability.gather(1, index).squeeze(1)
+            log_probability = logits.log_softmax(1, dtype=work)
+            log_true = log_probability.gather(1, index).squeeze(1)
             if valid is not None: log_true = log_true * valid
-        probability.exp_()
+            probability = log_probability.exp_()
+        else: probability = logits.softmax(1, dtype=work)
         if valid is not None: probability.mul_(valid.unsqueeze(1))  # no sum and no gradient sees an ignored pixel
         if "regions" in needs:
             overlap = sum_by_label(probability.gather(1, index).squeeze(1), labels, logits.shape[1]).to(work)
@@ -108,14 +114,22 @@ class Comparison:
     overlap: torch.Tensor|None = None # probability of the class on its own labelled pixels
     predicted: torch.Tensor|None = None # probability of the class on all pixels
     squared: torch.Tensor|None = None # squared probability of the class on all pixels
-    reference: torch.Tensor|None = None # number of pixels labelled as the class
     class_weights: torch.Tensor|None = None # (C,), None for equal weights
 
     @property
     def num_classes(self): return self.logits.shape[1]
 
     @property
+    def precision(self): return torch.promote_types(self.logits.dtype, torch.float32)
+
+    @property
     def pixels(self): return self.labels.numel() if self.valid is None else self.valid.sum().clamp(min=1)
+
+    @cached_property
+    def reference(self):
+        "Number of pixels labelled as each class, counted when first asked for"
+        ones = self.labels.new_ones(()).expand_as(self.labels) if self.valid is None else self.valid
+        return sum_by_label(ones, self.labels, self.num_classes).to(self.precision)
 
 # %% ../nbs/05_losses.ipynb #12d51fc1
 def check_shapes(
@@ -148,9 +162,6 @@ def compare(
     labels = check_labels(labels, logits.shape[1])
     compared = Comparison(logits, target, labels, valid)
     if needs: compared.log_true, compared.overlap, compared.predicted, compared.squared = SoftmaxSums.apply(logits, labels, valid, needs)
-    if "regions" in needs:
-        ones = torch.ones_like(labels, dtype=compared.overlap.dtype) if valid is None else valid
-        compared.reference = sum_by_label(ones, labels, logits.shape[1]).to(compared.overlap.dtype)
     return compared
 
 # %% ../nbs/05_losses.ipynb #61516b48
@@ -188,9 +199,22 @@ class SegmentationLoss(nn.Module):
         "Called after each epoch with the validation set's Dice per class; a loss that uses it lets validation data into training"
         for inner in self.inner_losses(): inner.update_from_validation(dice)
 
+    def by_class(self, comparison):
+        "Losses `(R,C)` of the classes and whether each is present, for weighting per class; R is the number of images, or 1 for the whole batch"
+        raise StudyError(f"loss {self.kind!r}: has no value per class, so classes cannot be weighted by what they cost; use a loss of pixels or regions")
+
+    def vector(self, name, comparison):
+        "The per-class setting or state `name` `(C,)`, on the logits' device, its length checked"
+        values = getattr(self, name)
+        if len(values) != comparison.num_classes:
+            raise StudyError(f"loss {self.kind!r}: {name!r} has {len(values)} values, but the logits have {comparison.num_classes} classes (background first)")
+        return values.to(comparison.logits.device, comparison.precision)
+
     def _load_from_state_dict(self, state, prefix, *rest):
-        for name, buffer in self._buffers.items():  # what is learnt has no size until it is learnt: take the saved one's
-            if buffer is None and prefix + name in state: self._buffers[name] = state[prefix + name].clone()
+        "Take the size of what was learnt from the saved state: a loss does not know the number of classes before training"
+        for name in [name for name, value in (self._buffers | self._parameters).items() if value is None and prefix + name in state]:
+            saved = state[prefix + name].clone()
+            setattr(self, name, nn.Parameter(saved) if name in self._parameters else saved)
         super()._load_from_state_dict(state, prefix, *rest)
 
 # %% ../nbs/05_losses.ipynb #edc8a63a
@@ -261,12 +285,17 @@ def checked_settings(
 # %% ../nbs/05_losses.ipynb #873cb175
 class ForeignLoss(SegmentationLoss):
     "Gives any module called as `module(logits, target)` the interface of a `SegmentationLoss`"
-    def __init__(self, module:nn.Module, kind:str, ignore_index:int|None=None):
+    def __init__(self,
+        module:nn.Module, # gets logits in float32 and target as int64, ignored labels included
+        kind:str, # its name, for messages
+        ignore_index:int|None=None, # label that is allowed beside 0 to C-1
+    ):
         super().__init__(ignore_index)
         self.module, self.kind = module, kind
 
     def value(self, comparison):
-        value = self.module(comparison.logits, comparison.target)
+        if comparison.class_weights is not None: raise StudyError(f"loss {self.kind!r}: takes no class weights, so it cannot stand inside a class-weighted loss")
+        value = self.module(comparison.logits.to(comparison.precision), comparison.target.long())
         if not isinstance(value, torch.Tensor) or value.ndim: raise StudyError(f"loss {self.kind!r}: must return a scalar tensor, got {getattr(value, 'shape', type(value))}")
         return value
 
@@ -293,14 +322,14 @@ def build_loss(
     "Make a loss from its entry in params.yaml; `StudyError` for an unknown kind or setting and for a value out of range"
     cls = loss_class(kind)
     made = cls(**checked_settings(kind, cls, settings))
-    return made if isinstance(made, SegmentationLoss) else ForeignLoss(made, kind)
+    return made if isinstance(made, SegmentationLoss) else ForeignLoss(made, kind, settings.get("ignore_index"))
 
 # %% ../nbs/05_losses.ipynb #b0506d6f
 class PixelLoss(SegmentationLoss):
     "Mean over pixels of `pixel_values(comparison)`, which is `(B,H,W)` and 0 where ignored; class weights, where given, make it a weighted mean"
     needs = frozenset({"pixels"})
 
-    def pixel_values(self, comparison): raise NotImplementedError
+    def pixel_values(self, comparison): raise NotImplementedError(f"{type(self).__name__} must define pixel_values(comparison)")
 
     def value(self, comparison):
         values = self.pixel_values(comparison)
@@ -309,13 +338,15 @@ class PixelLoss(SegmentationLoss):
         if comparison.valid is not None: weights = weights * comparison.valid
         return (weights * values).sum() / weights.sum().clamp(min=1e-12)
 
+    def by_class(self, comparison):
+        counts = comparison.reference.sum(0, keepdim=True)
+        sums = sum_by_label(self.pixel_values(comparison), comparison.labels, comparison.num_classes).sum(0, keepdim=True)
+        return (sums / counts.clamp(min=1)).to(comparison.precision), counts > 0
+
     def at_pixels(self, name, comparison):
-        "Look up the per-class setting `name` at each pixel; a single number stays one"
+        "The setting `name` at each pixel: a number as it is, a per-class list looked up by label"
         setting = getattr(self, name)
-        if isinstance(setting, float | int): return setting
-        if len(setting) != comparison.num_classes:
-            raise StudyError(f"loss {self.kind!r}: setting {name!r} has {len(setting)} values, but there are {comparison.num_classes} classes with the background, which comes first")
-        return setting.to(comparison.labels.device)[comparison.labels]
+        return setting if isinstance(setting, float | int) else self.vector(name, comparison)[comparison.labels]
 
 # %% ../nbs/05_losses.ipynb #fb6ae5a8
 @loss("cross_entropy")
@@ -327,11 +358,11 @@ class CrossEntropy(PixelLoss):
 @loss("focal")
 class FocalLoss(PixelLoss):
     """Mean over pixels of -alpha (1-p_t)^gamma log p_t. `gamma` plays down pixels that are already right, of whatever class, so that hard ones decide.
-    `alpha` weighs the pixels of each true class: it punishes that class's misses. It is a plain factor (1 changes nothing) and the mean is over all pixels, not over the weights.
-    The paper gives no values; these are Lin et al.'s."""
+    `alpha` weighs the pixels of each true class: it punishes that class's misses. It is a plain factor (1 changes nothing), and the mean is over all pixels, not over the weights.
+    The paper gives alpha in [0,1] and no values; these are Lin et al.'s."""
     def __init__(self,
-        gamma:number(0)=2.0, # focus on hard pixels; 0 is cross-entropy
-        alpha:per_class(0)=0.25, # factor, one for all classes or one for each
+        gamma:number(0)=2.0, # focus on hard pixels; 0 is cross-entropy (Lin et al.: 2)
+        alpha:per_class(0)=0.25, # factor: one number, or a list with one per class, background first (Lin et al.: 0.25)
         **settings, # ignore_index
     ):
         super().__init__(**settings)
@@ -340,44 +371,61 @@ class FocalLoss(PixelLoss):
         else: self.alpha = alpha
 
     def pixel_values(self, comparison):
-        wrong = -torch.expm1(comparison.log_true)
-        # Away from 0, where the power's derivative is infinite for gamma below 1; the product with log p_t is 0 there anyway.
-        return -self.at_pixels("alpha", comparison) * wrong.clamp(min=1e-12) ** self.gamma * comparison.log_true
+        return -self.at_pixels("alpha", comparison) * power_of_wrong(comparison.log_true, self.gamma) * comparison.log_true
+
+# %% ../nbs/05_losses.ipynb #3a773f16
+def power_of_wrong(
+    log_true, # log p_t, at most 0
+    gamma:float, # at least 0
+):
+    "`(1-p_t)**gamma`, exact near p_t = 1, and with a finite derivative there, where the power's own is infinite for gamma below 1"
+    return (-torch.expm1(log_true)).clamp(min=1e-12) ** gamma
 
 # %% ../nbs/05_losses.ipynb #943fbfa3
 class RegionLoss(SegmentationLoss):
-    "Mean or sum over classes of `class_values(overlap, predicted, reference, squared)`, all `(B,C)`, or `(1,C)` when taken over the batch"
+    "Mean or sum over classes of `class_values(overlap, predicted, reference, squared)`, each `(R,C)` with a row per image, or one for the batch"
     needs = frozenset({"regions"})
 
     def __init__(self,
         include_background:bool=True, # count class 0 as a class
         per_image:bool=False, # a value per image, averaged; otherwise one over the pixels of the whole batch
-        class_reduction:Literal["mean", "sum"]="mean", # over classes; a sum is the mean times their number
+        class_reduction:Literal["mean", "sum"]="mean", # over classes; the sum is the mean times their number
+        skip_absent:bool=False, # leave out classes that have no labelled pixel, so that inventing them costs nothing here
         **settings, # ignore_index
     ):
         super().__init__(**settings)
-        self.include_background, self.per_image, self.class_reduction = include_background, per_image, class_reduction
+        self.include_background, self.per_image, self.class_reduction, self.skip_absent = include_background, per_image, class_reduction, skip_absent
 
-    def class_values(self, overlap, predicted, reference, squared): raise NotImplementedError
+    def class_values(self, overlap, predicted, reference, squared): raise NotImplementedError(f"{type(self).__name__} must define class_values(...)")
+
+    def rows(self, part):
+        "A row per image, or their sum as one row"
+        return part if part is None or self.per_image else part.sum(0, keepdim=True)
+
+    def by_class(self, comparison):
+        reference = self.rows(comparison.reference)
+        present = reference > 0
+        if not self.include_background: present = present & (torch.arange(present.shape[1], device=present.device) > 0)
+        return self.class_values(self.rows(comparison.overlap), self.rows(comparison.predicted), reference, self.rows(comparison.squared)), present
 
     def value(self, comparison):
-        sums = [comparison.overlap, comparison.predicted, comparison.reference, comparison.squared]
-        if not self.per_image: sums = [None if part is None else part.sum(0, keepdim=True) for part in sums]
-        values = self.class_values(*sums).mean(0)
-        weights = torch.ones_like(values) if comparison.class_weights is None else comparison.class_weights
-        if not self.include_background: values, weights = values[1:], weights[1:]
+        values, present = self.by_class(comparison)
+        weights = torch.ones_like(values) if comparison.class_weights is None else comparison.class_weights.expand_as(values)
+        if self.skip_absent: weights = weights * present
+        first = 0 if self.include_background else 1
+        values, weights = values[:, first:], weights[:, first:]
         mean = (weights * values).sum() / weights.sum().clamp(min=1e-12)
-        return mean * len(values) if self.class_reduction == "sum" else mean
+        return mean * values.shape[1] if self.class_reduction == "sum" else mean
 
 # %% ../nbs/05_losses.ipynb #379bade5
 @loss("dice")
 class DiceLoss(RegionLoss):
     """Mean over classes of 1 - soft Dice: a missed and an invented pixel cost the same, and every class the same whatever its size.
-    The defaults are TransUNet's. A class absent from the batch costs nearly 1 unless its probability is nearly 0."""
+    The defaults are TransUNet's. A class absent from the batch costs nearly 1 unless its probability is nearly 0; `skip_absent` leaves it out."""
     def __init__(self,
         squared:bool=True, # squared probabilities in the denominator (V-Net, TransUNet)
-        smooth:number(0, above=0)=1e-5, # added above and below, in pixels
-        **settings, # include_background, per_image, class_reduction, ignore_index
+        smooth:number(0, above=0)=1e-5, # added above and below, in pixels (TransUNet: 1e-5)
+        **settings, # include_background, per_image, class_reduction, skip_absent, ignore_index
     ):
         super().__init__(**settings)
         self.squared, self.smooth = squared, smooth
@@ -387,32 +435,57 @@ class DiceLoss(RegionLoss):
         size = (squared if self.squared else predicted) + reference
         return (size - 2 * overlap).clamp(min=0) / (size + self.smooth)
 
+# %% ../nbs/05_losses.ipynb #191524b0
+def tversky_error(
+    overlap, predicted, reference, # as in `RegionLoss`
+    fn_weight:float, # weight of false negatives, pixels missed
+    fp_weight:float, # weight of false positives, pixels invented
+    smooth:float, # added above and below, in pixels
+):
+    "1 - Tversky index, computed from the errors: exact near 0 and never below"
+    errors = fn_weight * (reference - overlap).clamp(min=0) + fp_weight * (predicted - overlap).clamp(min=0)
+    return errors / (overlap + errors + smooth)
+
 # %% ../nbs/05_losses.ipynb #2d740250
+@loss("tversky")
+class TverskyLoss(RegionLoss):
+    """Mean over classes of 1 - Tversky index. `alpha` punishes false negatives: pixels of the structure that the prediction misses. `beta` punishes false positives: pixels that it invents.
+    Other code swaps the two letters. alpha above beta favours sensitivity."""
+    def __init__(self,
+        alpha:number(0)=0.7, # weight of false negatives (Salehi et al.'s best: 0.7)
+        beta:number(0)=0.3, # weight of false positives (Salehi et al.'s best: 0.3)
+        smooth:number(0, above=0)=1.0, # added above and below, in pixels
+        **settings, # include_background, per_image, class_reduction, skip_absent, ignore_index
+    ):
+        super().__init__(**settings)
+        self.alpha, self.beta, self.smooth = alpha, beta, smooth
+
+    def class_values(self, overlap, predicted, reference, squared): return tversky_error(overlap, predicted, reference, self.alpha, self.beta, self.smooth)
+
+# %% ../nbs/05_losses.ipynb #d93db4a5
 @loss("focal_tversky")
-class FocalTverskyLoss(RegionLoss):
+class FocalTverskyLoss(TverskyLoss):
     """Mean over classes of (1 - Tversky index)^(1/gamma). `alpha` punishes false negatives: pixels of the structure that the prediction misses. `beta` punishes false positives: pixels that it invents.
-    (Other code swaps the two letters.) alpha above beta favours sensitivity. With gamma above 1 a nearly perfect class weighs more, a bad one less; gamma 1 is the Tversky loss."""
+    Other code swaps the two letters. With `gamma` above 1 a class that is nearly right weighs more than in the Tversky loss and a bad one less; gamma 1 is the Tversky loss."""
     def __init__(self,
         alpha:number(0)=0.7, # weight of false negatives (Abraham & Khan: 0.7)
         beta:number(0)=0.3, # weight of false positives (Abraham & Khan: 0.3)
-        gamma:number(1/3, 5)=4/3, # the exponent is 1/gamma; the paper allows 1 to 3
+        gamma:number(0.25, 4)=4/3, # the exponent is 1/gamma (the paper: 1 to 3; Abraham & Khan: 4/3)
         smooth:number(0, above=0)=1.0, # added above and below, in pixels (Abraham & Khan: 1)
-        **settings, # include_background, per_image, class_reduction, ignore_index
+        **settings, # include_background, per_image, class_reduction, skip_absent, ignore_index
     ):
-        super().__init__(**settings)
-        self.alpha, self.beta, self.gamma, self.smooth = alpha, beta, gamma, smooth
+        super().__init__(alpha, beta, smooth, **settings)
+        self.gamma = gamma
 
-    def class_values(self, overlap, predicted, reference, squared):
-        errors = self.alpha * (reference - overlap).clamp(min=0) + self.beta * (predicted - overlap).clamp(min=0)
-        return bounded_power(errors / (overlap + errors + self.smooth), 1 / self.gamma)
+    def class_values(self, *sums): return bounded_power(super().class_values(*sums), 1 / self.gamma)
 
 # %% ../nbs/05_losses.ipynb #ed6032cf
 def bounded_power(
-    base, # values of at least 0
+    base, # at least 0
     exponent:float, # above 0
     least:float=1e-6, # below this the curve goes on as a straight line to 0
 ):
-    "`base**exponent`, with a finite slope at 0: below `least` the power's own slope grows without bound for exponents under 1"
+    "`base**exponent` with a finite slope: for exponents under 1 the power's own slope has no bound near 0"
     return base * base.clamp(min=least) ** (exponent - 1)
 
 # %% ../nbs/05_losses.ipynb #57be6fed
@@ -431,10 +504,23 @@ class CombinedLoss(SegmentationLoss):
 
     def value(self, comparison): return sum(weight * term.value(comparison) for weight, term in zip(self.weights, self.terms, strict=True))
 
-# %% ../nbs/05_losses.ipynb #d93db4a5
+    def by_class(self, comparison):
+        values, present = zip(*(term.by_class(comparison) for term in self.terms), strict=True)
+        return sum(weight * mean_of_rows(*part)[0] for weight, *part in zip(self.weights, values, present, strict=True)), mean_of_rows(values[0], present[0])[1]
+
+# %% ../nbs/05_losses.ipynb #509c5575
+def mean_of_rows(
+    values, # (R,C)
+    present, # (R,C) bool
+): # (1,C) values, (1,C) present
+    "Average each class over the rows where it is present"
+    counts = present.sum(0, keepdim=True)
+    return (values * present).sum(0, keepdim=True) / counts.clamp(min=1), counts > 0
+
+# %% ../nbs/05_losses.ipynb #e168c6f3
 @loss("baseline")
 class Baseline(CombinedLoss):
-    """Cross-entropy + Dice, the loss of LeViT-UNet's family. The paper does not state its weights; TransUNet has 0.5 and 0.5, Swin-Unet 0.4 and 0.6.
+    """Cross-entropy + Dice, the loss of LeViT-UNet's family. The paper does not state its weights: TransUNet has 0.5 and 0.5, Swin-Unet 0.4 and 0.6.
     Cross-entropy punishes each wrong pixel alike, Dice the relative error of each region."""
     def __init__(self,
         ce_weight:number(0)=0.5, # weight of cross-entropy (TransUNet: 0.5)
@@ -448,12 +534,30 @@ class Baseline(CombinedLoss):
         dice = DiceLoss(squared=squared, smooth=smooth, include_background=include_background, per_image=per_image)
         super().__init__([CrossEntropy(), dice], [ce_weight, dice_weight], **settings)
 
+# %% ../nbs/05_losses.ipynb #cae5a2ca
+@loss("dice_focal")
+class DiceFocalLoss(CombinedLoss):
+    """Dice + focal (Zhu et al. 2019, AnatomyNet): the baseline with its cross-entropy focused on hard pixels. With gamma 0 and alpha 1 it is the baseline."""
+    def __init__(self,
+        dice_weight:number(0)=0.5, # weight of Dice
+        focal_weight:number(0)=0.5, # weight of the focal loss
+        gamma:number(0)=2.0, # focal: focus on hard pixels
+        alpha:per_class(0)=1.0, # focal: factor, or a list with one per class; 1 keeps the baseline's balance with Dice
+        squared:bool=True, # squared probabilities in Dice's denominator
+        smooth:number(0, above=0)=1e-5, # Dice: added above and below, in pixels
+        include_background:bool=True, # Dice: count class 0 as a class
+        per_image:bool=False, # Dice: per image; otherwise over the batch
+        **settings, # ignore_index
+    ):
+        dice = DiceLoss(squared=squared, smooth=smooth, include_background=include_background, per_image=per_image)
+        super().__init__([dice, FocalLoss(gamma, alpha)], [dice_weight, focal_weight], **settings)
+
 # %% ../nbs/05_losses.ipynb #c482ce63
 @loss("hybrid")
 class HybridLoss(CombinedLoss):
-    "Any weighted sum of losses, from params alone: `terms` lists entries with `kind`, `weight` (1 if absent) and the settings of that kind"
+    "Any weighted sum of losses: `terms` lists entries with `kind`, `weight` (1 if absent) and the settings of that kind"
     def __init__(self,
-        terms:list[dict], # such as [{kind: focal, weight: 0.5, gamma: 2}, {kind: dice}]
+        terms:list[dict], # such as [{kind: focal_tversky, weight: 0.5}, {kind: cross_entropy, weight: 0.5}]
         **settings, # ignore_index
     ):
         super().__init__(*build_terms(terms), **settings)
@@ -462,9 +566,294 @@ def build_terms(
     terms:list[Mapping], # entries with kind, weight and settings
 ): # the losses, their weights
     "Make the losses of a combination"
-    if not terms: raise StudyError("loss: 'terms' is empty; it lists losses, such as [{kind: focal, weight: 0.5}, {kind: dice, weight: 0.5}]")
-    for term in terms:
-        if "kind" not in term: raise StudyError(f"loss: the term {dict(term)} has no 'kind'; one of {', '.join(LOSSES)}")
-        weight = term.get("weight", 1.0)
-        if not isinstance(weight, int | float) or not 0 <= weight < inf: raise StudyError(f"loss {term['kind']!r} as a term: setting 'weight' is {weight!r}, but must be a number of at least 0")
-    return [build_loss(**{key: value for key, value in term.items() if key != "weight"}) for term in terms], [float(term.get("weight", 1.0)) for term in terms]
+    if not terms: raise StudyError("loss: 'terms' is empty; list losses, such as [{kind: focal, weight: 0.5}, {kind: dice, weight: 0.5}]")
+    return [build_inner({key: value for key, value in term.items() if key != "weight"}) for term in terms], [term_weight(term) for term in terms]
+
+# %% ../nbs/05_losses.ipynb #e824de8f
+def build_inner(
+    entry:Mapping, # kind and settings
+):
+    "Make a loss that stands inside another"
+    if "kind" not in entry: raise StudyError(f"loss: the inner loss {dict(entry)} has no 'kind'; give one of {', '.join(LOSSES)}")
+    inner = build_loss(**entry)
+    if inner.ignore_index is not None and not isinstance(inner, ForeignLoss):
+        raise StudyError(f"loss {inner.kind!r}: 'ignore_index' belongs to the outermost loss, since all of its parts see the same pixels")
+    return inner
+
+def term_weight(
+    term:Mapping, # entry of a hybrid
+):
+    "The weight of a term, 1 if not given"
+    weight = term.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < inf:
+        raise StudyError(f"loss {term.get('kind')!r}: setting 'weight' is {weight!r}, but must be a number of at least 0")
+    return float(weight)
+
+# %% ../nbs/05_losses.ipynb #70b7e92a
+@loss("generalised_dice")
+class GeneralisedDiceLoss(RegionLoss):
+    "1 - a Dice over all classes together, with small structures weighted up: their missed and invented pixels cost alike, and more than those of large ones"
+    def __init__(self,
+        class_size:Literal["square", "simple", "uniform"]="square", # weight 1/size^2 (Sudre et al.), 1/size, or 1
+        smooth:number(0, above=0)=1e-5, # added above and below, in weighted pixels
+        include_background:bool=True, # count class 0 as a class
+        per_image:bool=False, # a fraction per image, averaged; otherwise one for the whole batch
+        ignore_index:int|None=None, # label of pixels to leave out
+    ):
+        super().__init__(include_background, per_image, ignore_index=ignore_index)
+        self.class_size, self.smooth = class_size, smooth
+
+    def weights(self, reference):
+        if self.class_size == "uniform": return torch.ones_like(reference)
+        weights = torch.where(reference > 0, reference.clamp(min=1) ** (-2 if self.class_size == "square" else -1), 0)
+        return torch.where(reference > 0, weights, weights.amax(1, keepdim=True))
+
+    def value(self, comparison):
+        first = 0 if self.include_background else 1
+        overlap, predicted, reference = (self.rows(part)[:, first:] for part in (comparison.overlap, comparison.predicted, comparison.reference))
+        weights = self.weights(reference)
+        if comparison.class_weights is not None: weights = weights * comparison.class_weights[first:]
+        size = (weights * (predicted + reference)).sum(1)
+        return (1 - (2 * (weights * overlap).sum(1) + self.smooth) / (size + self.smooth)).mean()
+
+    def by_class(self, comparison): return SegmentationLoss.by_class(self, comparison)
+
+# %% ../nbs/05_losses.ipynb #8aad5295
+@loss("modified_focal")
+class ModifiedFocalLoss(PixelLoss):
+    "The pixel part of the Unified Focal loss: `delta` punishes missed pixels of structures against those of background; gamma plays down right pixels, of the background alone if asymmetric"
+    def __init__(self,
+        delta:number(0, 1)=0.6, # weight of structures; the background has 1 - delta (Yeung et al.: 0.6)
+        gamma:number(0)=0.5, # focus on hard pixels (Yeung et al.: 0.5)
+        asymmetric:bool=True, # focus on the background alone
+        **settings, # ignore_index
+    ):
+        super().__init__(**settings)
+        self.delta, self.gamma, self.asymmetric = delta, gamma, asymmetric
+
+    def pixel_values(self, comparison):
+        background, focus = comparison.labels == 0, power_of_wrong(comparison.log_true, self.gamma)
+        if self.asymmetric: focus = torch.where(background, focus, 1)
+        return -torch.where(background, 1 - self.delta, self.delta) * focus * comparison.log_true
+
+# %% ../nbs/05_losses.ipynb #52d38774
+@loss("modified_focal_tversky")
+class ModifiedFocalTverskyLoss(RegionLoss):
+    "The region part of the Unified Focal loss: `delta` punishes missed pixels, 1 - `delta` invented ones; a larger gamma lets nearly right classes pull harder, structures alone if asymmetric"
+    def __init__(self,
+        delta:number(0, 1)=0.6, # weight of false negatives; false positives have 1 - delta (Yeung et al.: 0.6)
+        gamma:number(0, 0.99)=0.5, # the exponent is 1 - gamma (Yeung et al.: 0.5)
+        asymmetric:bool=True, # no exponent on the background
+        smooth:number(0, above=0)=1e-7, # added above and below, in pixels (Yeung et al.: 1e-7)
+        per_image:bool=True, # a value per image, averaged (Yeung et al.)
+        **settings, # include_background, class_reduction, skip_absent, ignore_index
+    ):
+        super().__init__(per_image=per_image, **settings)
+        self.delta, self.gamma, self.asymmetric, self.smooth = delta, gamma, asymmetric, smooth
+
+    def class_values(self, overlap, predicted, reference, squared):
+        error = tversky_error(overlap, predicted, reference, self.delta, 1 - self.delta, self.smooth)
+        power = bounded_power(error, 1 - self.gamma)
+        return torch.cat([error[:, :1], power[:, 1:]], 1) if self.asymmetric else power
+
+# %% ../nbs/05_losses.ipynb #3081cedc
+@loss("unified_focal")
+class UnifiedFocalLoss(CombinedLoss):
+    "Unified Focal loss: `delta` punishes misses of structures; `gamma` at once suppresses right background pixels and enhances small structures"
+    def __init__(self,
+        focal_weight:number(0, 1)=0.5, # lambda, weight of the pixel part; the region part has 1 - lambda (Yeung et al.: 0.5)
+        delta:number(0, 1)=0.6, # weight of structures and of false negatives (Yeung et al.: 0.6)
+        gamma:number(0, 0.99)=0.5, # focus (Yeung et al.: 0.5)
+        asymmetric:bool=True, # focus on background pixels and on structures' regions alone
+        smooth:number(0, above=0)=1e-7, # region part: added above and below, in pixels (Yeung et al.: 1e-7)
+        per_image:bool=True, # region part: per image; otherwise over the batch (Yeung et al.)
+        **settings, # ignore_index
+    ):
+        region = ModifiedFocalTverskyLoss(delta, gamma, asymmetric, smooth, per_image)
+        super().__init__([ModifiedFocalLoss(delta, gamma, asymmetric), region], [focal_weight, 1 - focal_weight], **settings)
+
+# %% ../nbs/05_losses.ipynb #a06f6b24
+@loss("tvmf_dice")
+class TvMFDiceLoss(RegionLoss):
+    """Adaptive t-vMF Dice: misses and inventions cost alike; the better a class is segmented, the more its last errors cost.
+    `source: validation` is as published, and lets validation scores into training."""
+    needs = frozenset({"regions", "squares"})
+
+    def __init__(self,
+        scale:number(0)=32.0, # kappa per unit of Dice (Kato & Hotta: 32); 0 keeps kappa at its start
+        start:number(0)=0.0, # kappa before the first epoch's end
+        source:Literal["training", "validation"]="training", # whose Dice sets kappa; Kato & Hotta: validation
+        **settings, # include_background, per_image, class_reduction, skip_absent, ignore_index
+    ):
+        super().__init__(**settings)
+        self.scale, self.start, self.source = scale, start, source
+        self.register_buffer("kappa", None)
+
+    def update_from_training(self, dice):
+        super().update_from_training(dice)
+        if self.source == "training": self.adapt(dice)
+
+    def update_from_validation(self, dice):
+        if self.source == "validation": self.adapt(dice)
+
+    def adapt(self, dice):
+        if self.scale: self.kappa = kept_where_undefined(self.scale * as_vector(dice), self.kappa, self.start)
+
+    def by_class(self, comparison):
+        if self.kappa is not None: self.vector("kappa", comparison)
+        return super().by_class(comparison)
+
+    def class_values(self, overlap, predicted, reference, squared):
+        cosine = overlap / (squared * reference).clamp(min=1e-12).sqrt()
+        kappa = self.start if self.kappa is None else self.kappa.to(cosine)
+        return (2 - (1 + cosine) / (1 + kappa * (1 - cosine).clamp(min=0))) ** 2
+
+# %% ../nbs/05_losses.ipynb #e8158745
+def as_vector(
+    values, # per class: tensor, array or list
+):
+    "A float32 vector of its own"
+    return torch.as_tensor(values).detach().to(torch.float32).clone()
+
+def kept_where_undefined(
+    new, # (C,), NaN where undefined
+    old, # (C,) or None
+    start:float, # for classes that never had a value
+):
+    "The new values, and where they are NaN the old ones"
+    return torch.where(new.isnan(), torch.full_like(new, start) if old is None else old.to(new), new)
+
+# %% ../nbs/05_losses.ipynb #43a0671c
+def jaccard_steps(
+    foreground, # (N,) bool, sorted by falling error
+):
+    "How much each pixel, once wrong, adds to the Jaccard loss; in closed form, since differences of nearly equal numbers lose digits"
+    seen = foreground.cumsum(0)
+    intersection = seen[-1] - seen
+    union = seen[-1] + (~foreground).cumsum(0)
+    return torch.where(foreground, 1 / union, intersection / (union * (union - 1)).clamp(min=1))
+
+def lovasz_extension(
+    probability, # (N,) of one class
+    foreground, # (N,) bool, where the label is that class
+):
+    "The Lovász extension of the Jaccard loss for one class"
+    errors, order = (foreground.to(probability.dtype) - probability).abs().sort(descending=True)
+    return (errors * jaccard_steps(foreground[order])).sum()
+
+# %% ../nbs/05_losses.ipynb #dcf299ac
+@loss("lovasz_softmax")
+class LovaszSoftmaxLoss(RegionLoss):
+    "Lovász-softmax: missed and invented pixels cost what they take from the class's Jaccard, so those of small structures more"
+    needs = frozenset()
+
+    def __init__(self,
+        skip_absent:bool=True, # leave out classes that have no labelled pixel (Berman et al.)
+        **settings, # include_background, per_image, class_reduction, ignore_index
+    ):
+        super().__init__(skip_absent=skip_absent, **settings)
+
+    def by_class(self, comparison):
+        probability = comparison.logits.softmax(1, dtype=comparison.precision)
+        valid = torch.ones_like(comparison.labels, dtype=torch.bool) if comparison.valid is None else comparison.valid
+        images = [slice(i, i + 1) for i in range(len(probability))] if self.per_image else [slice(None)]
+        values = [lovasz_extension((probability[i, c] * valid[i]).flatten(), ((comparison.labels[i] == c) & valid[i]).flatten()) for i in images for c in range(comparison.num_classes)]
+        return torch.stack(values).view(len(images), -1), self.rows(comparison.reference) > 0
+
+# %% ../nbs/05_losses.ipynb #a750b2f3
+class ClassWeightedLoss(SegmentationLoss):
+    "Base of losses that weigh the classes of another loss; `class_weights` `(C,)` is None until known, and then part of the state"
+    def __init__(self,
+        of:dict, # the loss to weigh: kind and settings
+        largest:number(1)=10.0, # largest ratio between two classes' weights
+        **settings, # ignore_index
+    ):
+        super().__init__(**settings)
+        self.inner, self.largest = build_inner(of), largest
+        self.needs = self.inner.needs
+        self.register_buffer("class_weights", None)
+
+    def inner_losses(self): return [self.inner]
+
+    def set_weights(self, weights):
+        "Limit the ratio of the weights and scale them to a mean of 1"
+        weights = weights.clamp(min=weights.max() / self.largest)
+        self.class_weights = weights / weights.mean()
+
+    def value(self, comparison):
+        if self.class_weights is None: return self.inner.value(comparison)
+        weights = self.vector("class_weights", comparison)
+        if comparison.class_weights is not None: weights = weights * comparison.class_weights
+        return self.inner.value(replace(comparison, class_weights=weights))
+
+# %% ../nbs/05_losses.ipynb #0b6c2ecc
+@loss("frequency_weighted")
+class FrequencyWeightedLoss(ClassWeightedLoss):
+    "Weighs another loss's classes by their rarity in the training set; equal weights until `set_class_frequency` is called"
+    def __init__(self,
+        of:dict, # the loss to weigh: kind and settings
+        power:number(0, 2)=0.5, # 1 is inverse frequency, 0 equal weights
+        largest:number(1)=10.0, # largest ratio between two classes' weights
+        **settings, # ignore_index
+    ):
+        super().__init__(of, largest, **settings)
+        self.power = power
+
+    def set_class_frequency(self, voxel_shares):
+        super().set_class_frequency(voxel_shares)
+        self.set_weights(as_vector(voxel_shares).clamp(min=1e-9) ** -self.power)
+
+# %% ../nbs/05_losses.ipynb #00a33d3e
+@loss("dice_weighted")
+class DiceWeightedLoss(ClassWeightedLoss):
+    "Weighs another loss's classes by how badly they are segmented; equal weights in the first epoch. `source: validation` lets validation scores into training"
+    def __init__(self,
+        of:dict, # the loss to weigh: kind and settings
+        power:number(0, 4)=1.0, # of 1 - Dice; 0 is equal weights
+        momentum:number(0, 0.999)=0.8, # share of the running Dice that stays at each epoch
+        source:Literal["training", "validation"]="training", # whose Dice
+        largest:number(1)=10.0, # largest ratio between two classes' weights
+        **settings, # ignore_index
+    ):
+        super().__init__(of, largest, **settings)
+        self.power, self.momentum, self.source = power, momentum, source
+        self.register_buffer("running_dice", None)
+
+    def update_from_training(self, dice):
+        super().update_from_training(dice)
+        if self.source == "training": self.adapt(as_vector(dice))
+
+    def update_from_validation(self, dice):
+        super().update_from_validation(dice)
+        if self.source == "validation": self.adapt(as_vector(dice))
+
+    def adapt(self, dice):
+        dice = kept_where_undefined(dice, self.running_dice, start=0.0)
+        self.running_dice = dice if self.running_dice is None else self.momentum * self.running_dice.to(dice) + (1 - self.momentum) * dice
+        self.set_weights((1 - self.running_dice).clamp(min=1e-3) ** self.power)
+
+# %% ../nbs/05_losses.ipynb #6ccc4ebc
+@loss("uncertainty_weighted")
+class UncertaintyWeightedLoss(CombinedLoss):
+    """Sum of losses with learned weights, one per term, or with `per: class` one per class. The optimiser must be given `loss.parameters()`.
+    For classes the parameters are made by `set_class_frequency`; until then the weights are equal."""
+    def __init__(self,
+        terms:list[dict], # entries with kind, weight (1 if absent) and settings
+        per:Literal["term", "class"]="term", # what has a weight of its own
+        **settings, # ignore_index
+    ):
+        super().__init__(*build_terms(terms), **settings)
+        self.per = per
+        self.register_parameter("log_variance", nn.Parameter(torch.zeros(len(terms))) if per == "term" else None)
+
+    def set_class_frequency(self, voxel_shares):
+        super().set_class_frequency(voxel_shares)
+        if self.per == "class": self.log_variance = nn.Parameter(torch.zeros_like(as_vector(voxel_shares)))
+
+    def value(self, comparison):
+        if self.per == "term":
+            values = torch.stack([weight * term.value(comparison) for weight, term in zip(self.weights, self.terms, strict=True)])
+            return ((-self.log_variance).exp() * values + self.log_variance / 2).sum()
+        values, present = self.by_class(comparison)
+        log_variance = torch.zeros_like(values) if self.log_variance is None else self.vector("log_variance", comparison)
+        return (((-log_variance).exp() * values + log_variance / 2) * present).sum() / present.sum().clamp(min=1)
