@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STORE_FORMAT', 'SPLITS', 'BINS', 'RECIPES', 'DRAWS', 'resize_images', 'resize_labels', 'quantise', 'class_names',
            'text_column', 'count_slice', 'write_volume', 'write_slices', 'check_values', 'prepare_case', 'source_files',
-           'hash_file', 'case_key', 'copy_chunks', 'case_columns', 'join_cases', 'default_workers', 'run_cases',
-           'prepared_rows', 'duplicate_warnings', 'Job', 'plan_case', 'prepare_missing', 'split_table',
+           'hash_file', 'case_key', 'code_digest', 'copy_chunks', 'case_columns', 'join_cases', 'default_workers',
+           'run_cases', 'prepared_rows', 'duplicate_warnings', 'Job', 'plan_case', 'prepare_missing', 'split_table',
            'build_manifest', 'check_plan', 'write_errors', 'write_results', 'prepare', 'open_store', 'PreparedStore',
            'SliceSet', 'epoch_order', 'export_slices', 'Augmentation', 'augmentation', 'draw', 'turned', 'source_grid',
            'elastic_shifts', 'warp', 'change_intensities', 'blurred', 'augment', 'fingerprint', 'case_table',
@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
@@ -159,7 +161,8 @@ def prepare_case(
     volume = read_volume(case, data.intensity, data.window, data.label_map, data.structures)
     check_values(volume, num_classes)
     warnings = check_volume(volume, data.structures)
-    with written_whole(part) as partial, h5py.File(partial, "w") as file:
+    buffer = io.BytesIO()  # HDF5 cannot even close a file on a full disk; Python's writing can fail in peace
+    with h5py.File(buffer, "w") as file:
         counts, digest = write_volume(file, volume, num_classes, keep)
         write_slices(file, quantise(resize_images(volume.image, data.size), np.uint8), resize_labels(volume.label, data.size), num_classes)
         spacing = np.full(3, np.nan) if volume.spacing is None else np.asarray(volume.spacing, float)
@@ -167,6 +170,7 @@ def prepare_case(
         numbers = {"slices": len(volume.image), "shape": volume.image.shape, "spacing": spacing, "voxels": counts.sum(1), "histogram": counts}
         for column, value in texts.items(): file[f"cases/{column}"] = text_column([value])
         for column, value in numbers.items(): file[f"cases/{column}"] = np.array([value])
+    with written_whole(part) as partial: partial.write_bytes(buffer.getbuffer())
     return part
 
 # %% ../nbs/03_dataset.ipynb #3159c1a4
@@ -192,11 +196,18 @@ def case_key(
     data,    # the data set's settings
     keep,    # whether the volume is stored
 ): # 32 hexadecimal digits
-    "Identify a prepared case by source, settings and the code that prepares it"
+    "Identify a prepared case by its sources and settings"
     settings = [data.intensity, data.window, data.label_map, data.structures, data.size]
-    code = [hash_file(importlib.util.find_spec(f"levit_study.{module}").origin) for module in ("volumes", "dataset")]
-    identity = [STORE_FORMAT, code, case.name, str(case.patient), str(case.group), hashes, repr(settings), keep]
+    identity = [STORE_FORMAT, case.name, str(case.patient), str(case.group), hashes, repr(settings), keep]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+# %% ../nbs/03_dataset.ipynb #f824f917
+@cache
+def code_digest(
+): # 16 hexadecimal digits
+    "Identify the code that prepares a case"
+    files = [importlib.util.find_spec(f"levit_study.{module}").origin for module in ("volumes", "dataset")]
+    return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest()[:16]
 
 # %% ../nbs/03_dataset.ipynb #b65c2fa3
 def copy_chunks(
@@ -275,8 +286,8 @@ def run_cases(
         return
     # Fresh processes: a forked copy of a process that already ran torch's threads can hang.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(prepare_case, *job): job[0] for job in jobs}
         try:
+            futures = {pool.submit(prepare_case, *job): job[0] for job in jobs}
             for future in as_completed(futures): yield outcome(futures[future], future.result)
         except BrokenProcessPool as error:
             raise StudyError("a process that prepared a case was killed, most likely for lack of memory; prepare again with fewer workers") from error
@@ -284,16 +295,17 @@ def run_cases(
 
 # %% ../nbs/03_dataset.ipynb #ff7d89fb
 def prepared_rows(
-    paths, # stores and parts that may hold finished cases
+    store,    # the store that shall be; one may be there from before
+    manifest, # its manifest
 ): # dict key -> (path, row)
-    "Find the cases that are already prepared; a file that cannot be read counts as absent"
+    "Find the cases that this code has prepared, in the store or in parts; what cannot be read counts as absent"
     import h5py
+    try: earlier = [store] if json.loads(Path(manifest).read_text())["code"] == code_digest() else []
+    except (OSError, ValueError, KeyError): earlier = []
     found = {}
-    for path in paths:
+    for path in [*earlier, *sorted(Path(f"{store}.parts").glob(f"*-{code_digest()}.h5"))]:
         try:
-            with h5py.File(path, "r") as file:
-                if file.attrs.get("format", STORE_FORMAT) == STORE_FORMAT:
-                    found |= {key.decode(): (path, row) for row, key in enumerate(file["cases/key"][()])}
+            with h5py.File(path, "r") as file: found |= {key.decode(): (path, row) for row, key in enumerate(file["cases/key"][()])}
         except (OSError, KeyError): continue
     return found
 
@@ -340,6 +352,7 @@ def plan_case(
 def prepare_missing(
     jobs,     # all `Job`s
     store,    # the store that shall be
+    manifest, # its manifest
     data,     # the data set's settings
     workers,  # processes, or None to decide by the work
     progress, # show a bar
@@ -348,15 +361,16 @@ def prepare_missing(
     from tqdm import tqdm
     parts = Path(f"{store}.parts")
     parts.mkdir(parents=True, exist_ok=True)
-    found = prepared_rows([store, *sorted(parts.glob("[!.]*.h5"))])
+    found = prepared_rows(store, manifest)
     missing = {job.case.name: job for job in jobs if not job.problem and job.key not in found}
-    arguments = [(job.case, parts / f"{job.key}.h5", data, job.key, job.keep) for job in missing.values()]
+    part = lambda job: parts / f"{job.key}-{code_digest()}.h5"
+    arguments = [(job.case, part(job), data, job.key, job.keep) for job in missing.values()]
     workers = workers or default_workers([job.case for job in missing.values()])
-    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="case", desc=f"prepare {Path(store).stem}", disable=not progress) as bar:
+    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="case", desc=f"prepare {Path(store).stem}", disable=not progress, mininterval=0.5) as bar:
         for case, error in run_cases(arguments, workers):
             if error is not None and not data.skip_bad: raise error
             if error is not None: missing[case.name].problem = str(error)
-            else: found[missing[case.name].key] = (parts / f"{missing[case.name].key}.h5", 0)
+            else: found[missing[case.name].key] = (part(missing[case.name]), 0)
             bar.update()
     return found
 
@@ -367,7 +381,6 @@ def split_table(
 ): # text
     "Return the splits as CSV: case, patient, group, split, slices"
     import csv
-    import io
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["case", "patient", "group", "split", "slices"])
@@ -397,7 +410,7 @@ def build_manifest(
             "voxels": dict(zip(classes, column(job, "voxels").tolist(), strict=True)), "files": job.files}
     settings = {name: getattr(data, name) for name in ("layout", "intensity", "window", "label_map", "structures", "size")}
     return {"settings": settings | {"split": {name: getattr(data.split, name) for name in ("kind", "valid", "test", "seed", "stratify")}},
-        "versions": {name: importlib.metadata.version(name) for name in ("levit-study", "numpy", "torch", "h5py", "nibabel")},
+        "versions": {name: importlib.metadata.version(name) for name in ("levit-study", "numpy", "torch", "h5py", "nibabel")}, "code": code_digest(),
         "slices": slices | {"all": sum(slices.values())},
         "patients": {split: len({job.case.patient for job in done if job.split == split}) for split in SPLITS},
         "cases": {job.case.name: entry(job) for job in done},
@@ -425,7 +438,7 @@ def write_errors(
     "Turn an operating system's refusal to write into a `StudyError`"
     try: yield
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = error.strerror or " ".join(str(error).split())
         raise StudyError(f"{error.filename or path}: cannot be written ({reason}); free space, or choose a place that can be written to") from error
 
 # %% ../nbs/03_dataset.ipynb #7d8732ae
@@ -440,9 +453,12 @@ def write_results(
     "Join the cases, write manifest and splits, put the store in place, and remove the parts"
     done = [job for job in jobs if not job.problem]
     text = json.dumps(record, indent=1) + "\n"
+    made_from = json.dumps([record["settings"], record["cases"]])  # without versions: equal content gives an equal store
     attributes = {"format": STORE_FORMAT, "size": record["settings"]["size"], "structures": json.dumps(record["settings"]["structures"]),
-        "manifest": hashlib.sha256(text.encode()).hexdigest()}
+        "manifest": hashlib.sha256(made_from.encode()).hexdigest()}
     parts = Path(f"{store}.parts")
+    needed, free = sum(Path(path).stat().st_size for path in {found[job.key][0] for job in done}), shutil.disk_usage(parts).free
+    if needed > free: raise OSError(f"{needed / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free")
     join_cases([(*found[job.key], job.split) for job in done], parts / ".joined.h5", attributes, record["warnings"])
     with written_whole(splits) as partial: partial.write_text(split_table(done, {name: case["slices"] for name, case in record["cases"].items()}))
     with written_whole(manifest) as partial: partial.write_text(text)
@@ -467,7 +483,7 @@ def prepare(
     jobs = [plan_case(case, split.get(case.name, ""), data) for case in cases]
     check_plan(jobs, data)
     with write_errors(store):
-        found = prepare_missing(jobs, store, data, workers, progress)
+        found = prepare_missing(jobs, store, manifest, data, workers, progress)
         check_plan(jobs, data)
         done, columns = [job for job in jobs if not job.problem], {}
         for job in done:
@@ -844,8 +860,9 @@ def fingerprint(
 ): # dict of DataFrames: cases, slices, organs, shares, intensities, warnings
     "Return tables that describe a prepared data set"
     import pandas as pd
-    tables = {"cases": case_table(store), "slices": slice_table(store), "organs": organ_table(store), "shares": share_table(store), "intensities": intensity_table(store)}
-    return tables | {"warnings": pd.DataFrame({"case": store.text("warnings/case"), "warning": store.text("warnings/text")})}
+    warnings = pd.DataFrame({"case": store.text("warnings/case"), "warning": store.text("warnings/text")})
+    return {"cases": case_table(store), "slices": slice_table(store), "organs": organ_table(store), "shares": share_table(store),
+        "intensities": intensity_table(store), "warnings": warnings}
 
 # %% ../nbs/03_dataset.ipynb #d17d5521
 def case_table(
@@ -878,8 +895,9 @@ def organ_table(
     "Return organ sizes on the scan's own grid: split, case, structure, voxels, volume_ml (NaN where spacing is unknown)"
     import pandas as pd
     millilitres = store.tables["cases/spacing"].prod(1) / 1000
-    cases = zip(store.text("cases/split"), store.cases, store.tables["cases/voxels"], millilitres, strict=True)
-    rows = [(split, case, name, int(voxels[value]), voxels[value] * ml) for split, case, voxels, ml in cases for value, name in enumerate(store.classes) if value]
+    rows = []
+    for split, case, voxels, ml in zip(store.text("cases/split"), store.cases, store.tables["cases/voxels"], millilitres, strict=True):
+        rows += [(split, case, name, int(voxels[value]), voxels[value] * ml) for name, value in store.structures.items()]
     return pd.DataFrame(rows, columns=["split", "case", "structure", "voxels", "volume_ml"])
 
 # %% ../nbs/03_dataset.ipynb #9aaf3835
@@ -903,4 +921,5 @@ def intensity_table(
     counts = store.tables["cases/histogram"].sum(0)
     density = counts / np.maximum(counts.sum(1, keepdims=True), 1) * BINS
     middles = (np.arange(BINS) + 0.5) / BINS
-    return pd.DataFrame({"structure": np.repeat(store.classes, BINS), "intensity": np.tile(middles, len(store.classes)), "voxels": counts.ravel(), "density": density.ravel()})
+    names, middles = np.repeat(store.classes, BINS), np.tile(middles, len(store.classes))
+    return pd.DataFrame({"structure": names, "intensity": middles, "voxels": counts.ravel(), "density": density.ravel()})

@@ -1,0 +1,381 @@
+"""The prepared store under trouble: interruption, full disk, killed processes, damaged files; augmentation held to SciPy and NumPy."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from levit_study import dataset
+from levit_study.dataset import PreparedStore, augment, augmentation, epoch_order, export_slices, fingerprint, prepare, resize_images
+from levit_study.params import Data, StudyError
+from scipy import ndimage
+
+STRUCTURES = {"myocardium": 1, "left ventricle": 2}
+
+
+def write_scan(folder, number, slices=5, seed=0, side=48):
+    """One patient in ACDC's layout: two frames of two unlike boxes in noise, stored as (x, y, z)."""
+    name, random = f"patient{number:03d}", np.random.default_rng([seed, number])
+    (folder / "training" / name).mkdir(parents=True)
+    (folder / "training" / name / "Info.cfg").write_text(f"ED: 1\nES: 9\nGroup: {('NOR', 'DCM')[number % 2]}\n")
+    for frame in (1, 9):
+        label = np.zeros((side, side + 6, slices), np.uint8)
+        label[10:30, 12:20, 1:4], label[14:20, 30:40, 2:4] = 1, 2
+        image = (random.normal(200, 40, label.shape) + 300 * (label == 2)).clip(0).astype(np.int16)
+        for array, end in ((image, ""), (label, "_gt")):
+            nib.save(nib.Nifti1Image(array, np.diag([-1.5, -1.5, 8, 1])), folder / "training" / name / f"{name}_frame{frame:02d}{end}.nii.gz")
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("raw")
+    for number in range(1, 7): write_scan(folder, number)
+    return folder
+
+
+def settings_of(folder, **changes):
+    split = {"kind": "fraction", "valid": 0.2, "test": 0.2}
+    return Data(folder=str(folder), structures=STRUCTURES, intensity="minmax", size=64, split=changes.pop("split", split), **changes)
+
+
+@pytest.fixture(scope="module")
+def store(raw, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(settings_of(raw), folder / "a.h5", folder / "a.json", workers=1, progress=False)
+    return folder / "a.h5"
+
+
+def test_processes_do_not_change_a_byte(raw, store, tmp_path):
+    prepare(settings_of(raw), tmp_path / "a.h5", tmp_path / "a.json", workers=2, progress=False)
+    for name in ("a.h5", "a.json", "splits.csv"): assert (tmp_path / name).read_bytes() == (store.parent / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5", "a.json", "splits.csv"]
+
+
+def test_values_survive(raw, store):
+    opened = PreparedStore(store)
+    name = opened.split("test")[0]
+    volume, source = opened.volume(name), nib.load(next(raw.rglob(f"{name}.nii.gz")))
+    array = np.asarray(source.dataobj, np.float32).T
+    assert volume.spacing == (8, 1.5, 1.5)
+    np.testing.assert_allclose(volume.affine @ [1, 2, 3, 1], source.affine @ [3, 2, 1, 1])
+    np.testing.assert_allclose(volume.image, (array - array.min()) / np.ptp(array), atol=0.5 / 65535 + 1e-6)
+    own = opened.tables["slices/case"] == opened.cases.index(name)
+    images, labels = opened.slices(np.flatnonzero(own))
+    assert np.abs(images / 255 - resize_images(volume.image, 64).numpy()).max() <= 1 / 510 + 2e-5
+    assert set(np.unique(labels)) == {0, 1, 2}
+    assert ((labels[2] > 0) == (resize_images(volume.label[2:3] > 0, 64)[0].numpy() > 0.5)).mean() > 0.999  # labels lie where the image does
+    counted = opened.tables["cases/voxels"][opened.cases.index(name)]
+    np.testing.assert_array_equal(counted, np.bincount(volume.label.ravel(), minlength=3))
+
+
+def test_patients_stay_whole(store):
+    opened = PreparedStore(store)
+    places = dict(zip(opened.text("cases/patient"), opened.text("cases/split"), strict=True))
+    for name in ("train", "valid", "test"):
+        assert all(places[case.split("_")[0]] == name for case in opened.split(name)) and opened.split(name)
+    text = (store.parent / "splits.csv").read_text().splitlines()
+    assert text[0] == "case,patient,group,split,slices" and len(text) == 13 and text[1].startswith("patient001_frame01,patient001,DCM,")
+
+
+def test_manifest(raw, store):
+    record = json.loads((store.parent / "a.json").read_text())
+    assert record["slices"]["all"] == 60 and sum(record["patients"].values()) == 6 and record["skipped"] == []
+    entry = record["cases"]["patient003_frame01"]
+    assert sum(entry["voxels"].values()) == 5 * 48 * 54 and list(entry["voxels"]) == ["background", "myocardium", "left ventricle"]
+    assert [file["path"] for file in entry["files"]] == [f"training/patient003/patient003_frame01{end}.nii.gz" for end in ("", "_gt")]
+    assert str(raw.parent) not in json.dumps(record)
+    assert record["cases"]["patient003_frame01"]["files"][0]["sha256"] == dataset.hash_file(raw / "training/patient003/patient003_frame01.nii.gz")
+
+
+def test_only_what_is_new_is_prepared(raw, tmp_path, monkeypatch):
+    folder = tmp_path / "raw"
+    for number in range(1, 6): write_scan(folder, number)
+    done, original = [], dataset.prepare_case
+    monkeypatch.setattr(dataset, "prepare_case", lambda case, *rest: (done.append(case.name), original(case, *rest)))
+    def run(**changes):
+        done.clear()
+        prepare(settings_of(folder, **changes), tmp_path / "a.h5", tmp_path / "a.json", workers=1, progress=False)
+        return len(done)
+    every = {"kind": "fraction", "valid": 0.2, "test": 0.0}
+    assert run(split=every) == 10
+    before = (tmp_path / "a.h5").read_bytes()
+    assert run(split=every) == 0 and (tmp_path / "a.h5").read_bytes() == before
+    os.utime(folder / "training/patient001/Info.cfg")  # a new date is no new content
+    assert run(split=every) == 0
+    write_scan(folder, 9)
+    assert 2 <= run(split=every) <= 6  # the new patient, and one that changes places and so gains or loses its volume
+    assert run(split=every, label_map={2: 1, 1: 2}) == 12
+    monkeypatch.setattr(dataset, "code_digest", lambda: "another")
+    assert run(split=every, label_map={2: 1, 1: 2}) == 12
+
+
+def test_a_killed_preparation_goes_on(raw, store, tmp_path):
+    """Killed by the operating system after the third case: no store, three parts; then only the others are prepared."""
+    code = f"""
+import os, signal
+from levit_study import dataset
+from levit_study.params import Data
+done, original = [], dataset.prepare_case
+def counted(*job):
+    if len(done) == 3: os.kill(os.getpid(), signal.SIGKILL)
+    done.append(original(*job))
+dataset.prepare_case = counted
+dataset.prepare(Data(**{settings_of(raw).model_dump()!r}), {str(tmp_path / "a.h5")!r}, {str(tmp_path / "a.json")!r}, workers=1, progress=False)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5.parts"]
+    parts = list((tmp_path / "a.h5.parts").glob("[!.]*"))
+    assert len(parts) == 3
+    parts[0].write_bytes(parts[0].read_bytes()[:1000])  # a damaged part counts as absent
+    prepare(settings_of(raw), tmp_path / "a.h5", tmp_path / "a.json", workers=1, progress=False)
+    assert (tmp_path / "a.h5").read_bytes() == store.read_bytes() and not (tmp_path / "a.h5.parts").exists()
+
+
+def test_a_lost_process_is_reported(raw, tmp_path):
+    """The memory killer takes a worker: one line that says so, and no store."""
+    def kill():
+        for _ in range(600):
+            children = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "spawn_main"], capture_output=True, text=True, check=False).stdout.split()
+            if children: return os.kill(int(children[0]), signal.SIGKILL)
+            time.sleep(0.1)
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(StudyError, match="killed.*fewer workers"): prepare(settings_of(raw), tmp_path / "a.h5", tmp_path / "a.json", workers=2, progress=False)
+    killer.join()
+    assert not (tmp_path / "a.h5").exists()
+
+
+def test_full_disk(raw, tmp_path):
+    """A limit on the size of files stands in for a disk that fills up."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(StudyError, match="cannot be written .*free space") as error:
+            prepare(settings_of(raw), tmp_path / "a.h5", tmp_path / "a.json", workers=1, progress=False)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.rglob("*")] == ["a.h5.parts"]
+
+
+def test_no_room_for_the_store(raw, tmp_path, monkeypatch):
+    """Room is asked for before the cases are joined, and what was prepared is kept."""
+    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(StudyError, match="MiB are needed"): prepare(settings_of(raw), tmp_path / "a.h5", tmp_path / "a.json", workers=1, progress=False)
+    assert not (tmp_path / "a.h5").exists() and len(list((tmp_path / "a.h5.parts").iterdir())) == 12
+
+
+def test_unwritable_place(raw, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StudyError, match="cannot be written"): prepare(settings_of(raw), tmp_path / "file" / "a.h5", tmp_path / "a.json", progress=False)
+
+
+def test_bad_cases_stop_or_are_listed(tmp_path):
+    folder = tmp_path / "raw"
+    for number in range(1, 7): write_scan(folder, number)
+    damaged = folder / "training/patient002/patient002_frame09.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-2000])
+    (folder / "training/patient004/patient004_frame01_gt.nii.gz").unlink()
+    arguments = (tmp_path / "a.h5", tmp_path / "a.json")
+    with pytest.raises(StudyError) as error: prepare(settings_of(folder), *arguments, progress=False)
+    assert "\n" not in str(error.value) and "patient004_frame01" in str(error.value)
+    record = prepare(settings_of(folder, skip_bad=True), *arguments, progress=False)
+    assert [entry["case"] for entry in record["skipped"]] == ["patient002_frame09", "patient004_frame01"]
+    assert all(entry["reason"] for entry in record["skipped"]) and len(PreparedStore(tmp_path / "a.h5").cases) == 10
+
+
+def test_duplicates_are_named(tmp_path):
+    folder = tmp_path / "raw"
+    for number in range(1, 7): write_scan(folder, number)
+    for frame in ("01", "09"):
+        for end in ("", "_gt"):
+            source = folder / f"training/patient001/patient001_frame{frame}{end}.nii.gz"
+            (folder / f"training/patient005/patient005_frame{frame}{end}.nii.gz").write_bytes(source.read_bytes())
+    record = prepare(settings_of(folder), tmp_path / "a.h5", tmp_path / "a.json", progress=False)
+    said = {entry["case"]: entry["warning"] for entry in record["warnings"]}
+    assert "same image as patient001_frame01 of another patient" in said["patient005_frame01"]
+    assert "warning" in fingerprint(PreparedStore(tmp_path / "a.h5"))["warnings"].columns
+
+
+@pytest.mark.parametrize("damage", ["absent", "text", "cut", "empty", "keys", "format", "npz", "pickle"])
+def test_bad_stores(store, tmp_path, damage):
+    path = tmp_path / ("a.npz" if damage in ("npz", "pickle") else "a.h5")
+    if damage == "text": path.write_text("no store")
+    elif damage == "cut": path.write_bytes(store.read_bytes()[:5000])
+    elif damage == "empty": path.write_bytes(b"")
+    elif damage == "keys":
+        with h5py.File(path, "w") as file: file["image"] = np.zeros(3)
+    elif damage == "format":
+        path.write_bytes(store.read_bytes())
+        with h5py.File(path, "a") as file: file.attrs["format"] = 99
+    elif damage == "npz": np.savez(path, image=np.zeros(3))
+    elif damage == "pickle": np.savez(path, attributes=np.array([{"format": 1}], dtype=object))
+    with pytest.raises(StudyError) as error: PreparedStore(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_archive_of_slices(store, tmp_path):
+    """The archive gives the same batches and tables, also where HDF5, nibabel and MONAI are missing."""
+    export_slices(store, tmp_path / "a.npz")
+    code = f"""
+import sys
+for name in ("h5py", "nibabel", "monai", "dvc", "pandas"): sys.modules[name] = None
+from levit_study.dataset import PreparedStore, StudyError, augment
+store = PreparedStore({str(tmp_path / "a.npz")!r})
+slices = store.load("train")
+images, labels = slices.batch([3, 1])
+images, labels = augment(images, labels, "strong", 0, 0, [3, 1])
+print(len(slices), images.shape, store.structures)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout == f"40 torch.Size([2, 1, 64, 64]) {STRUCTURES}\n", run.stderr
+    carried, opened = PreparedStore(tmp_path / "a.npz"), PreparedStore(store)
+    for split in ("train", "valid", "test"):
+        for ours, theirs in zip(carried.load(split).batch([0, 4]), opened.load(split).batch([0, 4]), strict=True): assert torch.equal(ours, theirs)
+    assert fingerprint(carried)["organs"].equals(fingerprint(opened)["organs"])
+    with pytest.raises(StudyError, match="slices only"): carried.volume(carried.split("test")[0])
+
+
+def test_memory_or_disk_gives_the_same(store):
+    opened = PreparedStore(store)
+    held, read = opened.load("train"), opened.load("train", limit_bytes=0)
+    assert held.images is not None and read.images is None
+    for ours, theirs in zip(held.batch([7, 0, 7]), read.batch([7, 0, 7]), strict=True): assert torch.equal(ours, theirs)
+    assert held.case_of([0, 39]) == read.case_of([0, 39]) == [opened.split("train")[0], opened.split("train")[-1]]
+    with pytest.raises(StudyError, match="no split 'training'"): opened.load("training")
+
+
+@given(n=st.integers(0, 300), seed=st.integers(0, 2**32), epoch=st.integers(0, 1000), world=st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_order_covers_all(n, seed, epoch, world):
+    shards = [epoch_order(n, seed, epoch, rank, world) for rank in range(world)]
+    dealt = np.stack(shards, 1).ravel()
+    assert set(dealt.tolist()) == set(range(n)) and len(dealt) - n < world
+    np.testing.assert_array_equal(dealt[:n], epoch_order(n, seed, epoch))
+
+
+def sample(batch=6, side=48, classes=5):
+    random = np.random.default_rng(0)
+    labels = np.kron(random.integers(0, classes, (batch, side // 8, side // 8)), np.ones((8, 8))).astype(np.int64)
+    images = (labels / classes + 0.1 * random.random(labels.shape)).astype(np.float32)
+    return torch.from_numpy(images)[:, None], torch.from_numpy(labels)
+
+
+@pytest.mark.parametrize("recipe", ["transunet", "strong", {"recipe": "strong", "mirror": 0.5, "turn": 0.3}])
+@given(first=st.integers(0, 5), seed=st.integers(0, 2**32), epoch=st.integers(0, 999))
+@settings(max_examples=25, deadline=None)
+def test_a_sample_does_not_know_its_batch(recipe, first, seed, epoch):
+    images, labels = sample()
+    names = np.array([5, 0, 123456, 7, 2**31, 9])
+    whole = augment(images, labels, recipe, seed, epoch, names)
+    part = augment(images[first:], labels[first:], recipe, seed, epoch, names[first:])
+    for ours, theirs in zip(whole, part, strict=True): assert torch.equal(ours[first:], theirs)
+    assert whole[0].shape == images.shape and whole[1].dtype == labels.dtype
+    assert 0 <= whole[0].min() and whole[0].max() <= 1 + 1e-6 and set(whole[1].unique().tolist()) <= set(range(5))
+
+
+def test_inputs_stay_as_they_are():
+    images, labels = sample()
+    kept = images.clone(), labels.clone()
+    augment(images, labels, {"recipe": "strong", "turn": 0.5, "mirror": 0.5}, 0, 0, range(6))
+    assert torch.equal(images, kept[0]) and torch.equal(labels, kept[1])
+
+
+def test_turns_are_exact():
+    """Every sample turned: each result is one of NumPy's turned and mirrored arrays, image and label alike, and all four occur."""
+    images, labels = sample(1)
+    seen = set()
+    for number in range(60):
+        image, label = augment(images, labels, {"turn": 1.0}, 0, 0, [number])
+        known = [(k, a) for k in range(4) for a in range(2) if np.array_equal(np.flip(np.rot90(images[0, 0], k), a), image[0, 0])]
+        assert len(known) == 2 and all(np.array_equal(np.flip(np.rot90(labels[0], k), a), label[0]) for k, a in known)
+        seen.add(known[0])
+    assert len(seen) == 4
+
+
+def test_shares_of_the_published_recipe():
+    """Half are turned, a quarter rotated, a quarter left as they are."""
+    images, labels = sample(1)
+    n = 4000
+    many, _ = augment(images.expand(n, -1, -1, -1), labels.expand(n, -1, -1), "transunet", 3, 1, range(n))
+    same = (many == images).flatten(1).all(1).double().mean().item()
+    turned = (many.sum((1, 2, 3)) - images.sum()).abs().lt(1e-2 * images.sum() / 48).logical_and(many.flatten(1).sort().values.eq(images.flatten().sort().values).all(1))
+    assert abs(same - 0.25) < 0.03 and abs(turned.double().mean().item() - 0.75) < 0.03
+
+
+def test_rotation_is_scipys():
+    """Where both take pixels from inside the image, a rotation equals SciPy's of first order to float precision."""
+    images = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(1, 64, 64, dtype=torch.long)
+    recipe = augmentation({"affine": 1.0, "rotation": 20})
+    for number in range(5):
+        image, _ = augment(images, labels, recipe, 0, 0, [number])
+        angle = 20 * (2 * dataset.draw(0, 0, [number])[0]["angle"][0] - 1)
+        expected = min(np.abs(ndimage.rotate(images[0, 0].numpy(), sign * angle, order=1, reshape=False) - image[0, 0].numpy())[16:48, 16:48].max() for sign in (-1, 1))
+        assert expected < 1e-4
+
+
+def test_label_follows_image():
+    """An image that is its own label map stays so under every geometric change, up to the blending at edges."""
+    _, labels = sample(6, classes=2)
+    images = labels[:, None].float()
+    for epoch in range(5):
+        image, label = augment(images, labels, {"affine": 1.0, "rotation": 30, "scale": 0.3, "shift": 0.1, "elastic": 1.0}, 0, epoch, range(6))
+        assert ((image[:, 0] > 0.5) == (label == 1)).double().mean() > 0.985
+
+
+def test_strong_keeps_left_and_right():
+    """A bar on the right of the image stays there: nothing in the recipe mirrors unless asked."""
+    images, labels = torch.zeros(200, 1, 64, 64), torch.zeros(200, 64, 64, dtype=torch.long)
+    images[:, :, 20:44, 40:50], labels[:, 20:44, 40:50] = 1, 1
+    columns = torch.arange(64.0)
+    def middles(recipe):
+        label = augment(images, labels, recipe, 0, 0, range(200))[1].float()
+        return (label.sum(1) * columns).sum(1) / label.sum((1, 2)).clamp(min=1)
+    assert (middles("strong") > 32).all() and (middles({"recipe": "strong", "mirror": 0.5}) < 32).double().mean() > 0.3
+
+
+@pytest.mark.parametrize(("recipe", "said"), [("heavy", "none, transunet, strong"), ({"recipe": "strong", "rotate": 3}, "augmentation.rotate: unknown key"),
+    ({"rotation": 400}, "augmentation.rotation = 400"), ({"turn": "half"}, "augmentation.turn = 'half'"), ({"elastic_nodes": 2.5}, "integer"), ({"noise": float("nan")}, "noise")])
+def test_bad_recipes(recipe, said):
+    with pytest.raises(StudyError, match=said.replace(".", r"\.")): augmentation(recipe)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a graphics card")
+def test_graphics_card_agrees():
+    images, labels = sample()
+    here, there = (augment(images.to(device), labels.to(device), "strong", 0, 0, range(6)) for device in ("cpu", "cuda"))
+    assert (here[0] - there[0].cpu()).abs().max() < 1e-3 and (here[1] == there[1].cpu()).double().mean() > 0.999
+
+
+def test_slices_are_read_quickly(store):
+    """Generous, since machines differ: the benchmark measures; this catches a change of an order of magnitude."""
+    opened = PreparedStore(store)
+    indices = np.random.default_rng(0).integers(0, len(opened), 400)
+    opened.slices(indices)
+    started = time.process_time()
+    opened.slices(indices)
+    assert 400 / (time.process_time() - started) > 1000
+
+
+def test_real_scans():
+    """The public ACDC subset, where it is on this machine: slices and patients as its lists say."""
+    folder = Path(os.environ.get("LEVIT_STUDY_ACDC", Path(__file__).parents[2] / "shared/data/acdc"))
+    if not (folder / "train_slices.list").exists(): pytest.skip(f"no ACDC data at LEVIT_STUDY_ACDC or {folder}")
+    from levit_study.volumes import find_cases, split_cases
+    cases = find_cases(folder)
+    splits = split_cases(cases, "lists")
+    listed = len((folder / "train_slices.list").read_text().split())
+    assert sum(len(case.parts) for case in cases if splits[case.name] == "train") == listed
+    data = Data(folder=str(folder), structures={"right ventricle": 1, "myocardium": 2, "left ventricle": 3}, intensity="unit")
+    assert dataset.plan_case(cases[0], "train", data).problem == ""
