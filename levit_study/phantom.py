@@ -83,9 +83,9 @@ def paint(
 ):
     "Paint a part into an array, in place"
     centres, reach = np.float32(part.centres), np.float32(part.radii)
-    pieces = [(centres[0], centres[0], reach.max())] if len(centres) == 1 else [(a, b, r) for a, b, r in zip(centres, centres[1:], np.maximum(reach, np.roll(reach, -1)), strict=False)]
-    for i, (start, end, radius) in enumerate(pieces):
-        margin = radius + (0 if warp is None else 1.5*np.abs(warp.waves[..., 4]).sum(axis=1).max())
+    pieces = [(centres[0], centres[0], reach)] if len(centres) == 1 else [(centres[i], centres[i + 1], reach[i:i + 2]) for i in range(len(centres) - 1)]
+    for start, end, radii in pieces:
+        margin = radii.max() + (0 if warp is None else 1.5*np.abs(warp.waves[..., 4]).sum(axis=1).max())
         box = tuple(slice(*np.searchsorted(g, (min(a, b) - margin, max(a, b) + margin))) for g, a, b in zip(grid, start, end, strict=True))
         if any(b.start == b.stop for b in box): continue
         local = [g[b].astype(np.float32) for g, b in zip(grid, box, strict=True)]
@@ -93,8 +93,8 @@ def paint(
         points = [g.reshape([-1 if k == axis else 1 for k in range(3)]) + shift for axis, (g, shift) in enumerate(zip(local, shifts, strict=True))]
         if len(centres) == 1:
             offsets = [p - c for p, c in zip(points, start, strict=True)]
-            inside = sum((sum(o*w for o, w in zip(offsets, row, strict=True))/r)**2 for row, r in zip(np.float32(rotation(part.tilt)), reach, strict=True)) <= 1
-        else: inside = capsule(points, start, end, reach[i:i + 2])
+            inside = sum((sum(o*w for o, w in zip(offsets, row, strict=True))/r)**2 for row, r in zip(np.float32(rotation(part.tilt)), radii, strict=True)) <= 1
+        else: inside = capsule(points, start, end, radii)
         inside = np.broadcast_to(inside, target[box].shape)
         if within is not None: inside = inside & np.isin(target[box], within)
         target[box][inside] = value
@@ -122,8 +122,8 @@ abdomen = [  # painted in this order, later over earlier; mm up, backwards, left
 
 # %% ../nbs/02_phantom.ipynb #fa91362d
 hounsfield = {  # in the order of the codes
-    "air": -1000, "spleen": 122, "right kidney": 176, "left kidney": 176, "gallbladder": 14, "oesophagus": 56, "liver": 106, "stomach": 62, "aorta": 156, "vena cava": 138,
-    "portal vein": 148, "pancreas": 88, "right adrenal": 72, "left adrenal": 72,
+    "air": -1000, "spleen": 122, "right kidney": 176, "left kidney": 176, "gallbladder": 14, "oesophagus": 56, "liver": 106, "stomach": 62,
+    "aorta": 156, "vena cava": 138, "portal vein": 148, "pancreas": 88, "right adrenal": 72, "left adrenal": 72,
     "fat": -100, "muscle": 58, "bone": 280, "marrow": 160, "lung": -820, "bowel": 40, "fluid": 12, "stomach fluid": 22, "stomach gas": -600,
 }
 codes = {name: code for code, name in enumerate(hounsfield)}
@@ -135,12 +135,11 @@ def vary(parts, rng, variation, reference, imbalance=1.0):
     changed, moves = [], {}
     for part in parts:
         move, turn, factor = moves.setdefault(part.name, (rng.normal(0, 5, 3), rng.normal(0, 6, 3), np.exp(rng.normal(0, 0.06))))
-        centres = np.array(part.centres, float)
+        tube = len(part.centres) > 1
         size = factor**variation * (reference.get(part.name, 20)/max(reference.values()))**((imbalance - 1)/3)
-        power = 1 if len(centres) == 1 else 1.5  # a tube keeps its length
-        middle = centres.mean(axis=0)
-        bent = centres + (rng.normal(0, 3, centres.shape)*variation if len(centres) > 1 else 0)
-        changed.append(Part(part.name, (bent - middle + middle + move*variation).tolist(), (np.array(part.radii)*size**power).tolist(), tuple(np.array(part.tilt) + turn*variation)))
+        centres = np.array(part.centres, float) + move*variation + (rng.normal(0, 3, np.shape(part.centres))*variation if tube else 0)
+        radii = np.array(part.radii) * size**(1.5 if tube else 1)  # a tube keeps its length
+        changed.append(Part(part.name, centres, radii, tuple(np.array(part.tilt) + turn*variation)))
     return changed
 
 # %% ../nbs/02_phantom.ipynb #7c93be7f
@@ -155,7 +154,8 @@ def around(rng, variation):
     for side in (-1, 1):
         after.append(Part("muscle", [(-170, 64, side*48), (20, 70, side*34)], [23, 13]))
         after.append(Part("muscle", [(-170, 94, side*38), (170, 94, side*32)], [20, 18]))
-    after += [Part("bone", [(-170, 74, 0), (170, 74, 0)], [23, 20]), Part("marrow", [(-170, 74, 0), (170, 74, 0)], [20, 17]), Part("fluid", [(-170, 99, 0), (170, 99, 0)], [8, 8])]
+    spine = (("bone", 74, [23, 20]), ("marrow", 74, [20, 17]), ("fluid", 99, [8, 8]))
+    after += [Part(name, [(-170, back, 0), (170, back, 0)], radii) for name, back, radii in spine]
     return before, after
 
 def ribs(deep, wide):
@@ -171,7 +171,9 @@ def inside_organs(parts):
         if part.name == "stomach":
             filled.append(Part("stomach fluid", part.centres, [r - 5 for r in part.radii], part.tilt))
             if len(part.centres) > 1: filled.append(Part("stomach gas", [np.add(part.centres[2], (4, -10, 0))], [20, 7, 13]))
-        elif part.name.endswith("kidney"): filled.append(Part("fat", [np.add(part.centres[0], (0, -8, -24 if part.name.startswith("left") else 24))], [20, 9, 15]))
+        elif part.name.endswith("kidney"):
+            inwards = -24 if part.name.startswith("left") else 24
+            filled.append(Part("fat", [np.add(part.centres[0], (0, -8, inwards))], [20, 9, 15]))
     return filled
 
 # %% ../nbs/02_phantom.ipynb #dddade40
@@ -226,9 +228,11 @@ def ct_case(shape, spacing, rng, contrast=1.0, noise=1.0, imbalance=1.0, variati
 mr_field = (100, 360, 360)  # mm: length of the stack, and of a slice's sides
 mr_shares = {"ED": (0.0155, 0.0122, 0.0161), "ES": (0.0088, 0.0139, 0.0095)}  # right ventricle, myocardium, left ventricle
 groups = {  # factors: left ventricle's radius, muscle's thickness, right ventricle's size, left radius at end-systole over end-diastole
-    "NOR": (0.88, 0.95, 0.95, 0.66), "DCM": (1.24, 0.92, 1.0, 0.90), "HCM": (0.86, 1.45, 0.9, 0.62), "MINF": (1.02, 0.95, 0.9, 0.84), "RV": (0.86, 0.90, 1.3, 0.72),
+    "NOR": (0.88, 0.95, 0.95, 0.66), "DCM": (1.24, 0.92, 1.0, 0.90), "HCM": (0.86, 1.45, 0.9, 0.62),
+    "MINF": (1.02, 0.95, 0.9, 0.84), "RV": (0.86, 0.90, 1.3, 0.72),
 }
-signal = {"air": 0.02, "fat": 0.92, "muscle": 0.3, "lung": 0.07, "liver": 0.4, "bone": 0.35, "right ventricle": 0.74, "myocardium": 0.34, "left ventricle": 0.82, "papillary": 0.4, "mediastinum": 0.58}
+signal = {"air": 0.02, "fat": 0.92, "muscle": 0.3, "lung": 0.07, "liver": 0.4, "bone": 0.35, "right ventricle": 0.74, "myocardium": 0.34,
+          "left ventricle": 0.82, "papillary": 0.4, "mediastinum": 0.58}
 mr_codes = {name: code for code, name in enumerate(signal)}
 label_of_mr_code = np.array([{"right ventricle": 1, "myocardium": 2, "left ventricle": 3, "papillary": 3}.get(name, 0) for name in signal], np.uint8)
 profile = np.interp(np.linspace(0, 1, 21), (0, 0.2, 0.4, 0.6, 0.8, 0.92, 1), (0.9, 1, 1, 0.92, 0.74, 0.52, 0.24))  # left ventricle's radius from base to apex
@@ -253,8 +257,17 @@ def random_heart(rng, group, slices, variation=1.0, imbalance=1.0):
     left, wall, right, systole = groups[group]
     size = 0.0438**((imbalance - 1)/2)
     spread = np.exp(variation*rng.normal(0, [0.07, 0.09, 0.09, 0.06]))
-    return Heart(group, np.array([-8, 12]) + variation*rng.normal(0, 8, 2), np.array([-6, 8]) + variation*rng.normal(0, 3, 2), 30*left*spread[0]*size, 8.2*wall*spread[1]*size,
-                 48*right*spread[2]*size, min(systole*spread[3], 0.96), np.stack([variation*rng.normal(0, 0.035, 3), rng.uniform(0, 6.28, 3)], axis=1), variation*rng.normal(0, 1, (slices, 2)))
+    return Heart(
+        group,
+        centre=np.array([-8, 12]) + variation*rng.normal(0, 8, 2),
+        drift=np.array([-6, 8]) + variation*rng.normal(0, 3, 2),
+        radius=30*left*spread[0]*size,
+        wall=8.2*wall*spread[1]*size,
+        right=48*right*spread[2]*size,
+        systole=min(systole*spread[3], 0.96),
+        wobble=np.stack([variation*rng.normal(0, 0.035, 3), rng.uniform(0, 6.28, 3)], axis=1),
+        steps=variation*rng.normal(0, 1, (slices, 2)),
+    )
 
 # %% ../nbs/02_phantom.ipynb #ab871bad
 def heart_slice(code, heart, phase, along, step, grid):
@@ -350,11 +363,12 @@ def make_phantom(
     imbalance=1.0,  # 1 is anatomy; more makes small organs smaller, less makes them larger
     variation=1.0,  # of place, size, shape and grey between cases; 0 makes all alike but for the noise
 ):
-    "Write a synthetic data set, the same bytes for the same arguments; a case does not depend on how many are made. `StudyError` names an argument out of range"
+    "Write a synthetic data set, the same bytes for the same arguments; a case does not depend on how many are made. `StudyError` names a bad argument"
     shape = tuple(shape or {"ct": (24, 128, 128), "mr": (10, 128, 128)}.get(kind, ()))
     if kind not in ("ct", "mr"): raise StudyError(f"phantom kind: '{kind}' is unknown: choose ct or mr")
     if len(shape) != 3 or min(shape) < 4: raise StudyError(f"phantom shape: {shape} is not possible: give slices, rows, columns, each at least 4")
-    for name, value, low, high in (("cases", cases, 1, 999), ("contrast", contrast, 0, 5), ("noise", noise, 0, 20), ("imbalance", imbalance, 0.5, 2), ("variation", variation, 0, 2)):
+    limits = {"cases": (cases, 1, 900), "contrast": (contrast, 0, 5), "noise": (noise, 0, 20), "imbalance": (imbalance, 0.5, 2), "variation": (variation, 0, 2)}
+    for name, (value, low, high) in limits.items():
         if not low <= value <= high: raise StudyError(f"phantom {name}: {value} is out of range: choose from {low} to {high}")
     spacing = tuple(spacing or (field/n for field, n in zip(ct_field if kind == "ct" else mr_field, shape, strict=True)))
     for n in range(cases):
