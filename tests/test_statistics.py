@@ -1,0 +1,98 @@
+"""The statistics on partial and broken studies: whatever part of a study exists is reported, the rest is named."""
+import json
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from levit_study.params import run_folders
+from levit_study.statistics import (
+    CLAIMS, bootstrap_interval, claims_ledger, collect_runs, convergence, holm, optimism, organ_table, paired_tests, table1, to_markdown,
+)
+
+LOSSES, VERDICTS = ["baseline", "focal", "focal_tversky"], {"supported", "contradicted", "inconclusive"}
+
+
+def study(random, datasets=("acdc",), losses=LOSSES, seeds=(0, 1), patients=4, epochs=5):
+    "Return (epochs, cases) of a made-up study"
+    runs = pd.MultiIndex.from_product([datasets, losses, seeds], names=["dataset", "loss", "seed"]).to_frame(index=False)
+    curve = runs.merge(pd.DataFrame({"epoch": range(1, epochs + 1)}), how="cross")
+    for name in ("train_loss", "valid_loss", "train_dice", "valid_dice", "valid_jaccard"): curve[name] = random.random(len(curve))
+    units = pd.MultiIndex.from_product([["valid", "test"], [f"patient{n:03}_frame{f:02}" for n in range(patients) for f in (1, 9)], ["aorta", "liver"]],
+                                       names=["split", "case", "structure"]).to_frame(index=False)
+    cases = runs.merge(units, how="cross").assign(unit="mm")
+    for name in ("dice", "jaccard", "hd95", "sensitivity", "specificity"): cases[name] = random.random(len(cases))
+    cases["voxels"] = cases["predicted_voxels"] = random.integers(0, 3, len(cases))
+    return curve, cases
+
+
+def everything(epochs, cases):
+    "Run all that the report runs; return the ledger"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning in the middle of a report is a case that nobody thought of
+        for function in (organ_table, paired_tests, optimism): to_markdown(function(cases, resamples=50))
+        for function in (convergence, table1): to_markdown(function(epochs))
+        return claims_ledger(epochs, cases, ["acdc"], resamples=50)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.floats(0, 1))
+def test_any_part_of_a_study_is_reported(seed, kept, undefined):
+    random = np.random.default_rng(seed)
+    epochs, cases = (table[random.random(len(table)) < kept].copy() for table in study(random))
+    for table, name in ((epochs, "valid_dice"), (cases, "dice"), (cases, "hd95"), (cases, "sensitivity")):
+        table.loc[random.random(len(table)) < undefined, name] = np.nan
+    ledger = everything(epochs, cases)
+    assert list(ledger.claim) == list(CLAIMS) and set(ledger.verdict) <= VERDICTS
+    assert ledger.evidence.str.len().gt(5).all()
+    decided = ledger[ledger.verdict != "inconclusive"]
+    assert decided.interval.str.contains(r"\[").all()  # no verdict without an interval
+
+
+def test_rows_in_any_order_give_the_same_ledger():
+    epochs, cases = study(np.random.default_rng(0))
+    shuffled = everything(epochs.sample(frac=1, random_state=1), cases.sample(frac=1, random_state=1))
+    pd.testing.assert_frame_equal(shuffled, everything(epochs, cases))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=40))
+def test_interval_holds_its_estimate(values):
+    estimate, low, high, *_ = bootstrap_interval(values, resamples=200)
+    assert low - 1e-9 <= estimate <= high + 1e-9 and estimate == pytest.approx(np.mean(values))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_holm_never_lowers_a_p_value_and_keeps_their_order(values):
+    adjusted = holm(values)
+    assert (adjusted >= np.array(values) - 1e-12).all() and (adjusted <= 1).all()
+    assert (np.diff(adjusted[np.argsort(values)]) >= -1e-12).all()
+
+
+@pytest.mark.parametrize(("file", "content", "said"), [
+    ("epochs.csv", b"", "not a table"),
+    ("epochs.csv", b"epoch,train_loss,valid_loss,valid_dice,valid_jaccard\n", "no rows"),
+    ("cases.csv", b"\xff\xfe\x00\x01" * 50, "not a table"),
+    ("cases.csv", b"split,case\nvalid,a\n", "no column structure"),
+    ("cases.csv", b"split,case,structure,dice,jaccard,hd95,sensitivity,specificity,voxels\nvalid,a,liver,high,1,1,1,1,1\n", "not a number"),
+    ("metrics.json", b"{", "not JSON"),
+    ("metrics.json", b"[1]", "not a mapping"),
+])
+def test_a_broken_file_is_one_line_and_the_rest_is_reported(tmp_path, file, content, said):
+    epochs, cases = study(np.random.default_rng(0))
+    for (loss, seed), run in epochs.groupby(["loss", "seed"]):
+        folder = run_folders("acdc", loss, seed, tmp_path)[0]
+        folder.mkdir(parents=True)
+        run.drop(columns=["dataset", "loss", "seed"]).to_csv(folder / "epochs.csv", index=False)
+        cases[(cases.loss == loss) & (cases.seed == seed)].drop(columns=["dataset", "loss", "seed"]).to_csv(folder / "cases.csv", index=False)
+        (folder / "metrics.json").write_text(json.dumps({"best_dice": .5, "seed": seed, "loss": loss}))
+    broken = run_folders("acdc", "focal", 1, tmp_path)[0] / file
+    broken.write_bytes(content)
+    found = collect_runs(["acdc"], LOSSES, [0, 1], tmp_path)
+    assert len(found.problems) == 1 and str(broken) in found.problems[0] and said in found.problems[0] and "\n" not in found.problems[0]
+    assert set(found.epochs.loss) == set(LOSSES) and set(found.cases.loss) == set(LOSSES)
+    everything(found.epochs, found.cases)
