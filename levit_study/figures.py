@@ -4,22 +4,33 @@
 
 # %% auto #0
 __all__ = ['MM', 'SINGLE', 'DOUBLE', 'STYLE', 'LOOKS', 'PLACES', 'STRUCTURES', 'FURTHER', 'NAMES', 'PROTOCOLS', 'ERRORS',
-           'study_style', 'loss_looks', 'structure_colors', 'About', 'sample_of', 'titled', 'caption_of', 'Picture',
-           'save_figure', 'wrapped', 'row_height', 'bands', 'legend_below', 'loss_handles', 'finished', 'label_rows',
-           'print_right', 'number', 'paper_value', 'interval_of', 'draw_runs', 'spoken', 'metric_panels', 'fig1',
-           'paper_words', 'run_handles', 'draw_curve', 'draw_shared_dice', 'fig2', 'draw_course', 'spoken_course',
-           'fig3', 'window_around', 'error_map', 'slice_dice', 'frame_view', 'show_slice', 'draw_contours', 'scale_bar',
-           'draw_example_row', 'smallest_structure', 'draw_example', 'fig4', 'example_name', 'example_words']
+           'study_style', 'loss_looks', 'structure_colors', 'About', 'about_study', 'sample_of', 'titled', 'caption_of',
+           'Picture', 'save_figure', 'figure_html', 'checked', 'wrapped', 'row_height', 'bands', 'legend_below',
+           'loss_handles', 'pair_handles', 'finished', 'label_rows', 'print_right', 'log_axis', 'power_of_ten',
+           'number', 'paper_value', 'interval_of', 'draw_runs', 'spoken', 'metric_panels', 'fig1', 'paper_words',
+           'run_handles', 'draw_curve', 'draw_shared_dice', 'fig2', 'draw_course', 'spoken_course', 'fig3',
+           'window_around', 'error_map', 'slice_dice', 'frame_view', 'show_slice', 'draw_contours', 'scale_bar',
+           'draw_example_row', 'smallest_structure', 'draw_example', 'fig4', 'example_name', 'example_words', 'offsets',
+           'structure_height', 'draw_marks', 'shade_rows', 'against', 'forest', 'n_words', 'spoken_differences',
+           'draw_pairs', 'mean_pairs', 'convention_shift', 'spoken_pairs', 'split_means', 'draw_optimism',
+           'optimism_shift', 'gap_words', 'spoken_optimism', 'size_column', 'binned', 'draw_dice_against_size',
+           'dice_against_size', 'draw_sizes', 'spoken_sizes', 'middle_half', 'draw_balance', 'draw_equal_dice',
+           'sensitivity_specificity', 'panel_grid', 'label_outside', 'calibration_error', 'pooled_bins', 'reliability',
+           'learning_rate_sensitivity', 'imbalance', 'percent', 'draw_shares', 'fingerprint_panels', 'draw_dots',
+           'draw_spacing', 'draw_intensities', 'draw_slice_counts', 'draw_organ_sizes', 'spoken_fingerprint',
+           'contact_sheet']
 
 # %% ../nbs/10_figures.ipynb #20ea2919
 import io, json, textwrap
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 import matplotlib, numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from .params import StudyError, written_whole
 
 # %% ../nbs/10_figures.ipynb #da1b3d08
@@ -61,7 +72,7 @@ def loss_looks(
 # %% ../nbs/10_figures.ipynb #6149575f
 STRUCTURES = {
     "aorta": "#FF5A5F", "gallbladder": "#D9E021", "left kidney": "#4DA3FF", "right kidney": "#00CFE8", "liver": "#F28E2B", "pancreas": "#E377E3", "spleen": "#18B48C",
-    "stomach": "#B79BFF", "right ventricle": "#00B8E6", "myocardium": "#F28E2B", "left ventricle": "#E377E3"}
+    "stomach": "#B79BFF", "right ventricle": "#00B8E6", "myocardium": "#F28E2B", "left ventricle": "#E377E3", "background": "#AAAAAA"}
 FURTHER = ["#FF9DA7", "#9CCC3C", "#8CD3FF", "#C49C6B", "#59E3B5", "#FFC857", "#C060A0", "#7F9CFF", "#BFBFBF", "#E0A070", "#70C0C0", "#D0D080", "#A0A0FF"]
 
 def structure_colors(
@@ -79,14 +90,14 @@ NAMES = {
 PROTOCOLS = {
     "paper": "paper (best epoch chosen and reported on the validation cases)",
     "held-out": "held-out (best epoch chosen on the validation cases, reported on the test cases)",
-    "last": "last epoch, validation cases"}
+    "last": "last epoch, nothing chosen"}
 
 # %% ../nbs/10_figures.ipynb #d338fde3
 @dataclass(frozen=True)
 class About:
     "What the tables do not say themselves and every caption must"
-    protocol: str = "paper" # a key of PROTOCOLS or free text
-    split: str = "valid" # which cases the values are of
+    protocol: str = "paper" # a key of PROTOCOLS or free text; empty where there is none
+    split: str = "valid" # which cases the values are of; empty for all
     synthetic: tuple = () # names of the data sets that are synthetic; names starting with "phantom" are in any case
     losses: tuple = () # all losses of the study in its order, so that colours agree between figures
     cases: dict = field(default_factory=dict) # data set -> number of cases, for tables that do not list them
@@ -101,6 +112,18 @@ class About:
         return name if not self.is_synthetic(dataset) or "synthetic" in name.lower() else f"{name} (synthetic)"
 
 # %% ../nbs/10_figures.ipynb #987790c8
+def about_study(
+    params, # `Params`: study, datasets with title and synthetic
+    split="valid", # "valid" goes with the paper's protocol, "test" with the held-out one
+    cases=None, # collected cases.csv, to count the cases of the split
+): # -> About
+    "Gather what captions must say from the study's parameters"
+    own, datasets = (cases[cases["split"] == split] if cases is not None else pd.DataFrame(columns=["dataset", "case"])), params.study.datasets
+    return About(
+        protocol={"valid": "paper", "test": "held-out"}.get(split, ""), split=split, synthetic=tuple(d for d in datasets if params.datasets[d].synthetic),
+        losses=tuple(params.study.losses), names={d: params.datasets[d].title for d in datasets}, cases=own.groupby("dataset")["case"].nunique().to_dict())
+
+# %% ../nbs/10_figures.ipynb #237a6a72
 def sample_of(table, dataset, about):
     "Say the size of the sample behind one data set's part of `table`, as in '20 cases, 3 seeds'"
     part = table[table["dataset"] == dataset]
@@ -114,7 +137,7 @@ def titled(title, table, about):
     datasets = list(table["dataset"].unique())
     synthetic = [d for d in datasets if about.is_synthetic(d)]
     if not synthetic: return title
-    return f"{title}, synthetic data" if len(synthetic) == len(datasets) else f"{title} ({', '.join(map(about.name, synthetic))}: synthetic data)"
+    return f"{title}, synthetic data" if len(synthetic) == len(datasets) else f"{title}; synthetic data: {', '.join(map(about.name, synthetic))}"
 
 # %% ../nbs/10_figures.ipynb #76078634
 def caption_of(title, body, table, about):
@@ -122,7 +145,8 @@ def caption_of(title, body, table, about):
     samples = [(about.dataset(d), sample_of(table, d, about)) for d in table["dataset"].unique()]
     data = "; ".join(f"{name}, {sample}" if sample else name for name, sample in samples)
     one_seed = " One seed per loss: no spread over seeds can be shown." if "seed" in table and table.groupby("dataset")["seed"].nunique().max() == 1 else ""
-    return (f"{title}. {body}{one_seed} Data: {data}. Split: {about.name(about.split)}. Protocol: {PROTOCOLS.get(about.protocol, about.protocol)}.")
+    protocol = [f"Split: {about.name(about.split)}."]*bool(about.split) + [f"Protocol: {PROTOCOLS.get(about.protocol, about.protocol)}."]*bool(about.protocol)
+    return " ".join([f"{title}. {body}{one_seed} Data: {data}.", *protocol])
 
 # %% ../nbs/10_figures.ipynb #ae5e62d6
 @dataclass
@@ -160,7 +184,25 @@ def save_figure(
     with written_whole(paths[2]) as partial: partial.write_text(json.dumps(words, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return paths
 
-# %% ../nbs/10_figures.ipynb #237a6a72
+# %% ../nbs/10_figures.ipynb #e4c98283
+def figure_html(
+    picture, # a Picture, or the dict that a figure's JSON holds
+    source, # address of the image file, relative to the page
+): # -> str
+    "Write the HTML element of a figure: image, text alternative and caption"
+    words = picture if isinstance(picture, dict) else vars(picture)
+    return f'<figure><img src="{escape(source)}" alt="{escape(words["alt"])}" loading="lazy"><figcaption>{escape(words["caption"])}</figcaption></figure>'
+
+# %% ../nbs/10_figures.ipynb #29ad266f
+def checked(table, figure, columns, about=None):
+    "Return `table`, or, if it has a column split and `about` is given, its rows of that split; a `StudyError` names what is missing"
+    missing = [column for column in columns if column not in table]
+    if missing: raise StudyError(f"{figure}: the table lacks {', '.join(missing)}; it has {', '.join(map(str, table.columns)) or 'no columns'}. Are all runs complete?")
+    if about and about.split and "split" in table: table = table[table["split"] == about.split]
+    if table.empty: raise StudyError(f"{figure}: the table has no rows{f' of the split {about.split!r}' if about and about.split else ''}; are there results yet?")
+    return table
+
+# %% ../nbs/10_figures.ipynb #d12f71af
 def wrapped(text, width=20):
     "Break `text` into lines of at most `width` characters"
     return "\n".join(textwrap.wrap(str(text), width)) or ""
@@ -176,28 +218,37 @@ def bands(table, heights, about, width=DOUBLE, extra=14):
     parts = dict(zip(datasets, figure.subfigures(len(datasets), 1, height_ratios=heights, squeeze=False)[:, 0], strict=True))
     for dataset, part in parts.items():
         label = ", ".join(filter(None, [about.dataset(dataset), sample_of(table, dataset, about)]))
-        part.suptitle(wrapped(label, int(width*.7)), x=.006, ha="left", fontsize=7.5, fontweight="normal")
+        part.suptitle(wrapped(label, int(width*.62)), x=.006, ha="left", fontsize=7.5, fontweight="normal")
     return figure, parts
 
-# %% ../nbs/10_figures.ipynb #d12f71af
+# %% ../nbs/10_figures.ipynb #d3948da3
 def legend_below(figure, handles):
-    "Put a legend under everything, in as many columns as fit the width"
+    "Put a legend under everything, in as many columns as fit the width; the figure grows by what it needs"
     if not handles: return
-    widest = max(len(handle.get_label()) for handle in handles)
-    columns = int(figure.get_figwidth()/MM//(12 + 1.35*widest))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), max(1, columns)), columnspacing=1.5)
+    for handle in handles: handle.set_label(wrapped(handle.get_label(), 26))
+    lines = [handle.get_label().split("\n") for handle in handles]
+    columns = max(1, int(figure.get_figwidth()/MM//(10 + 1.28*max(len(line) for label in lines for line in label))))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), columns), columnspacing=1.5)
+    rows = -(-len(handles)//columns)
+    figure.set_figheight(figure.get_figheight() + (rows*max(map(len, lines)) - 1)*3.4*MM)
 
 def loss_handles(losses, about, **kwargs):
     "Legend entries of the losses"
     looks = about.looks(losses)
     return [Line2D([], [], label=about.name(loss), **looks[loss] | kwargs) for loss in losses]
 
+def pair_handles(first, second):
+    "Legend of the filled and the hollow marks"
+    return [Line2D([], [], color="#555555", marker="o", ls="none", label=first), Line2D([], [], color="#555555", marker="o", mfc="white", ls="none", label=second)]
+
 def finished(figure, title, body, alt, table, about):
     "Title the figure, settle its layout once for all, and return it with its words"
     title = titled(title, table, about)
-    figure.suptitle(wrapped(title, int(figure.get_figwidth()/MM*.6)), x=.006, ha="left")
-    for _ in range(2): figure.draw_without_rendering()  # the second pass sees the sizes of the first
-    figure.set_layout_engine("none")                     # PNG, SVG and screen then have the same layout
+    printed = wrapped(title, int(figure.get_figwidth()/MM*.5))
+    figure.suptitle(printed, x=.006, ha="left")
+    figure.set_figheight(figure.get_figheight() + 4*MM*printed.count("\n"))
+    figure.draw_without_rendering()   # this is when the layout is made
+    figure.set_layout_engine("none")  # PNG, SVG and screen then share it
     return Picture(figure, title, caption_of(title, body, table, about), f"{title}. {alt}")
 
 # %% ../nbs/10_figures.ipynb #5ab6fbff
@@ -212,13 +263,28 @@ def print_right(ax, texts, **kwargs):
     "Print one text per row at the right edge of `ax`"
     for row, text in enumerate(texts): ax.text(1.02, row, text, transform=ax.get_yaxis_transform(), va="center", fontsize=6.5, **{"color": "#333333"} | kwargs)
 
+def log_axis(ax, low, high):
+    "Make the x axis logarithmic from `low` to `high`, at least a factor of ten; plain numbers unless they would be long"
+    low, high = (low, high) if np.isfinite([low, high]).all() and 0 < low <= high else (.1, 10)
+    middle, half = np.sqrt(low*high), max(np.sqrt(high/low)*1.15, np.sqrt(10))
+    ax.set(xscale="log", xlim=(middle/half, middle*half))
+    ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5) if half < 12 else (1,), numticks=7))
+    ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.12g}" if low > 9e-5 and high < 1e6 else power_of_ten(x))
+
+def power_of_ten(value):
+    "Write a positive number as in 5·10⁻⁶, for the axes of matplotlib"
+    exponent = int(np.floor(np.log10(value) + 1e-9))
+    factor = value/10**exponent
+    return f"$10^{{{exponent}}}$" if abs(factor - 1) < .01 else rf"${factor:.2g}\cdot 10^{{{exponent}}}$"
+
 def number(value, digits=3): return "–" if not np.isfinite(value) else f"{value:.{digits}f}"
 
 # %% ../nbs/10_figures.ipynb #6db62967
 def paper_value(paper, metric, loss):
-    "The paper's figure for a metric and loss, or NaN; `paper` has the columns metric, loss, value, or is None"
-    if paper is None: return np.nan
-    found = paper.loc[(paper["metric"] == metric) & (paper["loss"] == loss), "value"]
+    "The paper's figure for a metric and loss, or NaN; `paper` is data/paper/table1.csv (metric, a column per loss, note) or None"
+    if paper is None or loss not in paper: return np.nan
+    found = paper.loc[paper["metric"] == metric, loss]
     return float(found.iloc[0]) if len(found) else np.nan
 
 def interval_of(intervals, dataset, loss, metric, values):
@@ -235,7 +301,7 @@ def draw_runs(
     metric, # column to draw
     losses, # rows from top to bottom
     about,
-    paper=None, # the paper's values: metric, loss, value
+    paper=None, # the paper's values
     intervals=None, # dataset, loss, metric, low, high; the range of the seeds where absent
     bars=False, # bars from zero instead of marks
 ):
@@ -244,10 +310,10 @@ def draw_runs(
     for row, loss in enumerate(losses):
         values, color = runs.loc[runs["loss"] == loss, metric].dropna(), looks[loss]["color"]
         if bars: ax.barh(row, values.mean() if len(values) else 0, .62, color=color, alpha=.3, lw=0)
-        elif len(values): ax.plot(values.mean(), row, color=color, marker=looks[loss]["marker"], ms=5, zorder=3)
+        elif len(values): ax.plot(values.mean(), row, color=color, marker=looks[loss]["marker"], ms=5.4, mec="white", mew=.6, zorder=4.5)
         low, high = interval_of(intervals, runs["dataset"].iloc[0], loss, metric, values)
         ax.plot([low, high], [row, row], color=color, lw=1.2)
-        ax.plot(values, row + np.linspace(-.16, .16, len(values) + 2)[1:-1], "o", color=color, ms=2.6, mec="white", mew=.4, zorder=4)
+        ax.plot(values, row + np.linspace(-.16, .16, len(values) + 2)[1:-1], "o", color=color, ms=2.6, mec="white", mew=.3, alpha=.7, zorder=4)
         ax.plot(paper_value(paper, metric, loss), row, marker="D", ms=4.6, mfc="none", mec="#222222", mew=.9, zorder=5)
     label_rows(ax, [about.name(loss) for loss in losses])
     print_right(ax, [number(runs.loc[runs["loss"] == loss, metric].mean()) for loss in losses])
@@ -257,7 +323,7 @@ def spoken(runs, metrics, about):
     "Put the means of `metrics` per data set and loss into words"
     means = runs.groupby(["dataset", "loss"], sort=False)[metrics].mean()
     def words(dataset, metric): return ", ".join(f"{about.name(loss)} {number(v)}" for loss, v in means.loc[dataset, metric].items())
-    return " ".join(f"{about.dataset(d)}: " + "; ".join(f"{about.name(m)}: {words(d, m)}" for m in metrics) + "." for d in runs["dataset"].unique())
+    return " ".join(f"{about.dataset(d)}: " + "; ".join(f"{about.name(m).split(' (')[0]}: {words(d, m)}" for m in metrics) + "." for d in runs["dataset"].unique())
 
 def metric_panels(runs, metrics, about, paper, intervals, bars):
     "Draw a panel per metric and a row of panels per data set"
@@ -272,25 +338,29 @@ def metric_panels(runs, metrics, about, paper, intervals, bars):
             ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
     return figure, axes
 
-# %% ../nbs/10_figures.ipynb #d3948da3
+# %% ../nbs/10_figures.ipynb #68b77dca
 @study_style()
 def fig1(
     runs, # dataset, loss, seed, train_loss, valid_loss, valid_dice, valid_jaccard; one row per run
     about=About(), # what the caption must say
-    paper=None, # the paper's values (metric, loss, value), drawn as hollow diamonds
+    paper=None, # the paper's values (data/paper/table1.csv: metric, a column per loss, note), drawn as hollow diamonds
 ): # -> Picture
     "Draw the last epoch's training loss, validation loss, Dice and Jaccard per loss"
-    metrics = ["train_loss", "valid_loss", "valid_dice", "valid_jaccard"]
+    checked(runs, "fig1", "dataset, loss, seed, train_loss, valid_loss, valid_dice, valid_jaccard".split(", "))
+    metrics, about = ["train_loss", "valid_loss", "valid_dice", "valid_jaccard"], replace(about, protocol="last")
     figure, _ = metric_panels(runs, metrics, about, paper, None, bars=True)
     for ax in [ax for part in figure.subfigs for ax in part.axes[2:]]: ax.set_xlim(0, 1)
     legend_below(figure, run_handles(runs, paper, "seed range"))
-    body = ("Bars and numbers: mean over seeds; dots: seeds; line: their range." + paper_words(paper) +
+    body = ("Bars and numbers: mean over seeds; dots: seeds; line: their range." + paper_words(paper, metrics) +
             " Losses of different kinds are on different scales and not comparable between rows; Dice and Jaccard are.")
     return finished(figure, "Last epoch: losses, Dice and Jaccard", body, "Horizontal bars, one per loss. " + spoken(runs, metrics, about), runs, about)
 
-def paper_words(paper):
-    "What the hollow marks are"
-    return "" if paper is None else " Hollow diamonds: the paper's Table 1, whose data set is not stated (its text speaks of abdominal CT)."
+def paper_words(paper, metrics):
+    "What the hollow marks are, with the notes of the paper's table, if it has any, on the metrics drawn"
+    if paper is None: return ""
+    rows = paper[paper["metric"].isin(metrics) & paper["note"].notna()] if "note" in paper else paper.head(0)
+    notes = "; ".join(f"{NAMES[row.metric].split(' (')[0].lower()}: {row.note}" for row in rows.itertuples())
+    return " Hollow diamonds: the paper's Table 1, whose data set is not stated (its text speaks of abdominal CT)." + (f" Notes on it: {notes}." if notes else "")
 
 def run_handles(runs, paper, line):
     "Legend of seeds, interval and the paper's marks, in grey because the rows carry the losses' colours"
@@ -318,14 +388,15 @@ def draw_shared_dice(ax, epochs, losses, about):
         if len(mean): ax.plot(mean.idxmax(), mean.max(), marker=marker, color=look["color"], mec="white", mew=.5, ms=5.5, zorder=4)
     ax.set(title="all losses", ylabel=about.name("valid_dice"))
 
-# %% ../nbs/10_figures.ipynb #68b77dca
+# %% ../nbs/10_figures.ipynb #063bed05
 @study_style()
 def fig2(
     epochs, # dataset, loss, seed, epoch, train_loss, valid_loss, valid_dice; one row per run and epoch
     about=About(), # what the caption must say
 ): # -> Picture
     "Draw training and validation loss over the epochs, an axis per loss, and the validation Dice on a shared axis"
-    losses = list(epochs["loss"].unique())
+    checked(epochs, "fig2", "dataset, loss, seed, epoch, train_loss, valid_loss, valid_dice".split(", "))
+    losses, about = list(epochs["loss"].unique()), replace(about, protocol="")
     columns = min(4, len(losses) + 1)
     rows = -(-(len(losses) + 1)//columns)
     figure, parts = bands(epochs, [rows*40 + 8]*epochs["dataset"].nunique(), about, extra=18)
@@ -362,15 +433,16 @@ def spoken_course(epochs, about):
 def fig3(
     runs, # dataset, loss, seed, best_dice, best_jaccard; one row per run
     about=About(), # what the caption must say
-    paper=None, # the paper's values (metric, loss, value), drawn as hollow diamonds
+    paper=None, # the paper's values (data/paper/table1.csv: metric, a column per loss, note), drawn as hollow diamonds
     intervals=None, # dataset, loss, metric, low, high, as the statistics give them; the range of the seeds where absent
     interval_name="95 % interval", # what `intervals` are
 ): # -> Picture
     "Draw the best Dice and the best Jaccard per loss with seeds and intervals"
+    checked(runs, "fig3", "dataset, loss, seed, best_dice, best_jaccard".split(", "))
     metrics, line = ["best_dice", "best_jaccard"], "seed range" if intervals is None else interval_name
     figure, _ = metric_panels(runs, metrics, about, paper, intervals, bars=False)
     legend_below(figure, run_handles(runs, paper, line))
-    body = f"Large marks and numbers: mean over seeds; small dots: seeds; lines: {line}." + paper_words(paper) + " The axes do not start at zero."
+    body = f"Large marks and numbers: mean over seeds; small dots: seeds; lines: {line}." + paper_words(paper, metrics) + " The axes do not start at zero."
     return finished(figure, "Best epoch: Dice and Jaccard", body, "Dot plot, one row per loss. " + spoken(runs, metrics, about), runs, about)
 
 # %% ../nbs/10_figures.ipynb #48eadbc5
@@ -430,8 +502,9 @@ def scale_bar(ax, view, spacing):
     width = (view[1] - view[0])*(spacing[1] if spacing else 1)
     length = max(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500) if n <= max(1, width/3))
     x, y = view[0] + .05*(view[1] - view[0]), view[2] - .07*(view[2] - view[3])
-    ax.plot([x, x + length/(spacing[1] if spacing else 1)], [y, y], color="white", lw=1.6, solid_capstyle="butt")
-    ax.text(x, y - .04*(view[2] - view[3]), f"{length} {'mm' if spacing else 'voxels'}", color="white", fontsize=6, va="bottom")
+    outline = [withStroke(linewidth=1.6, foreground="black")]  # read on black and on white
+    ax.plot([x, x + length/(spacing[1] if spacing else 1)], [y, y], color="white", lw=1.4, solid_capstyle="butt", path_effects=[withStroke(linewidth=2.6, foreground="black")])
+    ax.text(x, y - .04*(view[2] - view[3]), f"{length} {'mm' if spacing else 'voxels'}", color="white", fontsize=6, va="bottom", path_effects=outline)
 
 # %% ../nbs/10_figures.ipynb #bae942ce
 def draw_example_row(axes, example, losses, kind, view, about):
@@ -471,15 +544,17 @@ def draw_example(part, example, losses, columns, about):
     titles = ["image", "reference", *[f"{wrapped(about.name(loss), 120//columns)}\nslice Dice {score}" for loss, score in zip(losses, scores, strict=True)]]
     for ax, title in zip(axes[0], titles, strict=True): ax.set_title(title)
     for ax, text in zip(axes[:, 0], ("segmentation", "errors", f"zoom: {small}" if small else "zoom"), strict=True): ax.set_ylabel(wrapped(text, 84//columns), fontsize=6.5)
-    axes[1, 1].legend(handles=[Patch(color=color, label=kind) for kind, color in ERRORS.items()], loc="center right", borderaxespad=0, handlelength=1.2)
+    legend = axes[1, 1].legend(handles=[Patch(color=color, label=kind) for kind, color in ERRORS.items()], loc="center right", borderaxespad=0, handlelength=1.2)
+    legend.set_in_layout(False)  # it may reach into the empty panel beside it
 
-# %% ../nbs/10_figures.ipynb #063bed05
+# %% ../nbs/10_figures.ipynb #312dfe70
 @study_style()
 def fig4(
     examples, # list of dicts: dataset, case, slice, role ('typical', 'best', 'worst'), image, reference, predictions {loss: labels}, structures {name: value}, spacing (row, column) mm or None
     about=About(), # what the caption must say
 ): # -> Picture
     "Show slices with reference, each loss's segmentation, its errors and a zoom on the smallest structure"
+    if not examples: raise StudyError("fig4: there are no cases to show; are there results yet?")
     losses = list(examples[0]["predictions"])
     groups = [list(g) for g in np.array_split(np.array(losses, dtype=object), -(-len(losses)//4))]
     columns = 2 + max(map(len, groups))
@@ -508,3 +583,504 @@ def example_words(examples, losses, about):
             "in the slice. Scale bars " + ("in mm." if all(e.get("spacing") for e in examples) else "in mm, or in voxels where the spacing is unknown."))
     def scores(e): return ", ".join(f"{about.name(k)} {number(slice_dice(e['reference'], e['predictions'][k], e['structures']), 2)}" for k in losses)
     return body, "Image panels. Slice Dice: " + "; ".join(f"{example_name(e, about)}: {scores(e)}" for e in examples) + "."
+
+# %% ../nbs/10_figures.ipynb #f9731844
+def offsets(count): return np.linspace(-.38, .38, count + 2)[1:-1]
+
+def structure_height(structures, losses): return max(row_height([wrapped(s) for s in structures]), 2.1*len(losses) + 1.6)
+
+def draw_marks(
+    ax, # where to draw
+    table, # structure, loss, value and, if there are intervals, low and high
+    structures, # rows from top to bottom
+    losses,
+    about,
+    filled=None, # boolean column: filled marks where true, hollow ones elsewhere; all filled if None
+):
+    "Draw a mark and an interval per structure and loss"
+    looks = about.looks(losses)
+    for loss, offset in zip(losses, offsets(len(losses)), strict=True):
+        part, rows = table[table["loss"] == loss].set_index("structure").reindex(structures), np.arange(len(structures)) + offset
+        look = {k: looks[loss][k] for k in ("color", "marker")}
+        if "low" in part: ax.hlines(rows, part["low"], part["high"], color=look["color"], lw=1.1)
+        solid = np.ones(len(part), bool) if filled is None else part[filled].eq(True).to_numpy()
+        ax.plot(part["value"].where(solid), rows, ls="none", ms=3.6, zorder=3, **look)
+        ax.plot(part["value"].where(~solid), rows, ls="none", ms=3.6, mfc="white", zorder=3, **look)
+    shade_rows(ax, structures)
+
+def shade_rows(ax, names):
+    "Name the rows and shade every second one, to lead the eye"
+    label_rows(ax, names)
+    for row in range(0, len(names), 2): ax.axhspan(row - .5, row + .5, color="#F6F6F6", lw=0, zorder=0)
+
+# %% ../nbs/10_figures.ipynb #01990af4
+def against(
+    tests, # columns first, second and difference (first minus second), low, high among others
+    baseline,
+): # -> the rows with `baseline`, as loss minus baseline, in the columns loss, value, low, high
+    "Bring the comparisons with one loss to one sign"
+    ahead, behind = tests[tests["second"] == baseline], tests[tests["first"] == baseline]
+    flipped = behind.assign(value=-behind["difference"], low=-behind["high"], high=-behind["low"], loss=behind["second"])
+    return pd.concat([ahead.assign(value=ahead["difference"], loss=ahead["first"]), flipped]).sort_index()
+
+# %% ../nbs/10_figures.ipynb #09145f43
+@study_style()
+def forest(
+    tests, # dataset, split, structure, first, second, difference, low, high, patients, as paired_tests gives them
+    about=About(), # what the caption must say
+    baseline="baseline", # the loss that the others are compared with
+    metric="Dice", # name of what is compared, with its unit if it has one
+    interval_name="95 % interval",
+): # -> Picture
+    "Draw per-structure paired differences against the baseline with their intervals"
+    tests = checked(tests, "forest", "dataset, structure, first, second, difference, low, high, patients".split(", "), about)
+    table = checked(against(tests, baseline).assign(clear=lambda d: (d["low"] > 0) | (d["high"] < 0)), f"forest against {baseline}", [])
+    losses, structures = list(table["loss"].unique()), {d: list(part["structure"].unique()) for d, part in table.groupby("dataset", sort=False)}
+    figure, parts = bands(table, [len(s)*structure_height(s, losses) + 16 for s in structures.values()], about, width=130)
+    for dataset, part in parts.items():
+        ax, rows = part.subplots(), table[table["dataset"] == dataset]
+        ax.axvline(0, color="#222222", lw=.8)
+        draw_marks(ax, rows, structures[dataset], losses, about, filled="clear")
+        print_right(ax, [n_words(rows.loc[rows["structure"] == s, "patients"]) for s in structures[dataset]])
+        ax.set_xlabel(f"Difference in {metric} against {about.name(baseline)} (right of 0: larger)")
+    legend_below(figure, [*loss_handles(losses, about, ls="none"), *pair_handles("interval excludes 0", "interval includes 0")])
+    body = (f"Marks: mean paired difference; at the right: number of patients; lines: {interval_name}, each by itself, not corrected for the number of comparisons; "
+            "filled: the interval excludes 0.")
+    return finished(figure, f"{metric}: paired differences against {about.name(baseline)}", body, "Forest plot. " + spoken_differences(table, about), table, about)
+
+def n_words(counts):
+    "Say a number, or its range where the losses differ"
+    low, high = counts.min(), counts.max()
+    return "" if not len(counts.dropna()) else f"n = {low:.0f}" if low == high else f"n = {low:.0f} to {high:.0f}"
+
+def spoken_differences(table, about):
+    "Say how many differences are clear and put the six largest into words"
+    clear = table[table["clear"]].sort_values("value", key=abs, ascending=False, kind="stable")
+    said = [f"{about.dataset(r.dataset)}, {r.structure}, {about.name(r.loss)}: {r.value:+.3f} ({r.low:+.3f} to {r.high:+.3f})" for r in clear.head(6).itertuples()]
+    return f"{len(clear)} of {len(table)} intervals exclude zero" + ("; the largest: " + "; ".join(said) if said else "") + "."
+
+# %% ../nbs/10_figures.ipynb #a50a7aee
+def draw_pairs(
+    ax, # where to draw
+    pairs, # columns structure, loss, first, second
+    rows, # structures from top to bottom
+    losses,
+    about,
+):
+    "Draw `first` filled and `second` hollow, joined by a line, per structure and loss"
+    for loss, color in ((loss, look["color"]) for loss, look in about.looks(losses).items() if loss in losses):
+        part, place = pairs[pairs["loss"] == loss].set_index("structure").reindex(rows), np.arange(len(rows)) + offsets(len(losses))[losses.index(loss)]
+        ax.hlines(place, part["first"], part["second"], color=color, lw=.9)
+        for column, face in (("second", "white"), ("first", color)):
+            ax.plot(part[column], place, ls="none", ms=3.6, color=color, mfc=face, marker=about.looks(losses)[loss]["marker"], zorder=3)
+    shade_rows(ax, rows)
+
+def mean_pairs(cases, first, second):
+    "Mean of two columns per structure and loss over cases and seeds, undefined values left out, and the mean over the structures as a last row"
+    means = cases.groupby(["loss", "structure"], sort=False)[[first, second]].mean().set_axis(["first", "second"], axis=1)
+    overall = means.groupby("loss", sort=False).mean().assign(structure="mean over structures").set_index("structure", append=True)
+    return pd.concat([means, overall]).reset_index()
+
+# %% ../nbs/10_figures.ipynb #e2423ad1
+@study_style()
+def convention_shift(
+    cases, # dataset, loss, seed, case, structure, dice, hd95, transunet_dice, transunet_hd95, unit
+    about=About(), # what the caption must say
+): # -> Picture
+    "Draw mean Dice and HD95 per structure by this study's convention and by that of published tables"
+    cases = checked(cases, "convention_shift", "dataset, loss, case, structure, dice, hd95, transunet_dice, transunet_hd95, unit".split(", "), about)
+    losses, structures = list(cases["loss"].unique()), {d: [*part["structure"].unique(), "mean over structures"] for d, part in cases.groupby("dataset", sort=False)}
+    figure, parts = bands(cases, [len(s)*structure_height(s, losses) + 16 for s in structures.values()], about)
+    for dataset, part in parts.items():
+        own, axes = cases[cases["dataset"] == dataset], part.subplots(1, 2, sharey=True)
+        draw_pairs(axes[0], mean_pairs(own, "dice", "transunet_dice"), structures[dataset], losses, about)
+        draw_pairs(axes[1], mean_pairs(own, "hd95", "transunet_hd95"), structures[dataset], losses, about)
+        axes[0].set_xlabel("Mean Dice (0 to 1)")
+        axes[1].set_xlabel(f"Mean HD95 (filled: {' or '.join(own['unit'].dropna().unique())}; hollow: voxel)")
+    legend_below(figure, [*loss_handles(losses, about, ls="none"), *pair_handles("this study", "published tables")])
+    body = ("Filled marks: this study's convention (an empty structure on one side: Dice 0, HD95 undefined and left out; distances in the stated unit); hollow: that of published tables "
+            "(a structure predicted but absent: Dice 1, HD95 0; missed or absent in both: 0 and 0; spacing ignored). Means over cases and seeds.")
+    return finished(figure, "What the metric convention alone changes", body, "Paired dots. " + spoken_pairs(cases, "dice", "transunet_dice", about), cases, about)
+
+def spoken_pairs(cases, first, second, about):
+    "Put the means over structures of both columns into words"
+    def words(own):
+        pairs = mean_pairs(own, first, second).query("structure == 'mean over structures'")
+        return ", ".join(f"{about.name(r.loss)} {number(r.first)} and {number(r.second)}" for r in pairs.itertuples())
+    return "Mean Dice over structures, this study's and the published tables': " + "; ".join(f"{about.dataset(d)}: {words(own)}" for d, own in cases.groupby("dataset", sort=False)) + "."
+
+# %% ../nbs/10_figures.ipynb #52dcf51e
+def split_means(cases, metric):
+    "Mean over structures of the mean over cases per loss, seed and split: columns loss, seed, valid, test"
+    means = cases.groupby(["loss", "seed", "split", "structure"], sort=False)[metric].mean().groupby(["loss", "seed", "split"], sort=False).mean()
+    return means.unstack().reindex(columns=["valid", "test"]).reset_index()
+
+def draw_optimism(ax, means, losses, about):
+    "Draw a row per loss: validation filled, test hollow, large marks for the mean over seeds"
+    looks, overall = about.looks(losses), means.groupby("loss")[["valid", "test"]].mean().reindex(losses)
+    for row, loss in enumerate(losses):
+        look = {k: looks[loss][k] for k in ("color", "marker")}
+        ax.hlines(row, *overall.loc[loss], color=look["color"], lw=1)
+        for split, face in (("valid", look["color"]), ("test", "white")):
+            values = means.loc[means["loss"] == loss, split].dropna()
+            ax.plot(values, np.full(len(values), row + .28), "o", ms=2.2, mew=.5, color=look["color"], mfc=face)
+            ax.plot(overall.loc[loss, split], row, ms=5, mfc=face, zorder=3, **look)
+    label_rows(ax, [about.name(loss) for loss in losses])
+
+# %% ../nbs/10_figures.ipynb #f6fe696a
+@study_style()
+def optimism_shift(
+    cases, # dataset, loss, seed, split (valid and test), case, structure, dice and, if there is one, jaccard
+    about=About(), # what the caption must say
+    gaps=None, # dataset, loss, low, high, as levit_study.statistics.optimism gives them: intervals of the difference in Dice, printed
+): # -> Picture
+    "Draw the mean of the validation cases that chose the epoch and that of the held-out test cases per loss"
+    cases, about = checked(cases, "optimism_shift", "dataset, loss, seed, split, structure, dice".split(", ")), replace(about, split="", protocol="paper (filled) and held-out (hollow)")
+    metrics, losses = [m for m in ("dice", "jaccard") if m in cases], list(cases["loss"].unique())
+    height = len(losses)*row_height([wrapped(about.name(loss)) for loss in losses]) + 17
+    figure, parts = bands(cases, [height]*cases["dataset"].nunique(), about, width=DOUBLE if len(metrics) == 2 else 130)
+    for dataset, part in parts.items():
+        for ax, metric in zip(part.subplots(1, len(metrics), sharey=True, squeeze=False)[0], metrics, strict=True):
+            means = split_means(cases[cases["dataset"] == dataset], metric)
+            draw_optimism(ax, means, losses, about)
+            print_right(ax, [gap_words(means, loss, dataset, gaps if metric == "dice" else None) for loss in losses])
+            ax.set_xlabel(f"Mean {metric.capitalize()} (0 to 1)")
+    legend_below(figure, pair_handles("validation cases (paper)", "test cases (held-out)"))
+    body = ("Filled: best epoch on the validation cases, reported on them; hollow: the same weights on cases that did not choose the epoch; large marks: mean over seeds, small dots: seeds. "
+            f"Numbers: paper minus held-out{'' if gaps is None else ' with its interval'}. The two sets of cases differ, so part of the gap is chance.")
+    return finished(figure, "Optimism of choosing and reporting on the same cases", body, "Paired dots. " + spoken_optimism(cases, about), cases, about)
+
+def gap_words(means, loss, dataset, gaps):
+    "Print the mean gap of a loss with its interval, if there is one"
+    own = means[means["loss"] == loss]
+    gap = (own["valid"] - own["test"]).mean()
+    row = gaps[(gaps["dataset"] == dataset) & (gaps["loss"] == loss)].dropna(subset=["low", "high"]) if gaps is not None else []
+    return ("–" if not np.isfinite(gap) else f"{gap:+.3f}") + (f"\n[{row['low'].iloc[0]:+.3f}, {row['high'].iloc[0]:+.3f}]" if len(row) else "")
+
+def spoken_optimism(cases, about):
+    "Put the gap in Dice per data set and loss into words"
+    gaps = [(d, loss, (m["valid"] - m["test"]).mean()) for d, own in cases.groupby("dataset", sort=False) for loss, m in split_means(own, "dice").groupby("loss", sort=False)]
+    return "Paper minus held-out Dice: " + "; ".join(f"{about.dataset(d)}, {about.name(loss)}: {number(gap)}" for d, loss, gap in gaps) + "."
+
+# %% ../nbs/10_figures.ipynb #5e990abb
+def size_column(cases):
+    "The size to draw and its label: millilitres where every row has them, else voxels"
+    known = cases["volume_ml"].notna().all() if "volume_ml" in cases else False
+    return ("volume_ml", "Reference volume (ml, log)") if known else ("voxels", "Reference size (voxels, log)")
+
+def binned(table, size, bins):
+    "Median and quartiles of `dice` in `bins` bins of `size` that hold equally many rows: columns size, median, low, high"
+    groups = table.groupby(pd.qcut(table[size].rank(method="first"), bins, labels=False))
+    return pd.DataFrame({"size": groups[size].median(), "median": groups["dice"].median(), "low": groups["dice"].quantile(.25), "high": groups["dice"].quantile(.75)})
+
+def draw_dice_against_size(ax, cases, size, losses, about):
+    "Draw points, binned medians and the middle half of every loss; marks of different losses are moved apart by 4 %"
+    looks = about.looks(losses)
+    for k, loss in enumerate(losses):
+        part, look = cases[cases["loss"] == loss], looks[loss]
+        ax.plot(part[size], part["dice"], "o", ms=1.7, mec="none", alpha=.4, color=look["color"])
+        if not len(part): continue
+        line = binned(part, size, int(np.clip(len(part)//10, 1, 8)))
+        place = line["size"]*1.04**(k - (len(losses) - 1)/2)
+        ax.vlines(place, line["low"], line["high"], color=look["color"], lw=.9)
+        ax.plot(place, line["median"], ms=3.6, lw=1, mec="white", mew=.4, **look)
+    log_axis(ax, cases[size].min(), cases[size].max())
+    ax.set(ylim=(max(-.03, cases["dice"].min() - .05), 1.03), ylabel="Dice (0 to 1)")
+
+# %% ../nbs/10_figures.ipynb #fa53eb8d
+@study_style()
+def dice_against_size(
+    cases, # dataset, loss, seed, case, structure, dice, voxels, volume_ml
+    about=About(), # what the caption must say
+): # -> Picture
+    "Draw Dice against organ size per loss, on a logarithmic axis, over the range of sizes of each structure"
+    cases = checked(cases, "dice_against_size", "dataset, loss, case, structure, dice, voxels".split(", "), about)
+    keys = ["dataset", "loss", "case", "structure"]
+    means = cases.groupby(keys, sort=False)[[c for c in ("dice", "voxels", "volume_ml") if c in cases]].mean().reset_index()
+    means = means[(means["voxels"] > 0) & means["dice"].notna()]
+    checked(means, "dice_against_size", [])
+    losses, structures = list(means["loss"].unique()), {d: list(part["structure"].unique()) for d, part in means.groupby("dataset", sort=False)}
+    lower = {d: len(s)*row_height([wrapped(x) for x in s]) for d, s in structures.items()}
+    figure, parts = bands(means, [68 + h for h in lower.values()], about, width=130)
+    size, label = size_column(means)
+    for dataset, part in parts.items():
+        above, below = part.subplots(2, 1, sharex=True, height_ratios=[48, lower[dataset]])
+        own = means[means["dataset"] == dataset]
+        draw_dice_against_size(above, own, size, losses, about)
+        draw_sizes(below, own[own["loss"] == losses[0]], size, structures[dataset])
+        below.set_xlabel(label)
+    legend_below(figure, loss_handles(losses, about))
+    body = ("Points: one structure of one case, mean over seeds; marks: medians of bins with equally many points; vertical lines: their middle half. Below: median size per structure and "
+            "the range of the middle 90 %. Structures absent from the reference have no size and are left out.")
+    return finished(figure, "Dice against the size of the structure", body, "Scatter plot. " + spoken_sizes(means, size, about), cases, about)
+
+def draw_sizes(ax, table, size, structures):
+    "Draw the median size and the middle 90 % of each structure"
+    quantiles = table.groupby("structure")[size].quantile([.05, .5, .95]).unstack().reindex(structures)
+    ax.hlines(range(len(structures)), quantiles[.05], quantiles[.95], color="#777777", lw=1.6)
+    ax.plot(quantiles[.5], range(len(structures)), "o", color="#333333", ms=3)
+    shade_rows(ax, structures)
+
+def spoken_sizes(means, size, about):
+    "Put the median Dice of the smaller and the larger half into words"
+    small = means[size] <= means.groupby("dataset")[size].transform("median")
+    halves = means.assign(half=np.where(small, "small", "large")).groupby(["dataset", "loss", "half"], sort=False)["dice"].median().unstack().reindex(columns=["small", "large"])
+    return "Median Dice of the smaller and the larger half: " + "; ".join(f"{about.dataset(d)}, {about.name(k)}: {number(r.small)} and {number(r.large)}" for (d, k), r in halves.iterrows()) + "."
+
+# %% ../nbs/10_figures.ipynb #1f0f18bc
+def middle_half(cases, columns):
+    "Quartiles of `columns` over cases (seeds averaged first) per structure and loss: a frame with columns (name, quantile)"
+    per_case = cases.groupby(["loss", "structure", "case"], sort=False)[columns].mean()
+    return per_case.groupby(["loss", "structure"], sort=False).quantile([.25, .5, .75]).unstack()
+
+def draw_balance(ax, quartiles, x, structure, losses, about):
+    "Draw each loss's median of sensitivity against `x` for one structure, with crosses for the middle half"
+    looks = about.looks(losses)
+    for loss in losses:
+        if (loss, structure) not in quartiles.index: continue
+        row, look = quartiles.loc[(loss, structure)], {k: looks[loss][k] for k in ("color", "marker")}
+        ax.hlines(row["sensitivity", .5], row[x, .25], row[x, .75], color=look["color"], lw=.9)
+        ax.vlines(row[x, .5], row["sensitivity", .25], row["sensitivity", .75], color=look["color"], lw=.9)
+        ax.plot(row[x, .5], row["sensitivity", .5], mec="white", mew=.5, ms=4.6, zorder=3, **look)
+    ax.set_title(wrapped(structure, 26))
+
+def draw_equal_dice(ax):
+    "Draw the curves on which sensitivity and precision give the same Dice"
+    precision = np.linspace(.01, 1, 200)
+    for dice in (.5, .6, .7, .8, .9):
+        sensitivity = dice*precision/(2*precision - dice + 1e-9)
+        shown = (sensitivity > 0) & (sensitivity <= 1)
+        ax.plot(precision[shown], sensitivity[shown], color="#CCCCCC", lw=.6, zorder=1)
+
+# %% ../nbs/10_figures.ipynb #410bba2c
+@study_style()
+def sensitivity_specificity(
+    cases, # dataset, loss, seed, case, structure, sensitivity, specificity, precision
+    about=About(), # what the caption must say
+    against="specificity", # or "precision", with curves of equal Dice
+): # -> Picture
+    "Draw sensitivity against 1 - specificity (logarithmic) or against precision, a panel per structure, a mark per loss"
+    cases = checked(cases, "sensitivity_specificity", "dataset, loss, case, structure, sensitivity, specificity, precision".split(", "), about)
+    if against not in ("specificity", "precision"): raise StudyError(f"sensitivity_specificity: against is {against!r}; it can be 'specificity' or 'precision'")
+    cases = cases.assign(false_alarm=(1 - cases["specificity"]).clip(lower=1e-7)) if against == "specificity" else cases
+    x, label = ("false_alarm", "1 − specificity (share, log)") if against == "specificity" else ("precision", "Precision (0 to 1)")
+    losses, structures = list(cases["loss"].unique()), {d: list(part["structure"].unique()) for d, part in cases.groupby("dataset", sort=False)}
+    figure, parts = bands(cases, [-(-len(s)//4)*40 + 14 for s in structures.values()], about)
+    for dataset, part in parts.items():
+        quartiles = middle_half(cases[cases["dataset"] == dataset], ["sensitivity", x])
+        for ax, structure in panel_grid(part, structures[dataset], 4):
+            if against == "precision": draw_equal_dice(ax)
+            draw_balance(ax, quartiles, x, structure, losses, about)
+        if against == "specificity": log_axis(ax, quartiles[x].min(axis=None), quartiles[x].max(axis=None))
+        label_outside(part, label, "Sensitivity (0 to 1)")
+    legend_below(figure, [*loss_handles(losses, about, ls="none"), *[Line2D([], [], color="#BBBBBB", lw=.8, label="equal Dice, 0.5 to 0.9")]*(against == "precision")])
+    body = "Marks: median over cases (seeds averaged first); crosses: middle half." + (" Shares under one in ten million are drawn there." if against == "specificity" else "")
+    return finished(figure, f"Sensitivity against {against} per structure", body, "Scatter plots. " + spoken(cases, ["sensitivity", against], about), cases, about)
+
+def panel_grid(part, names, columns):
+    "Yield (axes, name) for a grid of panels with common axes, `columns` wide"
+    rows, columns = -(-len(names)//columns), min(columns, len(names))
+    axes = part.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for ax in axes[len(names):]: ax.set_axis_off()
+    for ax in axes[max(0, len(names) - columns):len(names)]: ax.tick_params(labelbottom=True)  # the lowest of each column
+    yield from zip(axes, names, strict=False)
+
+def label_outside(part, x, y):
+    "Label the axes of a grid of panels once each"
+    part.supxlabel(x, fontsize=7)
+    part.supylabel(y, fontsize=7)
+
+# %% ../nbs/10_figures.ipynb #43f78c22
+def calibration_error(bins):
+    "Expected calibration error of a table with the columns confidence, accuracy, pixels"
+    filled = bins[bins["pixels"] > 0]
+    return float((filled["pixels"]*(filled["accuracy"] - filled["confidence"]).abs()).sum()/filled["pixels"].sum()) if len(filled) else np.nan
+
+def pooled_bins(bins):
+    "Join the seeds' bins of one loss, weighted by their numbers of pixels"
+    filled = bins[bins["pixels"] > 0]
+    sums = filled.assign(confidence=filled["confidence"]*filled["pixels"], accuracy=filled["accuracy"]*filled["pixels"]).groupby("bin")[["confidence", "accuracy", "pixels"]].sum()
+    return sums.assign(confidence=sums["confidence"]/sums["pixels"], accuracy=sums["accuracy"]/sums["pixels"], share=sums["pixels"]/sums["pixels"].sum())
+
+# %% ../nbs/10_figures.ipynb #3070baea
+@study_style()
+def reliability(
+    bins, # dataset, loss, seed, bin (number), confidence (mean in the bin), accuracy (share that is right), pixels
+    about=About(), # what the caption must say
+): # -> Picture
+    "Draw accuracy against confidence per loss with the share of pixels in each bin and the expected calibration error"
+    bins = checked(bins, "reliability", "dataset, loss, seed, bin, confidence, accuracy, pixels".split(", "), about)
+    losses, looks = list(bins["loss"].unique()), about.looks(bins["loss"].unique())
+    figure, parts = bands(bins, [-(-len(losses)//4)*46 + 14]*bins["dataset"].nunique(), about)
+    errors = bins.groupby(["dataset", "loss", "seed"], sort=False)[["confidence", "accuracy", "pixels"]].apply(calibration_error).groupby(["dataset", "loss"], sort=False).mean()
+    for dataset, part in parts.items():
+        for ax, loss in panel_grid(part, losses, 4):
+            pooled, look = pooled_bins(bins[(bins["dataset"] == dataset) & (bins["loss"] == loss)]), looks[loss]
+            ax.plot([0, 1], [0, 1], color="#999999", lw=.7, ls=(0, (4, 3)))
+            ax.bar(pooled["confidence"], pooled["share"], width=.05, color="#CFCFCF")
+            ax.plot(pooled["confidence"], pooled["accuracy"], ms=3.6, **look)
+            ax.set(title=f"{wrapped(about.name(loss), 26)}\nECE {number(errors.get((dataset, loss), np.nan))}", xlim=(0, 1), ylim=(0, 1), aspect=1)
+        label_outside(part, "Confidence (predicted probability, 0 to 1)", "Accuracy; share of pixels (0 to 1)")
+    legend_below(figure, [*loss_handles(losses, about), Line2D([], [], color="#999999", lw=.7, ls=(0, (4, 3)), label="perfect calibration"), Patch(color="#CFCFCF", label="share of pixels")])
+    body = ("Pixels where prediction or reference is foreground. Lines: their accuracy in each bin of confidence, seeds pooled; grey bars: share of the pixels in the bin; ECE: expected calibration error, mean over seeds. "
+            "Below the diagonal a model is too sure of itself.")
+    said = "; ".join(f"{about.dataset(d)}, {about.name(loss)}: {number(e)}" for (d, loss), e in errors.items())
+    return finished(figure, "Calibration of the predicted probabilities", body, f"Reliability diagrams. Expected calibration error: {said}.", bins, about)
+
+# %% ../nbs/10_figures.ipynb #a6c0b735
+@study_style()
+def learning_rate_sensitivity(
+    runs, # dataset, loss, seed, learning_rate, best_dice; one row per run
+    about=About(), # what the caption must say
+): # -> Picture
+    "Draw the best validation Dice against the learning rate per loss"
+    checked(runs, "learning_rate_sensitivity", "dataset, loss, seed, learning_rate, best_dice".split(", "))
+    losses = list(runs["loss"].unique())
+    figure, parts = bands(runs, [60]*runs["dataset"].nunique(), about, width=110)
+    for dataset, part in parts.items():
+        ax = part.subplots()
+        for loss in losses:
+            own, look = runs[(runs["dataset"] == dataset) & (runs["loss"] == loss)], about.looks(losses)[loss]
+            mean = own.groupby("learning_rate")["best_dice"].mean().dropna()
+            ax.plot(own["learning_rate"], own["best_dice"], "o", ms=2.2, alpha=.5, mec="none", color=look["color"])
+            ax.plot(mean.index, mean, mec="white", mew=.5, ms=5, **look)
+        log_axis(ax, runs["learning_rate"].min(), runs["learning_rate"].max())
+        ax.set(xlabel="Learning rate (log)", ylabel=about.name("best_dice"))
+    legend_below(figure, loss_handles(losses, about))
+    best = runs.groupby(["dataset", "loss", "learning_rate"], sort=False)["best_dice"].mean().dropna().groupby(level=[0, 1], sort=False)
+    said = "; ".join(f"{about.dataset(d)}, {about.name(loss)}: {values.idxmax()[2]:g} ({number(values.max())})" for (d, loss), values in best)
+    return finished(figure, "Best Dice against the learning rate", "Lines: mean over seeds; dots: seeds.", f"Line chart. Best learning rate and its mean Dice: {said}.", runs, about)
+
+# %% ../nbs/10_figures.ipynb #b3024d2c
+@study_style()
+def imbalance(
+    shares, # dataset, split, structure (background among them), voxel_share (scans' own grid), pixel_share (training slices; may be absent)
+    about=About(), # what the caption must say
+    split="train",
+): # -> Picture
+    "Draw the share of voxels of each class on a logarithmic axis, largest first"
+    checked(shares, "imbalance", "dataset, structure, voxel_share".split(", "))
+    own, about = shares[shares["split"] == split] if "split" in shares else shares, replace(about, split=split, protocol="")
+    order = {d: list(part.sort_values("voxel_share", ascending=False)["structure"]) for d, part in own.groupby("dataset", sort=False)}
+    figure, parts = bands(own, [len(s)*row_height([wrapped(x) for x in s]) + 16 for s in order.values()], about, width=110)
+    low = own.loc[own["voxel_share"] > 0, "voxel_share"].min()
+    for dataset, part in parts.items(): draw_shares(part.subplots(), own[own["dataset"] == dataset].set_index("structure").loc[order[dataset]], low)
+    legend_below(figure, pair_handles("voxels, own grid", "pixels, training slices") if "pixel_share" in own else [])
+    body = "Share of all voxels that belong to each class. At the right: how many background voxels there are for one of the class."
+    said = "; ".join(f"{about.dataset(r.dataset)}, {r.structure}: {percent(r.voxel_share)}" for r in own.itertuples())
+    return finished(figure, "Class imbalance", body, f"Dot plot, logarithmic. {said}.", own, about)
+
+def percent(share): return f"{100*share:.3g} %" if np.isfinite(share) else "–"
+
+def draw_shares(ax, table, low):
+    "Draw one data set's shares (indexed by structure) from `low` to 1"
+    rows, positive = np.arange(len(table)), table["voxel_share"].where(table["voxel_share"] > 0)
+    ax.hlines(rows, 1e-12, positive, color="#BBBBBB", lw=.8)
+    ax.plot(positive, rows, "o", color="#333333", ms=4)
+    if "pixel_share" in table: ax.plot(table["pixel_share"].where(table["pixel_share"] > 0), rows, "o", color="#333333", mfc="none", ms=6)
+    shade_rows(ax, list(table.index))
+    ratios = table["voxel_share"].get("background", np.nan)/positive
+    print_right(ax, ["" if name == "background" else f"{ratio:,.0f} : 1" if np.isfinite(ratio) else "none" for name, ratio in ratios.items()])
+    log_axis(ax, low, 1)
+    ax.set_xlabel("Share of voxels (log)")
+
+# %% ../nbs/10_figures.ipynb #3ac0a216
+@study_style()
+def fingerprint_panels(
+    tables, # as `levit_study.dataset.fingerprint` gives them: cases, organs, slices, intensities
+    dataset, # name of the data set
+    about=About(), # what the caption must say
+): # -> Picture
+    "Draw a data set's spacing, intensities per class, slices per class and organ sizes by case"
+    about, cases = replace(about, split="", protocol=""), tables["cases"].assign(dataset=dataset)
+    classes = list(tables["slices"]["structure"].unique())
+    height = len(classes)*row_height([wrapped(c) for c in classes]) + 14
+    figure, parts = bands(cases, [44 + height], about)
+    axes = parts[dataset].subplot_mosaic([["spacing"]*3, ["intensities", "slices", "sizes"]], height_ratios=[22, height])
+    draw_spacing(axes["spacing"], cases)
+    draw_intensities(axes["intensities"], tables["intensities"], classes)
+    draw_slice_counts(axes["slices"], tables["slices"], classes)
+    draw_organ_sizes(axes["sizes"], tables["organs"], classes)
+    for name in ("slices", "sizes"): axes[name].tick_params(labelleft=False)
+    body = ("Spacing: a dot per case, line at the median. Intensities: density of each class, scaled to the same height. Slices: number and share of the slices that show the class. "
+            "Sizes: a dot per case, line at the median.")
+    return finished(figure, f"Fingerprint of {about.name(dataset)}", body, spoken_fingerprint(cases, tables["organs"]), cases, about)
+
+def draw_dots(ax, groups, colors):
+    "Draw each group's values as dots in a row, spread a little, with a line at the median"
+    for row, ((_, values), color) in enumerate(zip(groups.items(), colors, strict=True)):
+        values = np.asarray(values, float)[np.isfinite(values)]
+        ax.plot(values, row + np.linspace(-.28, .28, len(values) + 2)[1:-1], "o", ms=2.2, mec="none", alpha=.75, color=color)
+        if len(values): ax.vlines(np.median(values), row - .36, row + .36, color="#222222", lw=1.2)
+    shade_rows(ax, list(groups))
+
+# %% ../nbs/10_figures.ipynb #640b5bfe
+def draw_spacing(ax, cases):
+    "Draw the spacing along slices, rows and columns; say so where it is unknown"
+    groups = {name: cases[f"{name}_spacing"] for name in ("slice", "row", "column")}
+    draw_dots(ax, groups, ["#0072B2"]*3)
+    ax.set(title="Voxel spacing", xlabel="Spacing (mm)")
+    if not any(values.notna().any() for values in groups.values()): ax.text(.5, .5, "spacing unknown", transform=ax.transAxes, ha="center", va="center")
+    else: ax.set_xlim(left=0)
+
+def draw_intensities(ax, table, classes):
+    "Draw each class's density of intensities as a hill on its row"
+    colors = structure_colors(classes)
+    for row, name in enumerate(classes):
+        part = table[table["structure"] == name]
+        if len(part) and part["density"].max() > 0:
+            hill = row + .42 - .84*part["density"]/part["density"].max()
+            ax.fill_between(part["intensity"], row + .42, hill, color=colors[name], alpha=.75, lw=0)
+            ax.plot(part["intensity"], hill, color="#444444", lw=.6)
+    label_rows(ax, classes)
+    ax.set(title="Intensities per class", xlabel="Intensity after normalisation (0 to 1)")
+
+def draw_slice_counts(ax, table, classes):
+    "Draw in how many slices each class is seen, all splits together"
+    sums = table.groupby("structure")[["slices", "of"]].sum().reindex(classes)
+    ax.barh(range(len(classes)), sums["slices"], .62, color="#9CC3DD")
+    label_rows(ax, classes)
+    print_right(ax, [percent(share) for share in sums["slices"]/sums["of"]])
+    ax.set(title=f"Slices with the class, of {sums['of'].max():,.0f}", xlabel="Slices (number)")
+
+def draw_organ_sizes(ax, table, classes):
+    "Draw the size of each structure in every case on a logarithmic axis; the background's row stays empty"
+    size, label = ("volume_ml", "Volume (ml, log)") if table["volume_ml"].notna().any() else ("voxels", "Size (voxels, log)")
+    present = table[table[size] > 0]
+    draw_dots(ax, {c: present.loc[present["structure"] == c, size] for c in classes}, structure_colors(classes).values())
+    log_axis(ax, present[size].min(), present[size].max())
+    ax.set(title="Sizes by case", xlabel=label)
+
+def spoken_fingerprint(cases, organs):
+    "Put median spacing and organ sizes into words"
+    spacing = " x ".join(number(cases[f"{k}_spacing"].median(), 2) for k in ("slice", "row", "column"))
+    sizes = organs.groupby("structure", sort=False)["volume_ml"].median()
+    return f"Four panels. Median spacing (slice x row x column): {spacing} mm. Median volumes: " + "; ".join(f"{s} {number(v, 1)} ml" for s, v in sizes.items()) + "."
+
+# %% ../nbs/10_figures.ipynb #608fcfae
+@study_style()
+def contact_sheet(
+    slices, # list of dicts: dataset, case, slice, image, label (row, column), structures {name: value}, spacing (row, column) mm or None
+    about=About(), # what the caption must say
+    columns=6,
+): # -> Picture
+    "Show slices with the outlines of their structures"
+    if not slices: raise StudyError("contact_sheet: there are no slices to show; prepare the data set first")
+    about, columns = replace(about, split="", protocol=""), min(columns, len(slices))
+    rows = -(-len(slices)//columns)
+    shapes = [s["image"].shape[0]*(s["spacing"] or (1, 1))[0]/(s["image"].shape[1]*(s["spacing"] or (1, 1))[1]) for s in slices]
+    width = min(DOUBLE, 60*columns)
+    figure = Figure(figsize=(width*MM, (rows*(width/columns*max(shapes) + 5) + 15)*MM), layout="constrained")
+    figure.get_layout_engine().set(w_pad=.01, h_pad=.02, wspace=0, hspace=0)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[len(slices):]: ax.set_axis_off()
+    for ax, item in zip(axes, slices, strict=False):
+        tall, wide = item["image"].shape
+        show_slice(ax, item["image"], (-.5, wide - .5, tall - .5, -.5), item["spacing"])
+        draw_contours(ax, item["label"], item["structures"])
+        ax.set_title(wrapped(f"{item['case']}, {item['slice']}", 120//columns), fontsize=6)
+    names = structure_colors({name: 1 for item in slices for name in item["structures"]})
+    legend_below(figure, [Line2D([], [], color=color, label=name) for name, color in names.items()])
+    table = pd.DataFrame([{k: item[k] for k in ("dataset", "case")} for item in slices])
+    body = "Slices with the outlines of the reference; above each: case and slice (from 0). Row 0 is anterior, column 0 the patient's right."
+    return finished(figure, "Contact sheet", body, f"{len(slices)} slices of {table['case'].nunique()} cases with contours of {', '.join(names)}.", table, about)
