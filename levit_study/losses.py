@@ -10,16 +10,21 @@ __all__ = ['LOSSES', 'sum_by_label', 'SoftmaxSums', 'LabelCheck', 'Comparison', 
            'DiceFocalLoss', 'HybridLoss', 'build_terms', 'build_inner', 'term_weight', 'GeneralisedDiceLoss',
            'ModifiedFocalLoss', 'ModifiedFocalTverskyLoss', 'UnifiedFocalLoss', 'TvMFDiceLoss', 'as_vector',
            'kept_where_undefined', 'jaccard_steps', 'lovasz_extension', 'LovaszSoftmaxLoss', 'ClassWeightedLoss',
-           'FrequencyWeightedLoss', 'DiceWeightedLoss', 'UncertaintyWeightedLoss']
+           'FrequencyWeightedLoss', 'DiceWeightedLoss', 'UncertaintyWeightedLoss', 'describe_losses',
+           'monai_counterparts', 'peak_memory', 'process_memory', 'timed', 'bench_losses', 'median']
 
 # %% ../nbs/05_losses.ipynb #8235e79f
+import ctypes
 import importlib
 import inspect
+import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from math import inf
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -78,29 +83,36 @@ class SoftmaxSums(torch.autograd.Function):
 
 # %% ../nbs/05_losses.ipynb #5424f137
 class LabelCheck:
-    "Raises `StudyError` on labels outside 0 to C-1: at once on the CPU and for the first batch, within a few steps on a GPU"
-    def __init__(self): self.extremes, self.copy, self.arrived = None, None, None
+    "Raises `StudyError` on labels outside 0 to C-1: at once on the CPU and for the first batch, within a few steps on a GPU, at the latest with `finish`"
+    def __init__(self): self.num_classes, self.extremes, self.copy, self.arrived = 0, None, None, None
+
+    @staticmethod
+    def on_gpu(labels): return labels.device.type == "cuda"
 
     def __call__(self, labels, num_classes):
-        extremes = torch.stack(labels.aminmax())
-        if labels.device.type == "cpu" or self.extremes is None: self.judge(extremes, num_classes)
-        if labels.device.type == "cpu": return labels
-        self.extremes = extremes if self.extremes is None else torch.stack([torch.minimum(self.extremes, extremes)[0], torch.maximum(self.extremes, extremes)[1]])
-        self.read_later(num_classes)
+        self.num_classes, seen = num_classes, torch.stack(labels.aminmax())
+        if not self.on_gpu(labels):
+            self.judge(seen)
+            return labels
+        if self.extremes is None: self.judge(seen)
+        self.extremes = seen if self.extremes is None else torch.stack([torch.minimum(self.extremes[0], seen[0]), torch.maximum(self.extremes[1], seen[1])])
+        self.judge_what_arrived()
         return labels.clamp(0, num_classes - 1)
 
-    def read_later(self, num_classes):
-        if self.extremes.device.type != "cuda": return self.judge(self.extremes, num_classes)
-        if self.arrived is not None and self.arrived.query(): self.judge(self.copy, num_classes)
-        if self.arrived is None or self.arrived.query():
-            self.copy, self.arrived = self.extremes.to("cpu", non_blocking=True), torch.cuda.Event()
-            self.arrived.record()
+    def judge_what_arrived(self):
+        if self.arrived is not None and not self.arrived.query(): return
+        if self.arrived is not None: self.judge(self.copy)
+        self.copy, self.arrived = self.extremes.to("cpu", non_blocking=True), torch.cuda.Event()
+        self.arrived.record()
 
-    def judge(self, extremes, num_classes):
+    def judge(self, extremes):
         low, high = extremes.tolist()
-        if low < 0 or high >= num_classes:
-            raise StudyError(f"target: labels run from {low} to {high}, but the logits have {num_classes} classes (0 to {num_classes - 1}): "
-                             "check the label map, the number of classes, or set ignore_index")
+        if low < 0 or high >= self.num_classes:
+            raise StudyError(f"target: labels run from {low} to {high}, but the logits have {self.num_classes} classes (0 to {self.num_classes - 1}): "
+                             "check the label map and the number of classes, or set ignore_index")
+
+    def finish(self):
+        if self.extremes is not None: self.judge(self.extremes)
 
 # %% ../nbs/05_losses.ipynb #b38b506e
 @dataclass
@@ -193,6 +205,7 @@ class SegmentationLoss(nn.Module):
 
     def update_from_training(self, dice):
         "Called after each epoch with the training set's Dice per class `(C,)` in [0,1], background first; NaN where undefined"
+        self.check_labels.finish()
         for inner in self.inner_losses(): inner.update_from_training(dice)
 
     def update_from_validation(self, dice):
@@ -857,3 +870,100 @@ class UncertaintyWeightedLoss(CombinedLoss):
         values, present = self.by_class(comparison)
         log_variance = torch.zeros_like(values) if self.log_variance is None else self.vector("log_variance", comparison)
         return (((-log_variance).exp() * values + log_variance / 2) * present).sum() / present.sum().clamp(min=1)
+
+# %% ../nbs/05_losses.ipynb #c897f8b1
+def describe_losses(
+): # DataFrame: kind, settings with defaults, what it punishes
+    "List the registered losses"
+    import pandas as pd
+    def settings(cls): return ", ".join(name if field.is_required() else f"{name}={field.default}" for name, field in settings_of(cls).model_fields.items())
+    return pd.DataFrame([(kind, settings(cls), " ".join(cls.__doc__.split())) for kind, cls in LOSSES.items()], columns=["kind", "settings", "meaning"])
+
+# %% ../nbs/05_losses.ipynb #6bbd1f7c
+def monai_counterparts(
+    num_classes:int,
+): # kind: (settings of this study's loss, MONAI's as a function of logits (B,C,H,W) and target (B,1,H,W))
+    "MONAI's losses with the settings that make them equal to this study's"
+    from monai import losses as monai
+    common = {"softmax": True, "to_onehot_y": True, "batch": True}
+    dice = monai.DiceLoss(**common, squared_pred=True, smooth_nr=1e-5, smooth_dr=1e-5)
+    tversky = monai.TverskyLoss(**common, alpha=.3, beta=.7, smooth_nr=1, smooth_dr=1, reduction="none")
+    focal = monai.FocalLoss(use_softmax=True, to_onehot_y=True, gamma=2)
+    return {
+        "cross_entropy": ({}, lambda logits, target: nn.functional.cross_entropy(logits, target.squeeze(1).long())),  # PyTorch's: MONAI has none of its own
+        "baseline": ({}, monai.DiceCELoss(**common, squared_pred=True, smooth_nr=1e-5, smooth_dr=1e-5, lambda_dice=.5, lambda_ce=.5)),
+        "focal": ({"alpha": 1}, lambda logits, target: num_classes * focal(logits, target)),
+        "focal_tversky": ({}, lambda logits, target: (tversky(logits, target) ** .75).mean()),
+        "dice": ({}, dice),
+        "tversky": ({}, lambda logits, target: tversky(logits, target).mean()),
+        "dice_focal": ({}, lambda logits, target: .5 * dice(logits, target) + .5 * num_classes * focal(logits, target)),
+        "generalised_dice": ({}, monai.GeneralizedDiceLoss(**common, smooth_nr=1e-5, smooth_dr=1e-5)),
+    }
+
+# %% ../nbs/05_losses.ipynb #048cce87
+def peak_memory(
+    call, # what to run
+    device:str="cpu",
+): # MiB; NaN where the system does not tell
+    "Memory that `call` needs at its peak beyond what was in use before"
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:  # Linux: return freed memory to the system, set the peak back, and read it afterwards
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = process_memory("VmRSS")
+        call()
+        return process_memory("VmHWM") - before
+    except (OSError, AttributeError): return float("nan")
+
+def process_memory(
+    field:str, # VmRSS, in use now; VmHWM, at its peak
+): # MiB
+    "Read this process's memory from Linux"
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+# %% ../nbs/05_losses.ipynb #77b2d22a
+def timed(
+    call, # what to run
+    device:str="cpu",
+): # seconds of processor time, or on a GPU of wall time
+    "Time one call"
+    if device == "cuda": torch.cuda.synchronize()
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    start = clock()
+    call()
+    if device == "cuda": torch.cuda.synchronize()
+    return clock() - start
+
+# %% ../nbs/05_losses.ipynb #d32a130f
+def bench_losses(
+    shapes=((8, 9, 224, 224), (2, 14, 512, 512)), # (B,C,H,W) to measure
+    repeats:int=5, # alternating runs, of which the median counts
+    device:str="cpu", # or "cuda"
+    kinds=None, # which losses; None: all that have a counterpart
+): # DataFrame: loss, shape, milliseconds, monai_milliseconds, times_faster, mebibytes, monai_mebibytes
+    "Time and peak memory of forward + backward of each loss and of MONAI's counterpart, in alternating runs on one thread"
+    import pandas as pd
+    threads, rows = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    for shape in shapes:
+        logits, target = torch.randn(shape, device=device, requires_grad=True), torch.randint(shape[1], (shape[0], 1, *shape[2:]), device=device)
+        for kind, (settings, theirs) in monai_counterparts(shape[1]).items():
+            if kinds is not None and kind not in kinds: continue
+            ours = build_loss(kind, **settings)
+            calls = [lambda ours=ours: torch.autograd.grad(ours(logits, target[:, 0]), logits), lambda theirs=theirs: torch.autograd.grad(theirs(logits, target), logits)]
+            for call in calls: call()  # the first run allocates, and is not counted
+            seconds = median([[timed(call, device) for call in calls] for _ in range(repeats)])
+            memory = median([[peak_memory(call, device) for call in calls] for _ in range(3)])
+            rows.append((kind, "x".join(map(str, shape)), 1000 * seconds[0], 1000 * seconds[1], seconds[1] / seconds[0], *memory))
+    torch.set_num_threads(threads)
+    return pd.DataFrame(rows, columns=["loss", "shape", "milliseconds", "monai_milliseconds", "times_faster", "mebibytes", "monai_mebibytes"])
+
+def median(
+    runs, # one list of numbers per run
+):
+    "Median over runs of each number"
+    return torch.tensor(runs, dtype=torch.float64).median(0).values.tolist()
