@@ -10,7 +10,7 @@ __all__ = ['autocast_precision', 'make_fabric', 'set_seed', 'make_optimiser', 'l
            'close_epoch', 'progress_bar', 'memory_hint', 'fit', 'resume', 'save_on_first']
 
 # %% ../nbs/07_training.ipynb #f91d02d4
-import csv, hashlib, json, math, os, platform, signal, subprocess, sys, time
+import csv, hashlib, io, json, logging, math, os, platform, signal, subprocess, sys, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np, torch
 from lightning_fabric import Fabric
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/07_training.ipynb #dfb63d9c
 from .dataset import PreparedStore, augment, epoch_order
@@ -42,6 +42,7 @@ def make_fabric(
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     accelerator = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator == "cuda" and not torch.cuda.is_available(): raise StudyError("compute.device = 'cuda': no such GPU is visible here; use auto or cpu")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     precision = autocast_precision(accelerator) if training.precision == "auto" else training.precision
     fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=max(world // local, 1), strategy="ddp" if world > 1 else "auto",
                     precision={"bf16": "bf16-mixed", "fp32": "32-true"}[precision])
@@ -139,7 +140,6 @@ def save_checkpoint(
     keep: int = 2,
 ):
     "Write `state` as `epoch<e>-step<s>-<digest>.pt`, whole or not at all, and remove all but the newest `keep`"
-    import io
     torch.save(state, buffer := io.BytesIO())
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:16]
     with written_whole(Path(folder) / f"epoch{state['epoch']:04d}-step{state['step']:06d}-{digest}.pt") as path: path.write_bytes(buffer.getbuffer())
@@ -150,8 +150,7 @@ def load_checkpoint(folder: Path, say=print) -> dict | None:
     "The newest checkpoint of `folder` that is undamaged, or None"
     for path in sorted(Path(folder).glob("epoch*.pt"), reverse=True):
         if hashlib.sha256(content := path.read_bytes()).hexdigest()[:16] == path.stem.rsplit("-", 1)[1]:
-            import io
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+                    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         say(f"{path}: damaged, passed over for the checkpoint before it")
     return None
 
@@ -206,10 +205,10 @@ def stop_for_loss(loss, logits, images, labels, cases, model, criterion, run, ep
     kept = Path(folder) / f"not_finite_epoch{epoch}_step{step}"
     finite = {name: bool(torch.isfinite(p).all()) for name, p in model.named_parameters()}
     norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
-    write_json(f"{kept}.json", {"run": run.record(), "epoch": epoch, "step": step, "loss": float(loss), "cases": cases, "logits": [logits.min().item(), logits.max().item()],
+    write_json(f"{kept}.json", {"run": run.record(), "epoch": epoch, "step": step, "loss": loss.item(), "cases": cases, "logits": [logits.min().item(), logits.max().item()],
                "weights_not_finite": [n for n, ok in finite.items() if not ok], "gradient_norms_of_the_step_before": norms})
     with written_whole(f"{kept}.npz") as p: np.savez_compressed(p, images=images.cpu().numpy(), labels=labels.cpu().numpy().astype(np.uint8))
-    raise StudyError(f"{run.dataset} {run.loss} seed {run.seed}: the loss is {float(loss)} in epoch {epoch}, step {step} (cases {', '.join(sorted(set(cases)))}); "
+    raise StudyError(f"{run.dataset} {run.loss} seed {run.seed}: the loss is {loss.item()} in epoch {epoch}, step {step} (cases {', '.join(sorted(set(cases)))}); "
                      f"the batch is in {kept}.npz; try a lower training.learning_rate, training.clip_norm: 1.0 or training.precision: fp32")
 
 # %% ../nbs/07_training.ipynb #cf9db39c
@@ -383,11 +382,11 @@ def close_epoch(t: Trainer, valid, structures: dict, batch_size: int, seconds: f
             "learning_rate": t.optimiser.param_groups[0]["lr"], "seconds": seconds + time.perf_counter() - started, "images_per_second": sums[1].item() / seconds}
 
 # %% ../nbs/07_training.ipynb #84b4a570
-def progress_bar(run: Run, t: Trainer, slices: int):
+def progress_bar(run: Run, t: Trainer, slices: int, shown: bool = True):
     "A bar over all slices of the run: what is trained, epoch, rate, time left"
     done = (t.epoch - 1) * slices + t.step * (run.training.batch_size if run.training.batch_size != "auto" else 8) * run.training.accumulate
     return tqdm(total=run.training.epochs * slices, initial=min(done, run.training.epochs * slices), desc=f"{run.dataset} {run.loss} seed {run.seed}", unit="img", file=sys.stderr,
-                mininterval=0.5 if os.environ.get("LEVIT_STUDY_TERMINAL") else 15, dynamic_ncols=False, ncols=110, disable=not t.fabric.is_global_zero)
+                mininterval=0.5 if os.environ.get("LEVIT_STUDY_TERMINAL") else 15, dynamic_ncols=False, ncols=110, disable=not (shown and t.fabric.is_global_zero))
 
 # %% ../nbs/07_training.ipynb #e120bdca
 def memory_hint(run: Run, batch_size: int, fabric: Fabric) -> str:
@@ -405,6 +404,7 @@ def fit(
     device: str = "auto",
     synthetic: bool = False, # noted in the weights' card
     say=print,
+    progress: bool = True,
 ) -> dict:                   # the numbers of Table 1
     "Train `run` to its last epoch, resuming from its checkpoint if there is one that fits"
     reports, models = Path(reports), Path(models)
@@ -419,9 +419,9 @@ def fit(
     resume(t, models, say)
     training = run.training
     batch_size = training.batch_size if training.batch_size != "auto" else largest_batch(t.model, t.criterion, run.data.size, 1, store.num_classes, fabric.device)
-    card = {"dataset": run.dataset, "loss": run.loss, "seed": run.seed, "synthetic": synthetic, "structures": store.structures, "image_size": run.data.size,
+    card = {"dataset": run.dataset, "loss": run.loss, "seed": run.seed, "synthetic": synthetic, "structures": store.structures,
             "intensity": run.data.intensity, "window": run.data.window, "parameters": run.record()}
-    with stop_signals() as asked, progress_bar(run, t, len(train)) as bar:
+    with stop_signals() as asked, progress_bar(run, t, len(train), progress) as bar:
         while t.epoch <= training.epochs:
             started = time.perf_counter()
             t.model.train()
