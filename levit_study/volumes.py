@@ -104,8 +104,10 @@ def read_header(path, head):
     if kind is None or magic not in (b"n+1\0", b"n+2\0"):
         raise StudyError(f"{path}: not a NIfTI file (.nii or .nii.gz): convert it, for instance with dcm2niix")
     try:
-        header = kind.from_fileobj(io.BytesIO(head))
+        header = kind(head[:kind.sizeof_hdr], check=False)
+        header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])
         dtype, affine, _ = header.get_data_dtype(), header.get_best_affine(), header.get_slope_inter()
+        if np.isinf(header["scl_slope"]): raise ValueError("infinite slope")
         if not header.sizeof_hdr + 4 <= header.get_data_offset() <= 2**24: raise ValueError(f"data at byte {header.get_data_offset()}")
     except Exception as problem:
         raise StudyError(f"{path}: damaged NIfTI header ({first_line(problem)}): fetch or convert it again") from None
@@ -233,11 +235,11 @@ def check_hounsfield(where, image):
     "Raise `StudyError` if the intensities cannot be Hounsfield units, as after an integer overflow or a lost rescale intercept"
     low, high = float(image.min()), float(image.max())
     wild = float(((image > 4500) | (image < -4500)).mean())
-    if wild > 0.01: problem = "more than 1 % beyond 4,500: integer overflow, or a rescale slope was lost"
-    elif high - low <= 20: problem = "already scaled? Then set the intensity to 'unit'"
-    elif low >= 0: problem = "none below 0, so air and fat are missing: the rescale intercept was lost"
+    if wild > 0.01: problem = "an integer overflow, or a lost rescale slope: convert it again"
+    elif high - low <= 20: problem = "perhaps scaled already: set intensity to 'unit' or 'minmax'"
+    elif low >= 0: problem = "no air and no fat below 0, so the rescale intercept was lost: convert it again"
     else: return
-    raise StudyError(f"{where}: intensities from {low:.6g} to {high:.6g} are not Hounsfield units ({problem}); convert it again")
+    raise StudyError(f"{where}: intensities from {low:.6g} to {high:.6g} are not Hounsfield units, {problem}")
 
 # %% ../nbs/01_volumes.ipynb #94892dfa
 def scale_intensity(
@@ -325,17 +327,15 @@ def map_labels(
 
 # %% ../nbs/01_volumes.ipynb #08f89f6d
 def check_sides(label, structures, where="label"):
-    "Raise `StudyError` if a 'right …' structure lies further to the patient's left than its 'left …' counterpart"
-    for name, value in structures.items():
-        other = structures.get(name.replace("left", "right", 1))
-        if not name.startswith("left ") or other is None: continue
-        columns = [np.flatnonzero((label == v).any(axis=(0, 1))) for v in (value, other)]
-        if min(map(len, columns)) == 0: continue
-        weights = [(label[:, :, c] == v).sum(axis=(0, 1)) for c, v in zip(columns, (value, other), strict=True)]
-        left, right = (np.average(c, weights=w) for c, w in zip(columns, weights, strict=True))
-        if left < right:
-            pair = f"the {name} lies to the right of the {name.replace('left', 'right', 1)}"
-            raise StudyError(f"{where}: {pair} (mirrored scan or label map, or swapped numbering): mend the affine, orientation or label_map")
+    "Raise `StudyError` if structures are not in the order from the patient's right to the left that anatomy gives them"
+    twins = [(name.replace("left", "right", 1), name) for name in structures if name.startswith("left ")]
+    pairs = [pair for pair in [("liver", "aorta"), ("liver", "stomach"), ("aorta", "spleen"), *twins] if set(pair) <= structures.keys()]
+    counts = {name: (label == structures[name]).sum(axis=(0, 1)) for name in sorted({name for pair in pairs for name in pair})}
+    centres = {name: np.average(np.arange(len(count)), weights=count) for name, count in counts.items() if count.any()}
+    for right, left in pairs:
+        if right in centres and left in centres and centres[right] > centres[left]:
+            raise StudyError(f"{where}: the {left} lies to the right of the {right} (mirrored scan or label map, or another numbering): "
+                             "set label_map to the file's numbering, or mend the affine or orientation")
 
 # %% ../nbs/01_volumes.ipynb #77747ad7
 def text_shape(shape): return " x ".join(map(str, shape))
@@ -388,7 +388,7 @@ def orient_by_organs(
     both = ("left kidney", "right kidney")
     liver, spleen, front, back, kidneys = where("liver"), where("spleen"), where("stomach"), where("aorta", *both), where(*both)
     if any(organ is None for organ in (liver, spleen, front, back)): return None
-    to_left, to_back, to_top = spleen - liver, back - front, liver + spleen - 2*(liver if kidneys is None else kidneys)
+    to_left, to_back, to_top = spleen - liver, back - front, np.ones(3) if kidneys is None else liver + spleen - 2*kidneys
     sideways = 1 if abs(to_left[1]) > abs(to_left[2]) else 2
     upright = 3 - sideways
     codes = {0: "I" if to_top[0] < 0 else "S", sideways: "L" if to_left[sideways] > 0 else "R", upright: "P" if to_back[upright] > 0 else "A"}
@@ -435,14 +435,11 @@ def read_volume(
 
 # %% ../nbs/01_volumes.ipynb #63ce3f49
 how_to_get = {
-    "btcv": "RawData/Training/img/img0001.nii.gz … and RawData/Training/label/label0001.nii.gz … of the challenge 'Beyond the Cranial Vault' "
-            "(Synapse project syn3193805, after registration)",
-    "transunet": "train_npz/case0005_slice000.npz …, test_vol_h5/case0008.npy.h5 … and their lists, as the authors of TransUNet hand them out on request",
-    "acdc": "training/patient001/patient001_frame01.nii.gz, …_gt.nii.gz, Info.cfg … of the Automated Cardiac Diagnosis Challenge "
-            "(CREATIS, Lyon, after registration)",
-    "ssl4mis": "data/patient001_frame01.h5 …, data/slices/patient001_frame01_slice_1.h5 …, train_slices.list and val.list, "
-               "as the benchmark SSL4MIS hands them out",
-    "decathlon": "dataset.json, imagesTr/… and labelsTr/… of a data set in the form of the Medical Segmentation Decathlon or nnU-Net",
+    "btcv": "RawData/Training/img/img0001.nii.gz …, RawData/Training/label/label0001.nii.gz … (BTCV, Synapse project syn3193805, registration needed)",
+    "transunet": "train_npz/case0005_slice000.npz …, test_vol_h5/case0008.npy.h5 … and their lists (from the authors of TransUNet, on request)",
+    "acdc": "training/patient001/patient001_frame01.nii.gz, …_gt.nii.gz, Info.cfg … (Automated Cardiac Diagnosis Challenge, CREATIS, after registration)",
+    "ssl4mis": "data/patient001_frame01.h5 …, data/slices/… .h5, train_slices.list, val.list (ACDC as the benchmark SSL4MIS hands it out)",
+    "decathlon": "dataset.json, imagesTr/… .nii.gz, labelsTr/… .nii.gz (any data set in the form of the Medical Segmentation Decathlon or nnU-Net)",
 }
 
 def matching(folder, pattern):
@@ -544,7 +541,9 @@ def listed_cases(
     "Return the `Case`s of volumes and slices in splits by lists"
     splits, entries = split_of(lists, volume_of)
     have = {re.sub(r"(\.npy)?\.(h5|npz)$", "", path.name) for paths in slices.values() for path in paths}
+    by_slice = {volume_of(entry) for entry in entries if volume_of(entry) != entry}
     lacking = {volume_of(entry): entry for entry in sorted(entries, reverse=True) if volume_of(entry) != entry and entry not in have}
+    extra = {name: path for name in by_slice & slices.keys() for path in slices[name] if path.stem not in entries}
     cases = []
     for name in sorted(splits.keys() | volumes.keys() | slices.keys()):
         parts = () if name in volumes else tuple(slices.get(name, ()))
@@ -552,6 +551,7 @@ def listed_cases(
         problem = None
         if splits and name not in splits: problem = f"{image}: {name} is in no list: add it to one, or remove it"
         elif name not in volumes and not parts: problem = f"{image}: listed but absent: fetch it again, or take it off the list"
+        elif parts and name in extra: problem = f"{extra[name]}: {extra[name].stem} is in no list, unlike the volume's other slices: add or remove it"
         elif parts and name in lacking: problem = f"{parts[0].parent/lacking[name]}: listed but absent: fetch it again, or take it off the list"
         patient = re.split(r"_frame|_E[DS]$", name)[0]
         cases.append(Case(name, same_heart.get(patient, patient), image, image, None, splits.get(name, folders.get(name)), parts, problem))
@@ -611,7 +611,10 @@ def find_decathlon(folder):
     for part, test in (("Tr", None), ("Ts", "test")):
         images, labels = by_number(folder/f"images{part}", r"([^.].*?)(?:_\d{4})?\.nii(?:\.gz)?"), by_number(folder/f"labels{part}", r"([^.].*?)\.nii(?:\.gz)?")
         for key, image, label, problem in pair(images if part == "Tr" else {k: v for k, v in images.items() if k in labels}, labels):
-            cases.append(Case(key, same_heart.get(key.split("_frame")[0], key.split("_frame")[0]), image, label, None, splits.get(key, test), problem=problem))
+            channels = [path for path in images.get(key, ()) if re.search(r"_000[1-9]\.nii", path.name)]
+            if channels: problem = f"{channels[0]}: case {key} has several channels, the study reads one: keep the file _0000 only"
+            patient = key.split("_frame")[0]
+            cases.append(Case(key, same_heart.get(patient, patient), image, label, None, splits.get(key, test), problem=problem))
     named = {Path(str(entry.get("image"))).name for entry in about.get("training", ()) if isinstance(entry, dict)}
     for path in (folder/"imagesTr"/name for name in sorted(named - {case.image.name for case in cases})):
         cases.append(Case(path.name.split(".")[0], path.name.split(".")[0], path, problem=f"{path}: listed in dataset.json but absent: fetch it again"))
@@ -630,8 +633,9 @@ def find_cases(
     if layout not in ("auto", *layouts): raise StudyError(f"layout: '{layout}' is unknown: choose auto, {', '.join(layouts)}")
     found = {name: cases for name, find in layouts.items() if layout in ("auto", name) and (cases := find(folder))}
     if not found:
-        state = "holds no scans that are recognised" if matching(folder, r"[^.].*") else "is empty" if folder.is_dir() else "does not exist"
-        raise StudyError(f"{folder}: {state}: put there {' or '.join(how_to_get[name] for name in ([layout] if layout in layouts else layouts))}")
+        state = "does not exist" if not folder.exists() else "is empty" if not matching(folder, r"[^.].*") else "holds no scans that are recognised"
+        if folder.exists() and not folder.is_dir(): state = "is not a folder"
+        raise StudyError(f"{folder}: {state}: put there {'; or '.join(how_to_get[name] for name in ([layout] if layout in layouts else layouts))}")
     if len(found) > 1: raise StudyError(f"{folder}: holds data in the layouts {' and '.join(found)}: set layout to one of them")
     cases = sorted(next(iter(found.values())), key=lambda case: case.name)
     if not any(case.label for case in cases): raise StudyError(f"{folder}: {len(cases)} images but no label maps: put there {how_to_get[next(iter(found))]}")
@@ -684,13 +688,14 @@ def split_by_fraction(cases, valid, test, seed, stratify):
 
 def split_cases(
     cases,           # `Case`s
-    kind="lists",    # 'lists' (the source's), 'benchmark' (Synapse's case numbers) or 'fraction'
+    kind="lists",    # 'lists' (the source's; without any, 'fraction'), 'benchmark' (Synapse's case numbers) or 'fraction'
     valid=0.2,       # fraction of patients, for 'fraction'
     test=0.0,        # likewise; patients whom the source calls test stay test
     seed=0,
     stratify=True,   # spread the groups evenly
 ):
     "Return {case name: 'train' | 'valid' | 'test'}, by patient; `StudyError` if a case has no place or train or valid would be empty"
+    if kind == "lists" and not any(case.split in ("train", "valid") for case in cases): kind = "fraction"
     if kind == "lists": splits = {case.name: case.split for case in cases}
     elif kind == "benchmark": splits = {case.name: benchmark.get(case.name) for case in cases}
     elif kind == "fraction": splits = split_by_fraction(cases, valid, test, seed, stratify)
