@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['notebook_code', 'write_code', 'parameter_names', 'run_notebook', 'fold_progress', 'train', 'list_runs', 'parser',
-           'package_version', 'add_train', 'add_runs', 'add_notebook', 'add_code', 'main', 'script']
+           'package_version', 'add_predict', 'add_train', 'add_runs', 'add_notebook', 'add_code', 'main', 'script']
 
 # %% ../nbs/11_commands.ipynb #e678b062
 import argparse, json, os, sys
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     p.add_argument("--version", action="version", version=f"levit-study {package_version()}")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_train(commands); add_runs(commands); add_notebook(commands); add_code(commands)
+    add_predict(commands); add_train(commands); add_runs(commands); add_notebook(commands); add_code(commands)
     return p
 
 # %% ../nbs/11_commands.ipynb #83a66493
@@ -109,6 +109,22 @@ def package_version():
     "The version of this package"
     from levit_study import __version__
     return __version__
+
+# %% ../nbs/11_commands.ipynb #44e90cf5
+def add_predict(commands):
+    "`levit-study predict`: new scans, with trained weights"
+    c = commands.add_parser("predict", help="segment a NIfTI scan, or a folder of them, with trained weights", description="For research use only, not for clinical decisions.")
+    c.add_argument("scan", help=".nii or .nii.gz, or a folder of them")
+    c.add_argument("--weights", required=True, help="best.safetensors of a run, under models/")
+    c.add_argument("--output", required=True, help="label map to write (a folder for a folder)")
+    c.add_argument("--flips", action="store_true", help="average over mirrored slices")
+    c.add_argument("--overlay", action="store_true", help="write a picture with contours, too")
+    c.add_argument("--volumes", help="CSV to write: volume of each structure per scan, in ml")
+    c.add_argument("--overwrite", action="store_true"); c.add_argument("--device", default="auto"); c.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
+    def run(a):
+        from levit_study.inference import predict
+        for path in predict(a.scan, a.weights, a.output, a.flips, a.overwrite, a.overlay, a.volumes, a.device, a.precision): print(path)
+    c.set_defaults(run=run)
 
 # %% ../nbs/11_commands.ipynb #1b484e69
 def add_train(commands):

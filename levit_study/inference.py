@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['for_inference', 'pick_device', 'load_model', 'class_probabilities', 'predict_volume', 'reliability_counts',
-           'evaluate_case', 'evaluate', 'mean_metrics']
+           'evaluate_case', 'evaluate', 'mean_metrics', 'segment_scan', 'scans_and_outputs', 'predict', 'draw_overlay']
 
 # %% ../nbs/08_inference.ipynb #8a86d9ba
-import os, sys
+import json, sys
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
@@ -122,3 +122,79 @@ def mean_metrics(cases) -> dict: # the table of `evaluate`
     named = {"valid": "valid_native", "test": "test"}
     return {f"{named[split]}_{metric}": float(part.groupby("structure")[metric].mean().mean())
             for split, part in cases.groupby("split") for metric in ("dice", "jaccard", "hd95", "sensitivity", "specificity")}
+
+# %% ../nbs/08_inference.ipynb #ca2c0e66
+def segment_scan(
+    model, card: dict,    # from `load_model`
+    scan, output,         # NIfTI files
+    flips=False, overwrite=False, batch_size=16,
+) -> dict:                # volumes in ml by structure
+    "Segment one NIfTI file and write the label map and `<output>.json` with the labels' names"
+    from levit_study.volumes import read_scan, write_label_map
+    output, names = Path(output), Path(f"{str(output).removesuffix('.gz').removesuffix('.nii')}.json")
+    for path in (output, names):
+        if path.exists() and not overwrite: raise StudyError(f"{path}: exists already; give another --output, or --overwrite")
+    volume, header = read_scan(scan, card["intensity"], card["window"])
+    labels = predict_volume(model, volume.image, card["image_size"][0], batch_size, flips)
+    write_label_map(output, labels, header)
+    millilitres = float(np.prod(volume.spacing)) / 1000
+    volumes = {name: float((labels == value).sum() * millilitres) for name, value in card["structures"].items()}
+    with written_whole(names) as p:
+        p.write_text(json.dumps({"labels": {"background": 0, **card["structures"]}, "volumes_ml": volumes, "model": {k: card.get(k) for k in ("dataset", "loss", "seed", "variant", "synthetic")},
+                                 "notes": volume.notes, "use": "For research only, not for clinical decisions."}, indent=1) + "\n")
+    return volumes
+
+# %% ../nbs/08_inference.ipynb #30ef2968
+def scans_and_outputs(scans, output) -> list[tuple[Path, Path]]:
+    "Pair each scan (a NIfTI file, or a folder of them) with the file it is written to"
+    scans, output = Path(scans), Path(output)
+    if scans.is_dir():
+        found = sorted(p for p in scans.iterdir() if p.name.endswith((".nii", ".nii.gz")))
+        if not found: raise StudyError(f"{scans}: holds no .nii or .nii.gz file")
+        if output.suffix in (".nii", ".gz"): raise StudyError(f"{output}: {scans} is a folder, so --output must be one, too")
+        if output.resolve() == scans.resolve(): raise StudyError(f"{output}: is the folder of the scans themselves; choose another --output")
+        return [(p, output / p.name) for p in found]
+    if not scans.exists(): raise StudyError(f"{scans}: no such file or folder")
+    if not str(output).endswith((".nii", ".nii.gz")): raise StudyError(f"{output}: the label map of one scan is a file: name it .nii.gz or .nii")
+    return [(scans, output)]
+
+# %% ../nbs/08_inference.ipynb #6e221e0e
+def predict(
+    scans,                  # a NIfTI file or a folder of them
+    weights,                # safetensors file of this study
+    output,                 # the label map to write, or a folder for a folder
+    flips=False,            # average over mirrored slices: slower, often a little better
+    overwrite=False,
+    overlay=False,          # a picture with contours beside each label map
+    volumes=None,           # CSV with the volume of each structure per scan
+    device="auto", precision="auto", progress=True,
+) -> list[Path]:            # the label maps
+    "Segment new scans with trained weights"
+    import pandas as pd
+    from tqdm import tqdm
+    pairs = scans_and_outputs(scans, output)
+    if volumes is not None and Path(volumes).exists() and not overwrite: raise StudyError(f"{volumes}: exists already; give another --volumes, or --overwrite")
+    model, card = load_model(weights, device, precision)
+    for key in ("structures", "intensity"):
+        if key not in card: raise StudyError(f"{weights}: its card does not say the {key}; these weights were not saved by a training of this study")
+    rows = []
+    for scan, target in tqdm(pairs, unit="scan", desc="predict", disable=not progress or len(pairs) == 1, file=sys.stderr):
+        rows.append({"scan": scan.name, **segment_scan(model, card, scan, target, flips, overwrite)})
+        if overlay: draw_overlay(scan, target, card)
+    if volumes is not None:
+        with written_whole(volumes) as p: pd.DataFrame(rows).to_csv(p, index=False, float_format="%.3f", lineterminator="\n")
+    return [target for _, target in pairs]
+
+# %% ../nbs/08_inference.ipynb #fbec12d4
+def draw_overlay(scan, labels, card: dict, slices: int = 12):
+    "Write `<labels>.png`: slices of a scan with the contours of its label map"
+    from levit_study.figures import About, contact_sheet
+    from levit_study.volumes import canonical, read_nifti, read_scan
+    volume, _ = read_scan(scan, card["intensity"], card["window"])
+    stored, header = read_nifti(labels)
+    found = canonical(stored, header.get_best_affine())[0]
+    inside = np.flatnonzero(found.any((1, 2))) if found.any() else np.arange(len(found))
+    shown = inside[np.linspace(0, len(inside) - 1, min(slices, len(inside))).astype(int)]
+    sheet = contact_sheet([{"dataset": card["dataset"], "case": volume.case, "slice": int(k), "image": volume.image[k], "label": found[k], "structures": card["structures"],
+                            "spacing": volume.spacing[1:]} for k in shown], About(protocol="prediction, research use only", split="new scan"))
+    with written_whole(f"{str(labels).removesuffix('.gz').removesuffix('.nii')}.png") as p: sheet.figure.savefig(p, dpi=150)
