@@ -6,11 +6,11 @@
 __all__ = ['STORE_FORMAT', 'SPLITS', 'BINS', 'RECIPES', 'DRAWS', 'MIRRORINGS', 'resize_images', 'resize_labels', 'quantise',
            'class_names', 'text_column', 'count_slice', 'write_volume', 'write_slices', 'check_values', 'prepare_case',
            'source_files', 'hash_file', 'case_key', 'code_digest', 'copy_chunks', 'case_columns', 'join_cases',
-           'default_workers', 'run_cases', 'prepared_rows', 'duplicate_warnings', 'Job', 'plan_case', 'prepare_missing',
-           'split_table', 'build_manifest', 'check_plan', 'write_errors', 'write_results', 'prepare', 'open_store',
-           'PreparedStore', 'SliceSet', 'epoch_order', 'export_slices', 'Augmentation', 'augmentation', 'draw',
-           'mirroring', 'mirrored', 'source_grid', 'elastic_shifts', 'warp', 'change_intensities', 'blurred', 'augment',
-           'case_table', 'slice_table', 'organ_table', 'share_table', 'intensity_table', 'fingerprint']
+           'default_workers', 'start_worker', 'run_cases', 'prepared_rows', 'duplicate_warnings', 'Job', 'plan_case',
+           'prepare_missing', 'split_table', 'build_manifest', 'check_plan', 'write_errors', 'write_results', 'prepare',
+           'open_store', 'PreparedStore', 'SliceSet', 'epoch_order', 'export_slices', 'Augmentation', 'augmentation',
+           'draw', 'mirroring', 'mirrored', 'source_grid', 'elastic_shifts', 'warp', 'change_intensities', 'blurred',
+           'augment', 'case_table', 'slice_table', 'organ_table', 'share_table', 'intensity_table', 'fingerprint']
 
 # %% ../nbs/03_dataset.ipynb #085daf27
 import dataclasses
@@ -22,12 +22,14 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 import numpy as np
 import torch
@@ -271,6 +273,16 @@ def default_workers(
     heavy = sum(path.stat().st_size for case in cases for path in source_files(case)) > 64 * 2**20
     return min(cores, len(cases)) if heavy else 1
 
+# %% ../nbs/03_dataset.ipynb #944eb545
+def start_worker(
+):
+    "Let the parent alone handle Ctrl-C, and end this process when the parent ends, however it does"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def watch():
+        parent_process().join()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
 # %% ../nbs/03_dataset.ipynb #a8286c5b
 def run_cases(
     jobs,     # list of argument tuples of `prepare_case`
@@ -285,7 +297,7 @@ def run_cases(
         for job in jobs: yield outcome(job[0], lambda job=job: prepare_case(*job))
         return
     # Fresh processes: a forked copy of a process that already ran torch's threads can hang.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker) as pool:
         try:
             futures = {pool.submit(prepare_case, *job): job[0] for job in jobs}
             for future in as_completed(futures): yield outcome(futures[future], future.result)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import h5py
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -143,18 +144,43 @@ dataset.prepare(Data(**{settings_of(raw).model_dump()!r}), {str(tmp_path / "a.h5
     assert (tmp_path / "a.h5").read_bytes() == store.read_bytes() and not (tmp_path / "a.h5.parts").exists()
 
 
+def workers_of(process):
+    """The processes that prepare cases for `process`, once there are two."""
+    for _ in range(600):
+        children = subprocess.run(["pgrep", "-P", str(process), "-f", "spawn_main"], capture_output=True, text=True, check=False).stdout.split()
+        if len(children) == 2: return [int(child) for child in children]
+        time.sleep(0.1)
+    raise AssertionError("no workers were started")
+
+
 def test_a_lost_process_is_reported(raw, tmp_path):
     """The memory killer takes a worker: one line that says so, and no store."""
-    def kill():
-        for _ in range(600):
-            children = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "spawn_main"], capture_output=True, text=True, check=False).stdout.split()
-            if children: return os.kill(int(children[0]), signal.SIGKILL)
-            time.sleep(0.1)
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=lambda: os.kill(workers_of(os.getpid())[0], signal.SIGKILL))
     killer.start()
     with pytest.raises(StudyError, match="killed.*fewer workers"): prepare(settings_of(raw), tmp_path / "a.h5", tmp_path / "a.json", workers=2, progress=False)
     killer.join()
     assert not (tmp_path / "a.h5").exists()
+
+
+def test_workers_end_with_their_parent(raw, tmp_path):
+    """Killed outright, a preparation leaves no process behind."""
+    code = f"""
+from levit_study.dataset import prepare
+from levit_study.params import Data
+prepare(Data(**{settings_of(raw).model_dump()!r}), {str(tmp_path / "a.h5")!r}, {str(tmp_path / "a.json")!r}, workers=2, progress=False)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    workers = workers_of(parent.pid)
+    while not list((tmp_path / "a.h5.parts").glob("[!.]*")) and parent.poll() is None: time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    def runs(process):
+        try: return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess: return False
+    for _ in range(300):
+        if not any(map(runs, workers)): return
+        time.sleep(0.1)
+    raise AssertionError("workers outlive their parent")
 
 
 def test_full_disk(raw, tmp_path):
