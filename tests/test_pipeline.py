@@ -1,0 +1,154 @@
+"""The whole study on a minute phantom, in a copy of the project: twice, with a change, after reading, and with what goes wrong."""
+import csv
+import json
+import re
+import shutil
+import subprocess
+
+import nbformat
+import pytest
+from ruamel.yaml import YAML
+
+LOSSES = ["baseline", "focal", "focal_tversky"]
+
+
+def change(folder, edit):
+    "Edit params.yaml as a user would, comments kept"
+    yaml = YAML()
+    content = yaml.load((folder / "params.yaml").read_text())
+    edit(content)
+    with open(folder / "params.yaml", "w") as file: yaml.dump(content, file)
+
+
+def tiny(content):
+    "Make the phantom's study so small that it takes seconds"
+    phantom = content["datasets"]["phantom_ct"]
+    phantom["data"].update(size=32, phantom={"kind": "ct", "cases": 8, "shape": [6, 48, 48], "seed": 0})
+    phantom["training"].update(epochs=1, batch_size=8)
+    content["evaluation"]["bootstrap"] = 100
+
+
+def repro(folder, environment, *options, fails=False):
+    "Run `dvc repro`; return the stages that ran and all that was printed"
+    done = subprocess.run(["dvc", "repro", *options], cwd=folder, env={**environment, "PYTHONPATH": str(folder)}, capture_output=True, text=True, timeout=1500)
+    said = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, said[-6000:]
+    return re.findall(r"^Running stage '(.+?)'", said, re.M), said
+
+
+def command(folder, environment, *arguments):
+    return subprocess.run(["levit-study", *arguments], cwd=folder, env={**environment, "PYTHONPATH": str(folder)}, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def study(project, environment):
+    "A copy of the project in which the tiny study has run once"
+    folder = project("study")
+    change(folder, tiny)
+    subprocess.run(["dvc", "config", "core.analytics", "false"], cwd=folder, env=environment, check=True)
+    stages, said = repro(folder, environment)
+    assert len([s for s in stages if s.startswith("train@")]) == len(LOSSES)
+    return folder
+
+
+def test_every_result_is_there(study):
+    for loss in LOSSES:
+        run = study / "reports/runs/phantom_ct" / loss / "seed0"
+        metrics = json.loads((run / "metrics.json").read_text())
+        for key in "train_loss valid_loss valid_dice valid_jaccard best_dice best_jaccard best_epoch test_dice test_jaccard test_hd95".split(): assert key in metrics
+        assert metrics["parameters"]["loss"] == loss and metrics["parameters"]["training"]["epochs"] == 1
+        with open(run / "epochs.csv") as file: assert {"epoch", "train_loss", "valid_loss", "valid_dice", "learning_rate", "seconds"} <= set(next(csv.reader(file)))
+        with open(run / "cases.csv") as file: rows = list(csv.DictReader(file))
+        assert {r["split"] for r in rows} == {"valid", "test"} and len({r["structure"] for r in rows}) == 8
+        assert not {r["case"] for r in rows if r["split"] == "valid"} & {r["case"] for r in rows if r["split"] == "test"}
+    for name in ["table1.csv", "table1.md", "organs.csv", "claims.csv", "index.html", "site/index.html", *[f"figures/fig{k}.{kind}" for k in range(1, 5) for kind in ("png", "svg")]]:
+        assert (study / "reports" / name).stat().st_size > 100, name
+    with open(study / "reports/claims.csv") as file: assert {r["verdict"] for r in csv.DictReader(file)} <= {"supported", "contradicted", "inconclusive"}
+    assert "ynthetic" in (study / "reports/table1.md").read_text()
+
+
+def test_no_half_written_files(study):
+    left = [p for p in study.rglob(".*") if re.match(r"\.\d+\.", p.name)]
+    assert left == []
+
+
+def test_second_repro_does_nothing(study, environment):
+    stages, said = repro(study, environment)
+    assert stages == [] and "up to date" in said
+
+
+def test_reading_costs_no_training(study, environment):
+    path = study / "nbs/study/train.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.cells[0].source += "\n\nReworded."
+    notebook.cells[-1].outputs = [nbformat.v4.new_output("stream", text="seen\n")]
+    notebook.cells[-1].execution_count = 3
+    nbformat.write(notebook, path)
+    stages, _ = repro(study, environment)
+    assert set(stages) <= {"code@train"}
+    notebook.cells[-1].source += "\nprint('more')"
+    nbformat.write(notebook, path)
+    repro(study, environment, "code@train")
+    changed = json.loads(subprocess.run(["dvc", "status", "--json"], cwd=study, env=environment, capture_output=True, text=True).stdout)
+    assert {name for name in changed if name.startswith("train@")} == {f"train@phantom_ct-{loss}-0" for loss in LOSSES}
+    notebook.cells[-1].source = notebook.cells[-1].source.removesuffix("\nprint('more')")
+    nbformat.write(notebook, path)
+    assert "code@train" in repro(study, environment)[0]
+
+
+@pytest.mark.parametrize("module, stages", [("figures", {"report"}), ("statistics", {"report"}), ("losses", {f"train@phantom_ct-{loss}-0" for loss in LOSSES})])
+def test_code_changes_what_depends_on_it(study, environment, module, stages):
+    path = study / "levit_study" / f"{module}.py"
+    before = path.read_text()
+    path.write_text(before + "\n# changed\n")
+    try: changed = json.loads(subprocess.run(["dvc", "status", "--json"], cwd=study, env=environment, capture_output=True, text=True).stdout)
+    finally: path.write_text(before)
+    assert set(changed) == stages
+
+
+def test_a_foreign_run_is_refused(study, environment, tmp_path):
+    path = study / "reports/runs/phantom_ct/focal/seed0/metrics.json"
+    before = path.read_text()
+    metrics = json.loads(before)
+    metrics["parameters"]["loss_settings"] = {"kind": "baseline"}
+    path.write_text(json.dumps(metrics))
+    try: done = command(study, environment, "notebook", "nbs/study/report.ipynb", str(tmp_path / "report.ipynb"))
+    finally: path.write_text(before)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "nbs/study/report.ipynb, cell" in last and "metrics.json: was made with loss_settings.kind = 'baseline', params.yaml says 'focal'" in last
+
+
+def test_one_parameter_reruns_its_part_alone(study, environment):
+    before = (study / "reports/runs/phantom_ct/baseline/seed0/epochs.csv").read_bytes()
+    change(study, lambda c: c["losses"]["focal"].update(gamma=1.0))
+    stages, _ = repro(study, environment)
+    assert stages == ["train@phantom_ct-focal-0", "evaluate@phantom_ct-focal-0", "report", "site"]
+    assert (study / "reports/runs/phantom_ct/baseline/seed0/epochs.csv").read_bytes() == before
+    assert json.loads((study / "reports/runs/phantom_ct/focal/seed0/metrics.json").read_text())["parameters"]["loss_settings"]["gamma"] == 1.0
+
+
+@pytest.mark.parametrize("edit, said", [
+    (lambda c: c["losses"]["focal"].update(gama=1), "gama"),
+    (lambda c: c["losses"]["focal"].update(gamma=-1), "gamma"),
+    (lambda c: c["datasets"]["phantom_ct"]["training"].update(epochs="many"), "datasets.phantom_ct.training.epochs = 'many'"),
+])
+def test_bad_parameters_stop_with_one_line(study, environment, edit, said):
+    before = (study / "params.yaml").read_text()
+    change(study, edit)
+    try: _, printed = repro(study, environment, fails=True)
+    finally: (study / "params.yaml").write_text(before)
+    line = next(line for line in printed.splitlines() if line.startswith("levit-study: error:"))
+    assert said in line and "Traceback" not in printed
+
+
+def test_absent_data_set_says_where_to_get_it(study, environment):
+    before = (study / "params.yaml").read_text()
+    shutil.rmtree(study / "data/raw/acdc", ignore_errors=True)
+    (study / "data/raw/acdc").mkdir()
+    (study / "data/raw/acdc/README.md").write_text("where to put the scans\n")
+    change(study, lambda c: c["study"].update(datasets=["acdc"]))
+    try: _, printed = repro(study, environment, fails=True)
+    finally: (study / "params.yaml").write_text(before)
+    line = next(line for line in printed.splitlines() if line.startswith("levit-study: error:"))
+    assert "data/raw/acdc" in line and "patient001" in line
+    assert not (study / "data/prepared/acdc.h5").exists()
