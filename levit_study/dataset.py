@@ -546,6 +546,9 @@ class PreparedStore:
     def text(self, column): return [value.decode() for value in self.tables[column]]
     def __len__(self): return len(self.tables["slices/case"])
 
+    def close(self):
+        if self.file is not None: self.file.close()
+
     def __repr__(self):
         return f"PreparedStore({self.path.name}: {len(self.cases)} cases, {len(self)} slices of {self.size} x {self.size}, {self.num_classes} classes)"
 
@@ -830,7 +833,7 @@ def change_intensities(
             part = part + torch.from_numpy(fields).to(images.device) * between(name, samples, 0, 0.05)
         elif name == "brightness": part = part + between(name, samples, -0.1, 0.1)
         elif name == "contrast":
-            mean = part.mean((1, 2, 3), keepdim=True)
+            mean = part.double().mean((1, 2, 3), keepdim=True).float()  # the same however many threads share the sum
             part = (part - mean) * between(name, samples, 0.75, 1.25) + mean
         else: part = part.clamp(0, 1) ** (1.5 ** between(name, samples, -1, 1))
         images[place] = part.clamp(0, 1)
@@ -859,7 +862,7 @@ def augment(
     seed,    # of the training, non-negative
     epoch,   # non-negative
     indices, # (B,) which sample each is, non-negative: names its random stream
-): # images, labels as new tensors
+): # images, labels: new tensors, or with 'none' the same
     "Augment a batch: exact turns and mirrorings, then one interpolation, then intensities"
     settings = augmentation(recipe)
     if settings == RECIPES["none"]: return images, labels

@@ -310,6 +310,16 @@ def test_a_sample_does_not_know_its_batch(recipe, first, seed, epoch):
     assert 0 <= whole[0].min() and whole[0].max() <= 1 + 1e-6 and set(whole[1].unique().tolist()) <= set(range(5))
 
 
+def test_threads_do_not_matter():
+    images, labels = sample(24, 96)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(augment(images, labels, "strong", 0, 0, range(24)))
+    torch.set_num_threads(1)
+    for one, two in zip(*results, strict=True): assert torch.equal(one, two)
+
+
 def test_inputs_stay_as_they_are():
     images, labels = sample()
     kept = images.clone(), labels.clone()
