@@ -100,7 +100,7 @@ def paint(
         target[box][inside] = value
 
 # %% ../nbs/02_phantom.ipynb #a254dbb7
-reference_ml = {"aorta": 90, "gallbladder": 40, "left kidney": 165, "right kidney": 160, "liver": 1550, "pancreas": 75, "spleen": 190, "stomach": 340}
+reference_ml = {"aorta": 90, "gallbladder": 55, "left kidney": 178, "right kidney": 178, "liver": 1520, "pancreas": 72, "spleen": 215, "stomach": 365}
 ct_field = (320, 380, 380)  # mm: height of the stack, depth and width of a slice
 abdomen = [  # painted in this order, later over earlier; mm up, backwards, left
     Part("liver", [(58, -6, -72)], [74, 76, 66], (0, -12, 8)),
@@ -109,7 +109,7 @@ abdomen = [  # painted in this order, later over earlier; mm up, backwards, left
     Part("stomach", [(72, 8, 74), (40, -24, 72), (12, -50, 52), (-4, -58, 22), (2, -50, -8)], [27, 24, 20, 16, 12]),
     Part("spleen", [(66, 40, 101)], [52, 36, 25], (-25, 10, 0)),
     Part("pancreas", [(-22, 0, -30), (-2, -8, -24), (8, -20, 2), (14, -14, 34), (26, 14, 66), (34, 26, 82)], [14, 15, 10, 10.5, 10, 9]),
-    Part("gallbladder", [(-8, -58, -58), (4, -48, -50), (20, -34, -40)], [16, 14.5, 6]),
+    Part("gallbladder", [(-9, -58, -58), (4, -48, -50), (20, -34, -40)], [17.5, 16, 7]),
     Part("portal vein", [(24, 22, 74), (12, 2, 36), (6, 0, 2), (24, -2, -20), (44, -8, -42)], [4, 4.5, 6.5, 7, 6.5]),
     Part("left kidney", [(8, 56, 62)], [54, 28, 26], (10, 14, -12)),
     Part("right kidney", [(-8, 56, -62)], [54, 28, 26], (-10, 14, 12)),
@@ -280,7 +280,7 @@ def heart_slice(code, heart, phase, along, step, grid):
     back, left = (g - c for g, c in zip(grid, heart.centre + heart.drift*along + step, strict=True))
     distance = np.sqrt(back[:, None]**2 + left**2)
     cosine, sine = back[:, None]/np.maximum(distance, 1e-3), left/np.maximum(distance, 1e-3)
-    waves = (cosine*sine, cosine**2 - sine**2, cosine**3)
+    waves = (cosine*sine, cosine*cosine - sine*sine, cosine*cosine*cosine)
     outline = distance/(1 + sum(size*np.cos(shift)*wave for (size, shift), wave in zip(heart.wobble, waves, strict=True)))
     outer = inner + wall
     width = heart.right*(0.1 + 0.9*shrink)*right_reach

@@ -249,7 +249,7 @@ def scale_intensity(
     where="image",       # for messages
 ):
     "Return the image as float32 in [0, 1]; `StudyError` if it holds NaN, infinity, one value only, or a scale that contradicts `intensity`"
-    image = np.asarray(image, np.float32)
+    with np.errstate(over="ignore"): image = np.asarray(image, np.float32)
     low, high = float(image.min()), float(image.max())  # NaN and infinity show in the extremes
     if not np.isfinite(low + high):
         raise StudyError(f"{where}: {np.count_nonzero(~np.isfinite(image)):,} voxels are NaN or infinite: convert or fetch it again")

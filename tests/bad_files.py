@@ -359,7 +359,8 @@ def hdf5_cut(folder):
     path.write_bytes(path.read_bytes()[:3000])
 
 @kind("error", "not a readable HDF5", "patient002_frame01.h5")
-def npz_named_hdf5(folder): np.savez(ssl(folder).open("wb"), image=hearts()[0])
+def npz_named_hdf5(folder):
+    with ssl(folder).open("wb") as file: np.savez(file, image=hearts()[0])
 
 @kind("error", "no array 'label' .has: image", "patient002_frame01.h5")
 def hdf5_without_label(folder): write_h5(ssl(folder), image=hearts()[0])
