@@ -11,22 +11,26 @@ __all__ = ['MM', 'SINGLE', 'DOUBLE', 'STYLE', 'LOOKS', 'PLACES', 'STRUCTURES', '
            'run_handles', 'draw_curve', 'draw_shared_dice', 'fig2', 'draw_course', 'spoken_course', 'fig3',
            'window_around', 'error_map', 'slice_dice', 'frame_view', 'show_slice', 'draw_contours', 'scale_bar',
            'draw_example_row', 'smallest_structure', 'draw_example', 'fig4', 'example_name', 'example_words', 'offsets',
-           'structure_height', 'draw_marks', 'shade_rows', 'against', 'forest', 'n_words', 'spoken_differences',
-           'draw_pairs', 'mean_pairs', 'convention_shift', 'spoken_pairs', 'split_means', 'draw_optimism',
-           'optimism_shift', 'gap_words', 'spoken_optimism', 'size_column', 'binned', 'draw_dice_against_size',
-           'dice_against_size', 'draw_sizes', 'spoken_sizes', 'middle_half', 'draw_balance', 'draw_equal_dice',
-           'sensitivity_specificity', 'panel_grid', 'label_outside', 'calibration_error', 'pooled_bins', 'reliability',
-           'learning_rate_sensitivity', 'imbalance', 'percent', 'draw_shares', 'fingerprint_panels', 'draw_dots',
-           'draw_spacing', 'draw_intensities', 'draw_slice_counts', 'draw_organ_sizes', 'spoken_fingerprint',
-           'contact_sheet']
+           'structure_height', 'structures_of', 'draw_marks', 'shade_rows', 'against', 'forest', 'n_words',
+           'spoken_differences', 'draw_pairs', 'mean_pairs', 'convention_shift', 'spoken_pairs', 'split_means',
+           'draw_optimism', 'optimism_shift', 'gap_words', 'spoken_optimism', 'size_column', 'binned',
+           'draw_dice_against_size', 'dice_against_size', 'draw_sizes', 'spoken_sizes', 'middle_half', 'draw_balance',
+           'draw_equal_dice', 'sensitivity_specificity', 'panel_grid', 'label_outside', 'calibration_error',
+           'pooled_bins', 'reliability', 'learning_rate_sensitivity', 'imbalance', 'percent', 'draw_shares',
+           'fingerprint_panels', 'draw_dots', 'draw_spacing', 'draw_intensities', 'draw_slice_counts',
+           'draw_organ_sizes', 'spoken_fingerprint', 'contact_sheet']
 
 # %% ../nbs/10_figures.ipynb #20ea2919
-import io, json, textwrap
+import io
+import json
+import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
-import matplotlib, numpy as np, pandas as pd
+import matplotlib
+import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -40,9 +44,10 @@ STYLE = {
     "font.family": "DejaVu Sans", "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7, "figure.titlesize": 8.5, "figure.titleweight": "bold",
     "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "legend.fontsize": 6.5, "legend.frameon": False, "legend.handlelength": 2.6,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": .6, "xtick.major.width": .6, "ytick.major.width": .6, "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5, "axes.axisbelow": True, "axes.grid": True, "grid.color": "#E4E4E4", "grid.linewidth": .5, "lines.linewidth": 1.3, "lines.markersize": 4,
+    "ytick.major.size": 2.5, "axes.axisbelow": True, "axes.grid": True, "grid.color": "#E4E4E4", "grid.linewidth": .5,
+    "lines.linewidth": 1.3, "lines.markersize": 4,
     "figure.constrained_layout.h_pad": .04, "figure.constrained_layout.w_pad": .04, "savefig.dpi": 192, "svg.hashsalt": "levit-study", "svg.fonttype": "path",
-    "text.hinting": "none", "figure.facecolor": "white", "savefig.facecolor": "white", "axes.formatter.use_mathtext": True, "image.cmap": "gray"}
+    "text.hinting": "none", "figure.facecolor": "white", "savefig.facecolor": "white", "image.cmap": "gray"}
 
 # %% ../nbs/10_figures.ipynb #a0b7c7e1
 @contextmanager
@@ -56,7 +61,8 @@ def study_style():
 # %% ../nbs/10_figures.ipynb #bcb9fa44
 LOOKS = [ # colour, line, marker
     ("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#9040F0", ":", "D"), ("#333333", (0, (5, 1, 1, 1, 1, 1)), "v"),
-    ("#C8003C", (0, (1, 1)), "P"), ("#E070E0", (0, (6, 2)), "X"), ("#5F1A52", (0, (3, 1, 1, 1)), "<"), ("#2A1A8C", (0, (8, 1)), ">"), ("#3C5A00", (0, (2, 2)), "p")]
+    ("#C8003C", (0, (1, 1)), "P"), ("#E070E0", (0, (6, 2)), "X"), ("#5F1A52", (0, (3, 1, 1, 1)), "<"), ("#2A1A8C", (0, (8, 1)), ">"),
+    ("#3C5A00", (0, (2, 2)), "p")]
 PLACES = {"baseline": 0, "focal": 1, "focal_tversky": 2}
 
 # %% ../nbs/10_figures.ipynb #d65594fb
@@ -71,7 +77,8 @@ def loss_looks(
 
 # %% ../nbs/10_figures.ipynb #6149575f
 STRUCTURES = {
-    "aorta": "#FF5A5F", "gallbladder": "#D9E021", "left kidney": "#4DA3FF", "right kidney": "#00CFE8", "liver": "#F28E2B", "pancreas": "#E377E3", "spleen": "#18B48C",
+    "aorta": "#FF5A5F", "gallbladder": "#D9E021", "left kidney": "#4DA3FF", "right kidney": "#00CFE8", "liver": "#F28E2B", "pancreas": "#E377E3",
+    "spleen": "#18B48C",
     "stomach": "#B79BFF", "right ventricle": "#00B8E6", "myocardium": "#F28E2B", "left ventricle": "#E377E3", "background": "#AAAAAA"}
 FURTHER = ["#FF9DA7", "#9CCC3C", "#8CD3FF", "#C49C6B", "#59E3B5", "#FFC857", "#C060A0", "#7F9CFF", "#BFBFBF", "#E0A070", "#70C0C0", "#D0D080", "#A0A0FF"]
 
@@ -86,7 +93,8 @@ def structure_colors(
 NAMES = {
     "synapse": "Synapse CT", "acdc": "ACDC MR", "phantom_ct": "CT phantom", "phantom_mr": "MR phantom", "focal_tversky": "focal-Tversky",
     "train": "training", "valid": "validation", "test": "test", "train_loss": "Training loss (own scale)", "valid_loss": "Validation loss (own scale)",
-    "valid_dice": "Validation Dice (0 to 1)", "valid_jaccard": "Validation Jaccard (0 to 1)", "best_dice": "Best Dice (0 to 1)", "best_jaccard": "Best Jaccard (0 to 1)"}
+    "valid_dice": "Validation Dice (0 to 1)", "valid_jaccard": "Validation Jaccard (0 to 1)",
+    "best_dice": "Best Dice (0 to 1)", "best_jaccard": "Best Jaccard (0 to 1)"}
 PROTOCOLS = {
     "paper": "paper (best epoch chosen and reported on the validation cases)",
     "held-out": "held-out (best epoch chosen on the validation cases, reported on the test cases)",
@@ -175,7 +183,7 @@ def save_figure(
 ): # -> list of the three paths
     "Write `name`.png, .svg and .json (title, caption, alt) whole or not at all, the same bytes for the same figure"
     figure, words = getattr(picture, "figure", picture), {k: getattr(picture, k, "") for k in ("title", "caption", "alt")}
-    words |= {k: v for k, v in dict(alt=alt, caption=caption).items() if v is not None}
+    words |= {k: v for k, v in {"alt": alt, "caption": caption}.items() if v is not None}
     if not words["alt"]: raise StudyError(f"figure {name}: has no text alternative; give `alt`, a sentence or two that say what it shows")
     metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None, "Title": words["title"] or name, "Description": words["alt"]}}
     paths = [Path(folder)/f"{name}.{kind}" for kind in ("png", "svg", "json")]
@@ -197,9 +205,12 @@ def figure_html(
 def checked(table, figure, columns, about=None):
     "Return `table`, or, if it has a column split and `about` is given, its rows of that split; a `StudyError` names what is missing"
     missing = [column for column in columns if column not in table]
-    if missing: raise StudyError(f"{figure}: the table lacks {', '.join(missing)}; it has {', '.join(map(str, table.columns)) or 'no columns'}. Are all runs complete?")
-    if about and about.split and "split" in table: table = table[table["split"] == about.split]
-    if table.empty: raise StudyError(f"{figure}: the table has no rows{f' of the split {about.split!r}' if about and about.split else ''}; are there results yet?")
+    if missing:
+        there = ", ".join(map(str, table.columns)) or "no columns"
+        raise StudyError(f"{figure}: the table lacks {', '.join(missing)}; it has {there}. Are all runs complete?")
+    split = about.split if about else ""
+    if split and "split" in table: table = table[table["split"] == split]
+    if table.empty: raise StudyError(f"{figure}: the table has no rows{f' of the split {split!r}' if split else ''}; are there results yet?")
     return table
 
 # %% ../nbs/10_figures.ipynb #d12f71af
@@ -239,7 +250,7 @@ def loss_handles(losses, about, **kwargs):
 
 def pair_handles(first, second):
     "Legend of the filled and the hollow marks"
-    return [Line2D([], [], color="#555555", marker="o", ls="none", label=first), Line2D([], [], color="#555555", marker="o", mfc="white", ls="none", label=second)]
+    return [Line2D([], [], color="#555555", marker="o", mfc=face, ls="none", label=label) for face, label in (("#555555", first), ("white", second))]
 
 def finished(figure, title, body, alt, table, about):
     "Title the figure, settle its layout once for all, and return it with its words"
@@ -322,8 +333,10 @@ def draw_runs(
 def spoken(runs, metrics, about):
     "Put the means of `metrics` per data set and loss into words"
     means = runs.groupby(["dataset", "loss"], sort=False)[metrics].mean()
-    def words(dataset, metric): return ", ".join(f"{about.name(loss)} {number(v)}" for loss, v in means.loc[dataset, metric].items())
-    return " ".join(f"{about.dataset(d)}: " + "; ".join(f"{about.name(m).split(' (')[0]}: {words(d, m)}" for m in metrics) + "." for d in runs["dataset"].unique())
+    def one(dataset, metric):
+        values = ", ".join(f"{about.name(loss)} {number(v)}" for loss, v in means.loc[dataset, metric].items())
+        return f"{about.name(metric).split(' (')[0]}: {values}"
+    return " ".join(f"{about.dataset(d)}: {'; '.join(one(d, m) for m in metrics)}." for d in runs["dataset"].unique())
 
 def metric_panels(runs, metrics, about, paper, intervals, bars):
     "Draw a panel per metric and a row of panels per data set"
@@ -360,7 +373,8 @@ def paper_words(paper, metrics):
     if paper is None: return ""
     rows = paper[paper["metric"].isin(metrics) & paper["note"].notna()] if "note" in paper else paper.head(0)
     notes = "; ".join(f"{NAMES[row.metric].split(' (')[0].lower()}: {row.note}" for row in rows.itertuples())
-    return " Hollow diamonds: the paper's Table 1, whose data set is not stated (its text speaks of abdominal CT)." + (f" Notes on it: {notes}." if notes else "")
+    said = " Hollow diamonds: the paper's Table 1, whose data set is not stated (its text speaks of abdominal CT)."
+    return said + (f" Notes on it: {notes}." if notes else "")
 
 def run_handles(runs, paper, line):
     "Legend of seeds, interval and the paper's marks, in grey because the rows carry the losses' colours"
@@ -405,8 +419,9 @@ def fig2(
         axes = [part.add_subplot(grid[k//columns, k % columns if k < len(losses) else slice(k % columns, None)]) for k in range(len(losses) + 1)]
         draw_course(axes, epochs[epochs["dataset"] == dataset], losses, about)
     legend_below(figure, [Line2D([], [], color="#555555", label="training loss"), Line2D([], [], color="#555555", ls=(0, (3, 1.5)), label="validation loss"),
-                          *[h for h in loss_handles(losses, about)]])
-    body = ("Lines: mean over seeds; bands: smallest to largest seed. Each loss has its own scale; marks on the shared axis: best epoch of the mean validation Dice.")
+                          *loss_handles(losses, about)])
+    body = ("Lines: mean over seeds; bands: smallest to largest seed. Each loss has its own scale; marks on the shared axis: best epoch of the mean "
+            "validation Dice.")
     return finished(figure, "Training and validation over the epochs", body, "Line charts. " + spoken_course(epochs, about), epochs, about)
 
 def draw_course(axes, epochs, losses, about):
@@ -451,11 +466,12 @@ def window_around(
     spacing=None, # (row, column) in mm, or None for square pixels
     margin=.15, # share of the extent added on each side
     least=24, # pixels, smallest width
+    most=np.inf, # pixels, largest width; then the window shows the middle of `mask`
 ): # -> (left, right, bottom, top) in pixel coordinates, 4:3 in millimetres
-    "Find the window of 4:3 that holds `mask` with a margin"
+    "Find the window of 4:3 around `mask`"
     tall, wide = spacing or (1, 1)
     rows, columns = np.nonzero(mask if mask.any() else np.ones_like(mask))
-    width = max((np.ptp(columns) + 1)*(1 + 2*margin), (np.ptp(rows) + 1)*(1 + 2*margin)*tall/wide*4/3, least)
+    width = min(max((np.ptp(columns) + 1)*(1 + 2*margin), (np.ptp(rows) + 1)*(1 + 2*margin)*tall/wide*4/3, least), most)
     height = width*wide/tall*3/4
     x, y = (columns.min() + columns.max())/2, (rows.min() + rows.max())/2
     return x - width/2, x + width/2, y + height/2, y - height/2
@@ -502,9 +518,10 @@ def scale_bar(ax, view, spacing):
     width = (view[1] - view[0])*(spacing[1] if spacing else 1)
     length = max(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500) if n <= max(1, width/3))
     x, y = view[0] + .05*(view[1] - view[0]), view[2] - .07*(view[2] - view[3])
-    outline = [withStroke(linewidth=1.6, foreground="black")]  # read on black and on white
-    ax.plot([x, x + length/(spacing[1] if spacing else 1)], [y, y], color="white", lw=1.4, solid_capstyle="butt", path_effects=[withStroke(linewidth=2.6, foreground="black")])
-    ax.text(x, y - .04*(view[2] - view[3]), f"{length} {'mm' if spacing else 'voxels'}", color="white", fontsize=6, va="bottom", path_effects=outline)
+    text = f"{length} {'mm' if spacing else 'voxels'}"
+    thin, thick = ([withStroke(linewidth=width, foreground="black")] for width in (1.6, 2.6))  # to be read on black and on white
+    ax.plot([x, x + length/(spacing[1] if spacing else 1)], [y, y], color="white", lw=1.4, solid_capstyle="butt", path_effects=thick)
+    ax.text(x, y - .04*(view[2] - view[3]), text, color="white", fontsize=6, va="bottom", path_effects=thin)
 
 # %% ../nbs/10_figures.ipynb #bae942ce
 def draw_example_row(axes, example, losses, kind, view, about):
@@ -535,7 +552,8 @@ def draw_example(part, example, losses, columns, about):
     "Fill one band of figure 4 for `losses`: three rows of panels with their names, the last ones empty where there are fewer losses than `columns`"
     reference, structures, spacing = example["reference"], example["structures"], example.get("spacing")
     small = smallest_structure(reference, structures)
-    views = [window_around(reference > 0, spacing)]*2 + [window_around(reference == structures.get(small, -1), spacing, margin=.6)]
+    whole = window_around(reference > 0, spacing)
+    views = [whole, whole, window_around(reference == structures.get(small, -1), spacing, margin=.6, most=.6*(whole[1] - whole[0]))]
     axes = part.subplots(3, columns, gridspec_kw={"wspace": .02, "hspace": .02})
     for ax, view in zip(axes[:, 2 + len(losses):].T.flat, views*columns, strict=False): frame_view(ax, view, spacing)
     axes = axes[:, :2 + len(losses)]
@@ -543,14 +561,17 @@ def draw_example(part, example, losses, columns, about):
     scores = [number(slice_dice(reference, example["predictions"][loss], structures), 2) for loss in losses]
     titles = ["image", "reference", *[f"{wrapped(about.name(loss), 120//columns)}\nslice Dice {score}" for loss, score in zip(losses, scores, strict=True)]]
     for ax, title in zip(axes[0], titles, strict=True): ax.set_title(title)
-    for ax, text in zip(axes[:, 0], ("segmentation", "errors", f"zoom: {small}" if small else "zoom"), strict=True): ax.set_ylabel(wrapped(text, 84//columns), fontsize=6.5)
-    legend = axes[1, 1].legend(handles=[Patch(color=color, label=kind) for kind, color in ERRORS.items()], loc="center right", borderaxespad=0, handlelength=1.2)
+    for ax, text in zip(axes[:, 0], ("segmentation", "errors", f"zoom: {small}" if small else "zoom"), strict=True):
+        ax.set_ylabel(wrapped(text, 84//columns), fontsize=6.5)
+    kinds = [Patch(color=color, label=kind) for kind, color in ERRORS.items()]
+    legend = axes[1, 1].legend(handles=kinds, loc="center right", borderaxespad=0, handlelength=1.2)
     legend.set_in_layout(False)  # it may reach into the empty panel beside it
 
 # %% ../nbs/10_figures.ipynb #312dfe70
 @study_style()
 def fig4(
-    examples, # list of dicts: dataset, case, slice, role ('typical', 'best', 'worst'), image, reference, predictions {loss: labels}, structures {name: value}, spacing (row, column) mm or None
+    examples, # dicts: dataset, case, slice, role ('typical', 'best', 'worst'), image, reference, predictions {loss: labels}, structures {name: value},
+    # spacing (row, column) in mm or None
     about=About(), # what the caption must say
 ): # -> Picture
     "Show slices with reference, each loss's segmentation, its errors and a zoom on the smallest structure"
@@ -569,7 +590,8 @@ def fig4(
             draw_example(part, example, group, columns, about)
             part.suptitle(example_name(example, about), x=.006, ha="left", fontsize=7.5, fontweight="normal")
     structures = structure_colors({name: 1 for e in examples for name in e["structures"]})
-    legend_below(figure, [*[Line2D([], [], color=c, label=s) for s, c in structures.items()], Line2D([], [], color="black", lw=.8, ls=(0, (2, 2)), label="reference, in the zoom")])
+    dashed = Line2D([], [], color="black", lw=.8, ls=(0, (2, 2)), label="reference, in the zoom")
+    legend_below(figure, [*[Line2D([], [], color=c, label=s) for s, c in structures.items()], dashed])
     table = pd.DataFrame([{k: e[k] for k in ("dataset", "case")} for e in examples])
     return finished(figure, "Segmentations of single slices", *example_words(examples, losses, about), table, about)
 
@@ -579,8 +601,9 @@ def example_name(example, about):
 
 def example_words(examples, losses, about):
     "Body of figure 4's caption and its text alternative"
-    body = ("Rows per case: contours of the segmentation; its errors over the reference's outline; zoom on the smallest structure of the slice. Slice Dice: mean over the structures "
-            "in the slice. Scale bars " + ("in mm." if all(e.get("spacing") for e in examples) else "in mm, or in voxels where the spacing is unknown."))
+    body = ("Rows per case: contours of the segmentation; its errors over the reference's outline; zoom on the smallest structure of the slice. "
+            "Slice Dice: mean over the structures in the slice. Scale bars in mm")
+    body += "." if all(e.get("spacing") for e in examples) else ", or in voxels where the spacing is unknown."
     def scores(e): return ", ".join(f"{about.name(k)} {number(slice_dice(e['reference'], e['predictions'][k], e['structures']), 2)}" for k in losses)
     return body, "Image panels. Slice Dice: " + "; ".join(f"{example_name(e, about)}: {scores(e)}" for e in examples) + "."
 
@@ -588,6 +611,10 @@ def example_words(examples, losses, about):
 def offsets(count): return np.linspace(-.38, .38, count + 2)[1:-1]
 
 def structure_height(structures, losses): return max(row_height([wrapped(s) for s in structures]), 2.1*len(losses) + 1.6)
+
+def structures_of(table):
+    "Structures per data set in the order of the table"
+    return {dataset: list(part["structure"].unique()) for dataset, part in table.groupby("dataset", sort=False)}
 
 def draw_marks(
     ax, # where to draw
@@ -635,7 +662,7 @@ def forest(
     "Draw per-structure paired differences against the baseline with their intervals"
     tests = checked(tests, "forest", "dataset, structure, first, second, difference, low, high, patients".split(", "), about)
     table = checked(against(tests, baseline).assign(clear=lambda d: (d["low"] > 0) | (d["high"] < 0)), f"forest against {baseline}", [])
-    losses, structures = list(table["loss"].unique()), {d: list(part["structure"].unique()) for d, part in table.groupby("dataset", sort=False)}
+    losses, structures = list(table["loss"].unique()), structures_of(table)
     figure, parts = bands(table, [len(s)*structure_height(s, losses) + 16 for s in structures.values()], about, width=130)
     for dataset, part in parts.items():
         ax, rows = part.subplots(), table[table["dataset"] == dataset]
@@ -644,9 +671,10 @@ def forest(
         print_right(ax, [n_words(rows.loc[rows["structure"] == s, "patients"]) for s in structures[dataset]])
         ax.set_xlabel(f"Difference in {metric} against {about.name(baseline)} (right of 0: larger)")
     legend_below(figure, [*loss_handles(losses, about, ls="none"), *pair_handles("interval excludes 0", "interval includes 0")])
-    body = (f"Marks: mean paired difference; at the right: number of patients; lines: {interval_name}, each by itself, not corrected for the number of comparisons; "
-            "filled: the interval excludes 0.")
-    return finished(figure, f"{metric}: paired differences against {about.name(baseline)}", body, "Forest plot. " + spoken_differences(table, about), table, about)
+    body = (f"Marks: mean paired difference; at the right: number of patients; lines: {interval_name}, each by itself, not corrected for the number of "
+            "comparisons; filled: the interval excludes 0.")
+    title = f"{metric}: paired differences against {about.name(baseline)}"
+    return finished(figure, title, body, "Forest plot. " + spoken_differences(table, about), table, about)
 
 def n_words(counts):
     "Say a number, or its range where the losses differ"
@@ -656,7 +684,8 @@ def n_words(counts):
 def spoken_differences(table, about):
     "Say how many differences are clear and put the six largest into words"
     clear = table[table["clear"]].sort_values("value", key=abs, ascending=False, kind="stable")
-    said = [f"{about.dataset(r.dataset)}, {r.structure}, {about.name(r.loss)}: {r.value:+.3f} ({r.low:+.3f} to {r.high:+.3f})" for r in clear.head(6).itertuples()]
+    def one(row): return f"{about.dataset(row.dataset)}, {row.structure}, {about.name(row.loss)}: {row.value:+.3f} ({row.low:+.3f} to {row.high:+.3f})"
+    said = [one(row) for row in clear.head(6).itertuples()]
     return f"{len(clear)} of {len(table)} intervals exclude zero" + ("; the largest: " + "; ".join(said) if said else "") + "."
 
 # %% ../nbs/10_figures.ipynb #a50a7aee
@@ -689,7 +718,7 @@ def convention_shift(
 ): # -> Picture
     "Draw mean Dice and HD95 per structure by this study's convention and by that of published tables"
     cases = checked(cases, "convention_shift", "dataset, loss, case, structure, dice, hd95, transunet_dice, transunet_hd95, unit".split(", "), about)
-    losses, structures = list(cases["loss"].unique()), {d: [*part["structure"].unique(), "mean over structures"] for d, part in cases.groupby("dataset", sort=False)}
+    losses, structures = list(cases["loss"].unique()), {d: [*names, "mean over structures"] for d, names in structures_of(cases).items()}
     figure, parts = bands(cases, [len(s)*structure_height(s, losses) + 16 for s in structures.values()], about)
     for dataset, part in parts.items():
         own, axes = cases[cases["dataset"] == dataset], part.subplots(1, 2, sharey=True)
@@ -698,16 +727,18 @@ def convention_shift(
         axes[0].set_xlabel("Mean Dice (0 to 1)")
         axes[1].set_xlabel(f"Mean HD95 (filled: {' or '.join(own['unit'].dropna().unique())}; hollow: voxel)")
     legend_below(figure, [*loss_handles(losses, about, ls="none"), *pair_handles("this study", "published tables")])
-    body = ("Filled marks: this study's convention (an empty structure on one side: Dice 0, HD95 undefined and left out; distances in the stated unit); hollow: that of published tables "
-            "(a structure predicted but absent: Dice 1, HD95 0; missed or absent in both: 0 and 0; spacing ignored). Means over cases and seeds.")
-    return finished(figure, "What the metric convention alone changes", body, "Paired dots. " + spoken_pairs(cases, "dice", "transunet_dice", about), cases, about)
+    body = ("Filled marks: this study's convention (an empty structure on one side: Dice 0, HD95 undefined and left out; distances in the stated unit); "
+            "hollow: that of published tables (a structure predicted but absent: Dice 1, HD95 0; missed or absent in both: 0 and 0; spacing ignored). "
+            "Means over cases and seeds.")
+    return finished(figure, "What the metric convention alone changes", body, "Paired dots. " + spoken_pairs(cases, about), cases, about)
 
-def spoken_pairs(cases, first, second, about):
-    "Put the means over structures of both columns into words"
+def spoken_pairs(cases, about):
+    "Put the mean Dice over structures by both conventions into words"
     def words(own):
-        pairs = mean_pairs(own, first, second).query("structure == 'mean over structures'")
+        pairs = mean_pairs(own, "dice", "transunet_dice").query("structure == 'mean over structures'")
         return ", ".join(f"{about.name(r.loss)} {number(r.first)} and {number(r.second)}" for r in pairs.itertuples())
-    return "Mean Dice over structures, this study's and the published tables': " + "; ".join(f"{about.dataset(d)}: {words(own)}" for d, own in cases.groupby("dataset", sort=False)) + "."
+    said = "; ".join(f"{about.dataset(d)}: {words(own)}" for d, own in cases.groupby("dataset", sort=False))
+    return f"Mean Dice over structures, this study's and the published tables': {said}."
 
 # %% ../nbs/10_figures.ipynb #52dcf51e
 def split_means(cases, metric):
@@ -735,7 +766,8 @@ def optimism_shift(
     gaps=None, # dataset, loss, low, high, as levit_study.statistics.optimism gives them: intervals of the difference in Dice, printed
 ): # -> Picture
     "Draw the mean of the validation cases that chose the epoch and that of the held-out test cases per loss"
-    cases, about = checked(cases, "optimism_shift", "dataset, loss, seed, split, structure, dice".split(", ")), replace(about, split="", protocol="paper (filled) and held-out (hollow)")
+    checked(cases, "optimism_shift", "dataset, loss, seed, split, structure, dice".split(", "))
+    about = replace(about, split="", protocol="paper (filled) and held-out (hollow)")
     metrics, losses = [m for m in ("dice", "jaccard") if m in cases], list(cases["loss"].unique())
     height = len(losses)*row_height([wrapped(about.name(loss)) for loss in losses]) + 17
     figure, parts = bands(cases, [height]*cases["dataset"].nunique(), about, width=DOUBLE if len(metrics) == 2 else 130)
@@ -746,8 +778,9 @@ def optimism_shift(
             print_right(ax, [gap_words(means, loss, dataset, gaps if metric == "dice" else None) for loss in losses])
             ax.set_xlabel(f"Mean {metric.capitalize()} (0 to 1)")
     legend_below(figure, pair_handles("validation cases (paper)", "test cases (held-out)"))
-    body = ("Filled: best epoch on the validation cases, reported on them; hollow: the same weights on cases that did not choose the epoch; large marks: mean over seeds, small dots: seeds. "
-            f"Numbers: paper minus held-out{'' if gaps is None else ' with its interval'}. The two sets of cases differ, so part of the gap is chance.")
+    body = ("Filled: best epoch on the validation cases, reported on them; hollow: the same weights on cases that did not choose the epoch; large marks: mean "
+            f"over seeds, small dots: seeds. Numbers: paper minus held-out{'' if gaps is None else ' with its interval'}. The two sets of cases differ, "
+            "so part of the gap is chance.")
     return finished(figure, "Optimism of choosing and reporting on the same cases", body, "Paired dots. " + spoken_optimism(cases, about), cases, about)
 
 def gap_words(means, loss, dataset, gaps):
@@ -759,8 +792,11 @@ def gap_words(means, loss, dataset, gaps):
 
 def spoken_optimism(cases, about):
     "Put the gap in Dice per data set and loss into words"
-    gaps = [(d, loss, (m["valid"] - m["test"]).mean()) for d, own in cases.groupby("dataset", sort=False) for loss, m in split_means(own, "dice").groupby("loss", sort=False)]
-    return "Paper minus held-out Dice: " + "; ".join(f"{about.dataset(d)}, {about.name(loss)}: {number(gap)}" for d, loss, gap in gaps) + "."
+    said = []
+    for dataset, own in cases.groupby("dataset", sort=False):
+        gaps = split_means(own, "dice").assign(gap=lambda m: m["valid"] - m["test"]).groupby("loss", sort=False)["gap"].mean()
+        said += [f"{about.dataset(dataset)}, {about.name(loss)}: {number(gap)}" for loss, gap in gaps.items()]
+    return f"Paper minus held-out Dice: {'; '.join(said)}."
 
 # %% ../nbs/10_figures.ipynb #5e990abb
 def size_column(cases):
@@ -771,7 +807,8 @@ def size_column(cases):
 def binned(table, size, bins):
     "Median and quartiles of `dice` in `bins` bins of `size` that hold equally many rows: columns size, median, low, high"
     groups = table.groupby(pd.qcut(table[size].rank(method="first"), bins, labels=False))
-    return pd.DataFrame({"size": groups[size].median(), "median": groups["dice"].median(), "low": groups["dice"].quantile(.25), "high": groups["dice"].quantile(.75)})
+    quartiles = groups["dice"].quantile([.25, .5, .75]).unstack().set_axis(["low", "median", "high"], axis=1)
+    return quartiles.assign(size=groups[size].median())
 
 def draw_dice_against_size(ax, cases, size, losses, about):
     "Draw points, binned medians and the middle half of every loss; marks of different losses are moved apart by 4 %"
@@ -799,7 +836,7 @@ def dice_against_size(
     means = cases.groupby(keys, sort=False)[[c for c in ("dice", "voxels", "volume_ml") if c in cases]].mean().reset_index()
     means = means[(means["voxels"] > 0) & means["dice"].notna()]
     checked(means, "dice_against_size", [])
-    losses, structures = list(means["loss"].unique()), {d: list(part["structure"].unique()) for d, part in means.groupby("dataset", sort=False)}
+    losses, structures = list(means["loss"].unique()), structures_of(means)
     lower = {d: len(s)*row_height([wrapped(x) for x in s]) for d, s in structures.items()}
     figure, parts = bands(means, [68 + h for h in lower.values()], about, width=130)
     size, label = size_column(means)
@@ -810,8 +847,8 @@ def dice_against_size(
         draw_sizes(below, own[own["loss"] == losses[0]], size, structures[dataset])
         below.set_xlabel(label)
     legend_below(figure, loss_handles(losses, about))
-    body = ("Points: one structure of one case, mean over seeds; marks: medians of bins with equally many points; vertical lines: their middle half. Below: median size per structure and "
-            "the range of the middle 90 %. Structures absent from the reference have no size and are left out.")
+    body = ("Points: one structure of one case, mean over seeds; marks: medians of bins with equally many points; vertical lines: their middle half. Below: "
+            "median size per structure and the range of the middle 90 %. Structures absent from the reference have no size and are left out.")
     return finished(figure, "Dice against the size of the structure", body, "Scatter plot. " + spoken_sizes(means, size, about), cases, about)
 
 def draw_sizes(ax, table, size, structures):
@@ -824,8 +861,10 @@ def draw_sizes(ax, table, size, structures):
 def spoken_sizes(means, size, about):
     "Put the median Dice of the smaller and the larger half into words"
     small = means[size] <= means.groupby("dataset")[size].transform("median")
-    halves = means.assign(half=np.where(small, "small", "large")).groupby(["dataset", "loss", "half"], sort=False)["dice"].median().unstack().reindex(columns=["small", "large"])
-    return "Median Dice of the smaller and the larger half: " + "; ".join(f"{about.dataset(d)}, {about.name(k)}: {number(r.small)} and {number(r.large)}" for (d, k), r in halves.iterrows()) + "."
+    means = means.assign(half=np.where(small, "small", "large"))
+    halves = means.groupby(["dataset", "loss", "half"], sort=False)["dice"].median().unstack().reindex(columns=["small", "large"])
+    said = "; ".join(f"{about.dataset(d)}, {about.name(loss)}: {number(r.small)} and {number(r.large)}" for (d, loss), r in halves.iterrows())
+    return f"Median Dice of the smaller and the larger half: {said}."
 
 # %% ../nbs/10_figures.ipynb #1f0f18bc
 def middle_half(cases, columns):
@@ -864,7 +903,7 @@ def sensitivity_specificity(
     if against not in ("specificity", "precision"): raise StudyError(f"sensitivity_specificity: against is {against!r}; it can be 'specificity' or 'precision'")
     cases = cases.assign(false_alarm=(1 - cases["specificity"]).clip(lower=1e-7)) if against == "specificity" else cases
     x, label = ("false_alarm", "1 − specificity (share, log)") if against == "specificity" else ("precision", "Precision (0 to 1)")
-    losses, structures = list(cases["loss"].unique()), {d: list(part["structure"].unique()) for d, part in cases.groupby("dataset", sort=False)}
+    losses, structures = list(cases["loss"].unique()), structures_of(cases)
     figure, parts = bands(cases, [-(-len(s)//4)*40 + 14 for s in structures.values()], about)
     for dataset, part in parts.items():
         quartiles = middle_half(cases[cases["dataset"] == dataset], ["sensitivity", x])
@@ -873,9 +912,12 @@ def sensitivity_specificity(
             draw_balance(ax, quartiles, x, structure, losses, about)
         if against == "specificity": log_axis(ax, quartiles[x].min(axis=None), quartiles[x].max(axis=None))
         label_outside(part, label, "Sensitivity (0 to 1)")
-    legend_below(figure, [*loss_handles(losses, about, ls="none"), *[Line2D([], [], color="#BBBBBB", lw=.8, label="equal Dice, 0.5 to 0.9")]*(against == "precision")])
-    body = "Marks: median over cases (seeds averaged first); crosses: middle half." + (" Shares under one in ten million are drawn there." if against == "specificity" else "")
-    return finished(figure, f"Sensitivity against {against} per structure", body, "Scatter plots. " + spoken(cases, ["sensitivity", against], about), cases, about)
+    curves = [Line2D([], [], color="#BBBBBB", lw=.8, label="equal Dice, 0.5 to 0.9")] if against == "precision" else []
+    legend_below(figure, [*loss_handles(losses, about, ls="none"), *curves])
+    body = "Marks: median over cases (seeds averaged first); crosses: middle half."
+    if against == "specificity": body += " Shares under one in ten million are drawn there."
+    said = spoken(cases, ["sensitivity", against], about)
+    return finished(figure, f"Sensitivity against {against} per structure", body, f"Scatter plots. Means. {said}", cases, about)
 
 def panel_grid(part, names, columns):
     "Yield (axes, name) for a grid of panels with common axes, `columns` wide"
@@ -899,8 +941,9 @@ def calibration_error(bins):
 def pooled_bins(bins):
     "Join the seeds' bins of one loss, weighted by their numbers of pixels"
     filled = bins[bins["pixels"] > 0]
-    sums = filled.assign(confidence=filled["confidence"]*filled["pixels"], accuracy=filled["accuracy"]*filled["pixels"]).groupby("bin")[["confidence", "accuracy", "pixels"]].sum()
-    return sums.assign(confidence=sums["confidence"]/sums["pixels"], accuracy=sums["accuracy"]/sums["pixels"], share=sums["pixels"]/sums["pixels"].sum())
+    values = ["confidence", "accuracy"]
+    sums = filled[values].mul(filled["pixels"], axis=0).assign(bin=filled["bin"], pixels=filled["pixels"]).groupby("bin").sum()
+    return sums[values].div(sums["pixels"], axis=0).assign(share=sums["pixels"]/sums["pixels"].sum())
 
 # %% ../nbs/10_figures.ipynb #3070baea
 @study_style()
@@ -912,7 +955,8 @@ def reliability(
     bins = checked(bins, "reliability", "dataset, loss, seed, bin, confidence, accuracy, pixels".split(", "), about)
     losses, looks = list(bins["loss"].unique()), about.looks(bins["loss"].unique())
     figure, parts = bands(bins, [-(-len(losses)//4)*46 + 14]*bins["dataset"].nunique(), about)
-    errors = bins.groupby(["dataset", "loss", "seed"], sort=False)[["confidence", "accuracy", "pixels"]].apply(calibration_error).groupby(["dataset", "loss"], sort=False).mean()
+    errors = bins.groupby(["dataset", "loss", "seed"], sort=False)[["confidence", "accuracy", "pixels"]].apply(calibration_error)
+    errors = errors.groupby(level=[0, 1], sort=False).mean()
     for dataset, part in parts.items():
         for ax, loss in panel_grid(part, losses, 4):
             pooled, look = pooled_bins(bins[(bins["dataset"] == dataset) & (bins["loss"] == loss)]), looks[loss]
@@ -921,9 +965,10 @@ def reliability(
             ax.plot(pooled["confidence"], pooled["accuracy"], ms=3.6, **look)
             ax.set(title=f"{wrapped(about.name(loss), 26)}\nECE {number(errors.get((dataset, loss), np.nan))}", xlim=(0, 1), ylim=(0, 1), aspect=1)
         label_outside(part, "Confidence (predicted probability, 0 to 1)", "Accuracy; share of pixels (0 to 1)")
-    legend_below(figure, [*loss_handles(losses, about), Line2D([], [], color="#999999", lw=.7, ls=(0, (4, 3)), label="perfect calibration"), Patch(color="#CFCFCF", label="share of pixels")])
-    body = ("Pixels where prediction or reference is foreground. Lines: their accuracy in each bin of confidence, seeds pooled; grey bars: share of the pixels in the bin; ECE: expected calibration error, mean over seeds. "
-            "Below the diagonal a model is too sure of itself.")
+    diagonal = Line2D([], [], color="#999999", lw=.7, ls=(0, (4, 3)), label="perfect calibration")
+    legend_below(figure, [*loss_handles(losses, about), diagonal, Patch(color="#CFCFCF", label="share of pixels")])
+    body = ("Pixels where prediction or reference is foreground. Lines: their accuracy in each bin of confidence, seeds pooled; grey bars: share of the pixels "
+            "in the bin; ECE: expected calibration error, mean over seeds. Below the diagonal a model is too sure of itself.")
     said = "; ".join(f"{about.dataset(d)}, {about.name(loss)}: {number(e)}" for (d, loss), e in errors.items())
     return finished(figure, "Calibration of the predicted probabilities", body, f"Reliability diagrams. Expected calibration error: {said}.", bins, about)
 
@@ -949,7 +994,8 @@ def learning_rate_sensitivity(
     legend_below(figure, loss_handles(losses, about))
     best = runs.groupby(["dataset", "loss", "learning_rate"], sort=False)["best_dice"].mean().dropna().groupby(level=[0, 1], sort=False)
     said = "; ".join(f"{about.dataset(d)}, {about.name(loss)}: {values.idxmax()[2]:g} ({number(values.max())})" for (d, loss), values in best)
-    return finished(figure, "Best Dice against the learning rate", "Lines: mean over seeds; dots: seeds.", f"Line chart. Best learning rate and its mean Dice: {said}.", runs, about)
+    alt = f"Line chart. Best learning rate and its mean Dice: {said}."
+    return finished(figure, "Best Dice against the learning rate", "Lines: mean over seeds; dots: seeds.", alt, runs, about)
 
 # %% ../nbs/10_figures.ipynb #b3024d2c
 @study_style()
@@ -1002,8 +1048,8 @@ def fingerprint_panels(
     draw_slice_counts(axes["slices"], tables["slices"], classes)
     draw_organ_sizes(axes["sizes"], tables["organs"], classes)
     for name in ("slices", "sizes"): axes[name].tick_params(labelleft=False)
-    body = ("Spacing: a dot per case, line at the median. Intensities: density of each class, scaled to the same height. Slices: number and share of the slices that show the class. "
-            "Sizes: a dot per case, line at the median.")
+    body = ("Spacing: a dot per case, line at the median. Intensities: density of each class, scaled to the same height. Slices: number and share of the "
+            "slices that show the class. Sizes: a dot per case, line at the median.")
     return finished(figure, f"Fingerprint of {about.name(dataset)}", body, spoken_fingerprint(cases, tables["organs"]), cases, about)
 
 def draw_dots(ax, groups, colors):
@@ -1054,8 +1100,8 @@ def draw_organ_sizes(ax, table, classes):
 def spoken_fingerprint(cases, organs):
     "Put median spacing and organ sizes into words"
     spacing = " x ".join(number(cases[f"{k}_spacing"].median(), 2) for k in ("slice", "row", "column"))
-    sizes = organs.groupby("structure", sort=False)["volume_ml"].median()
-    return f"Four panels. Median spacing (slice x row x column): {spacing} mm. Median volumes: " + "; ".join(f"{s} {number(v, 1)} ml" for s, v in sizes.items()) + "."
+    sizes = "; ".join(f"{s} {number(v, 1)} ml" for s, v in organs.groupby("structure", sort=False)["volume_ml"].median().items())
+    return f"Four panels. Median spacing (slice x row x column): {spacing} mm. Median volumes: {sizes}."
 
 # %% ../nbs/10_figures.ipynb #608fcfae
 @study_style()
@@ -1070,7 +1116,7 @@ def contact_sheet(
     rows = -(-len(slices)//columns)
     shapes = [s["image"].shape[0]*(s["spacing"] or (1, 1))[0]/(s["image"].shape[1]*(s["spacing"] or (1, 1))[1]) for s in slices]
     width = min(DOUBLE, 60*columns)
-    figure = Figure(figsize=(width*MM, (rows*(width/columns*max(shapes) + 5) + 15)*MM), layout="constrained")
+    figure = Figure(figsize=(width*MM, (rows*(width/columns*max(shapes) + 8) + 13)*MM), layout="constrained")
     figure.get_layout_engine().set(w_pad=.01, h_pad=.02, wspace=0, hspace=0)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[len(slices):]: ax.set_axis_off()
@@ -1078,9 +1124,10 @@ def contact_sheet(
         tall, wide = item["image"].shape
         show_slice(ax, item["image"], (-.5, wide - .5, tall - .5, -.5), item["spacing"])
         draw_contours(ax, item["label"], item["structures"])
-        ax.set_title(wrapped(f"{item['case']}, {item['slice']}", 120//columns), fontsize=6)
+        ax.set_title(f"{wrapped(item['case'], 120//columns)}\nslice {item['slice']}", fontsize=6)
     names = structure_colors({name: 1 for item in slices for name in item["structures"]})
     legend_below(figure, [Line2D([], [], color=color, label=name) for name, color in names.items()])
     table = pd.DataFrame([{k: item[k] for k in ("dataset", "case")} for item in slices])
     body = "Slices with the outlines of the reference; above each: case and slice (from 0). Row 0 is anterior, column 0 the patient's right."
-    return finished(figure, "Contact sheet", body, f"{len(slices)} slices of {table['case'].nunique()} cases with contours of {', '.join(names)}.", table, about)
+    alt = f"{len(slices)} slices of {table['case'].nunique()} cases with contours of {', '.join(names)}."
+    return finished(figure, "Contact sheet", body, alt, table, about)
