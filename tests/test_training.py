@@ -1,0 +1,104 @@
+"""What a training must survive: being killed at any moment, damaged checkpoints, several processes."""
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from safetensors.torch import load_file
+from toy import toy_run, toy_store
+
+TOY = Path(__file__).with_name("toy.py")
+TIMES = ["seconds", "images_per_second"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, environment):
+    "The store, and a run that nothing interrupted"
+    folder = tmp_path_factory.mktemp("toy")
+    toy_store(folder / "toy.h5")
+    subprocess.run([sys.executable, TOY, "fit", folder / "toy.h5", folder / "whole"], env=environment, check=True, capture_output=True, timeout=300)
+    return folder
+
+
+def same(a, b):
+    "Raise unless two runs have the same course and the same weights, to the bit"
+    pd.testing.assert_frame_equal(*(pd.read_csv(f / "epochs.csv").drop(columns=TIMES) for f in (a, b)), check_exact=True)
+    left, right = (load_file(f / "best.safetensors") for f in (a, b))
+    assert left.keys() == right.keys() and all((left[k] == right[k]).all() for k in left)
+
+
+def start(folder, name, environment):
+    return subprocess.Popen([sys.executable, TOY, "fit", folder / "toy.h5", folder / name], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_runs_end_with_the_same_result(whole, environment, kind):
+    name, moment, kills = f"killed{kind}", random.Random(int(kind)), 0
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        process = start(whole, name, environment)
+        files = lambda: len(list((whole / name).rglob("*.pt")))
+        before, begun = files(), time.monotonic()
+        while process.poll() is None and files() == before and not (whole / name / "checkpoints").exists() and time.monotonic() - begun < 60: time.sleep(0.05)
+        try:
+            if process.wait(moment.uniform(0.0, 6.0)) == 0: break
+        except subprocess.TimeoutExpired: pass
+        if kills < 4 and process.poll() is None:
+            process.send_signal(kind)
+            kills += 1
+            process.wait(60)
+        elif process.wait(200) == 0: break
+    assert kills >= 1, "the run ended before it could be killed"
+    same(whole / "whole", whole / name)
+
+
+def test_a_damaged_checkpoint_falls_back(whole, environment, tmp_path):
+    from levit_study.training import Stopped, fit
+    import os
+    def stop_late(said):
+        if "epoch 3/" in said: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped): fit(toy_run(), whole / "toy.h5", tmp_path, tmp_path, device="cpu", progress=False, say=stop_late)
+    newest = sorted((tmp_path / "checkpoints").glob("*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    said = []
+    fit(toy_run(), whole / "toy.h5", tmp_path, tmp_path, device="cpu", progress=False, say=said.append)
+    assert any("damaged" in line for line in said) and any("going on from epoch 4" in line for line in said)
+    epochs = pd.read_csv(tmp_path / "epochs.csv")
+    assert list(epochs.epoch) == [1, 2, 3, 4]
+
+
+def test_validation_is_the_same_with_two_processes(whole, environment):
+    for world in (1, 2):
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", "29411", TOY, "validate", whole / "toy.h5", whole],
+                       env=environment, check=True, capture_output=True, timeout=300)
+    one, two = (json.loads((whole / f"scores{world}.json").read_text()) for world in (1, 2))
+    assert one["counts"] == two["counts"] and abs(one["loss"] - two["loss"]) < 1e-6 and one["valid_dice"] == two["valid_dice"]
+
+
+def test_two_processes_train(whole, environment):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29412", TOY, "fit", whole / "toy.h5", whole / "two"],
+                          env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((whole / "two" / "run.json").read_text())["processes"] == 2 and len(pd.read_csv(whole / "two" / "epochs.csv")) == 4
+
+
+@pytest.mark.parametrize("loss", ["uncertainty_weighting", "tvmf_dice"])
+def test_a_loss_with_state_resumes(whole, tmp_path, loss):
+    from levit_study.losses import build_loss
+    from levit_study.params import StudyError
+    try: build_loss(loss)
+    except StudyError: pytest.skip(f"loss {loss} needs settings of its own")
+    import os
+    from levit_study.training import Stopped, fit
+    def stop(said):
+        if "epoch 2/" in said: os.kill(os.getpid(), signal.SIGTERM)
+    run = toy_run(loss)
+    fit(run, whole / "toy.h5", tmp_path / "a", tmp_path / "a", device="cpu", progress=False, say=lambda s: None)
+    with pytest.raises(Stopped): fit(run, whole / "toy.h5", tmp_path / "b", tmp_path / "b", device="cpu", progress=False, say=stop)
+    fit(run, whole / "toy.h5", tmp_path / "b", tmp_path / "b", device="cpu", progress=False, say=lambda s: None)
+    same(tmp_path / "a", tmp_path / "b")

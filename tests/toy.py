@@ -1,0 +1,50 @@
+"""A prepared store of bright discs and squares, and runs on it: `python toy.py fit|validate STORE FOLDER`, alone or under torchrun."""
+import json
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+
+def toy_store(path, cases=6, slices=4, size=32):
+    "Discs (1) and squares (2) on noise; the last two cases are for validation"
+    rng, (row, column) = np.random.default_rng(0), np.mgrid[:size, :size]
+    label = np.zeros((cases * slices, size, size), np.uint8)
+    for plane in label:
+        r, c = rng.integers(8, size - 8, 2)
+        plane[(row - r) ** 2 + (column - c) ** 2 < 30] = 1
+        r, c = rng.integers(4, size - 8, 2)
+        plane[r:r + 6, c:c + 6] = 2
+    image = (np.array([0.2, 0.5, 0.8])[label] + 0.05 * rng.standard_normal(label.shape)).clip(0, 1)
+    with h5py.File(path, "w") as f:
+        f["slices/image"], f["slices/label"] = (255 * image).astype(np.uint8), label
+        f["slices/case"], f["slices/slice"] = np.repeat(np.arange(cases), slices), np.tile(np.arange(slices), cases)
+        f["slices/voxels"] = np.stack([np.bincount(plane.ravel(), minlength=3) for plane in label])
+        f["cases/name"], f["cases/split"] = [f"toy{k}".encode() for k in range(cases)], [b"train"] * (cases - 2) + [b"valid"] * 2
+        f["warnings/case"], f["warnings/text"] = [b""], [b""]
+        f.attrs.update(format=1, size=size, structures=json.dumps({"disc": 1, "square": 2}), manifest="toy")
+
+
+def toy_run(loss="baseline", **training):
+    "A short run with drop path, an averaged copy of the weights and gradient accumulation, so that all state counts"
+    from levit_study.params import Data, Model, Run, Training
+    settings = {"epochs": 4, "batch_size": 2, "accumulate": 2, "learning_rate": 1e-3, "precision": "fp32", "ema": 0.9, "schedule": "cosine", "warmup_epochs": 1, **training}
+    return Run(dataset="toy", loss=loss, seed=0, data=Data(folder="", structures={"disc": 1, "square": 2}, size=32), model=Model(variant="128s", drop_path=0.2),
+               training=Training(**settings), loss_settings={"kind": loss})
+
+
+def main(action, store, folder):
+    import torch
+    from levit_study.dataset import PreparedStore
+    from levit_study.training import fit, make_fabric, make_trainer, mean_scores, validate
+    torch.set_num_threads(1)
+    if action == "fit": return fit(toy_run(), store, folder, folder, device="cpu", progress=False)
+    run = toy_run()
+    fabric, data = make_fabric(run.training, "cpu"), PreparedStore(store)
+    t = make_trainer(run, fabric, data.num_classes, data.voxel_shares("train"))
+    loss, counts = validate(fabric, t.model, t.criterion, data.load("valid"), data.num_classes, 3)
+    if fabric.is_global_zero: Path(folder, f"scores{fabric.world_size}.json").write_text(json.dumps({"loss": loss, "counts": counts.tolist(), **mean_scores(counts, data.structures)}))
+
+
+if __name__ == "__main__": main(*sys.argv[1:])
