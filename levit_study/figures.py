@@ -372,7 +372,8 @@ def paper_words(paper, metrics):
     "What the hollow marks are, with the notes of the paper's table, if it has any, on the metrics drawn"
     if paper is None: return ""
     rows = paper[paper["metric"].isin(metrics) & paper["note"].notna()] if "note" in paper else paper.head(0)
-    notes = "; ".join(f"{NAMES[row.metric].split(' (')[0].lower()}: {row.note}" for row in rows.itertuples())
+    names = [NAMES[metric].split(" (")[0] for metric in rows["metric"]]
+    notes = "; ".join(f"{name[0].lower()}{name[1:]}: {note}" for name, note in zip(names, rows.get("note", []), strict=True))
     said = " Hollow diamonds: the paper's Table 1, whose data set is not stated (its text speaks of abdominal CT)."
     return said + (f" Notes on it: {notes}." if notes else "")
 
@@ -769,7 +770,8 @@ def optimism_shift(
     checked(cases, "optimism_shift", "dataset, loss, seed, split, structure, dice".split(", "))
     about = replace(about, split="", protocol="paper (filled) and held-out (hollow)")
     metrics, losses = [m for m in ("dice", "jaccard") if m in cases], list(cases["loss"].unique())
-    height = len(losses)*row_height([wrapped(about.name(loss)) for loss in losses]) + 17
+    lines = ["\n"]*(gaps is not None)  # the intervals take a second line
+    height = len(losses)*row_height([wrapped(about.name(loss)) for loss in losses] + lines) + 17
     figure, parts = bands(cases, [height]*cases["dataset"].nunique(), about, width=DOUBLE if len(metrics) == 2 else 130)
     for dataset, part in parts.items():
         for ax, metric in zip(part.subplots(1, len(metrics), sharey=True, squeeze=False)[0], metrics, strict=True):
