@@ -1,0 +1,280 @@
+"""The site of a made-up study, opened in a browser: nothing leaves the machine, nothing is broken, everything can be read, also on a phone."""
+import base64
+import io
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from levit_study.figures import Picture, save_figure, study_style
+from levit_study.params import load_params, run_folders
+from levit_study.site import ALL, build_single_page, build_site
+from matplotlib.figure import Figure
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+LOSSES, DATASETS = ("baseline", "focal", "focal_tversky"), ("phantom_ct", "acdc")
+WIDE = pd.DataFrame(np.arange(42).reshape(3, 14) / 7, columns=[f"a rather long column {k}" for k in range(14)])
+
+
+def settings(root, **study):
+    params = load_params(root / "params.yaml")
+    return params.model_copy(update={"study": params.study.model_copy(update={"datasets": list(DATASETS), "losses": list(LOSSES), "seeds": [0], **study})})
+
+
+def picture(title, size=(7, 2.6)):
+    with study_style():
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(1, 2)
+        for ax in axes: ax.plot([1, 2, 3], [.2, .5, .6]); ax.set(xlabel="epoch", ylabel="Dice (0 to 1)")
+    caption = f"{title}, synthetic data. Lines: means. Data: CT phantom (synthetic), n = 4 cases, 1 seed."
+    return Picture(figure, title, caption, f"{title}: the line rises from 0.2 to 0.6.")
+
+
+def drawn(content):
+    "What a notebook holds after a figure was shown"
+    if isinstance(content, Picture): png, text = content._repr_png_(), repr(content)
+    else:
+        content.savefig(raw := io.BytesIO(), format="png", dpi=72)
+        png, text = raw.getvalue(), "<Figure size 504x187 with 2 Axes>"
+    return new_output("display_data", {"image/png": base64.b64encode(png).decode(), "text/plain": text})
+
+
+def shown(table): return new_output("execute_result", {"text/html": table.to_html(), "text/plain": "a table"}, execution_count=1)
+
+
+def write(path, *cells):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=list(cells), metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
+
+
+def parameters(**values):
+    text = "\n".join(f"{k} = {v!r}" for k, v in values.items())
+    return [new_code_cell(text, metadata={"tags": ["parameters"]}), new_code_cell(text, metadata={"tags": ["injected-parameters"]})]
+
+
+def write_run(folder, dataset, loss, seed):
+    "The files of one run that the site reads"
+    folder, names = run_folders(dataset, loss, seed, folder)[0], parameters(dataset=dataset, loss=loss, seed=seed)
+    log = new_output("stream", name="stderr", text="epoch 1 of 2\n" * 40)
+    write(folder / "train.ipynb", new_markdown_cell("# A training\n\nOne loss on one data set."), *names, new_code_cell("fit()", outputs=[log]),
+          new_markdown_cell("## The course of the training\n\nLoss and Dice of each epoch:"),
+          new_code_cell("plot()", outputs=[drawn(picture("x").figure), drawn(picture("y").figure)]))
+    write(folder / "evaluate.ipynb", new_markdown_cell("# An evaluation"), *names, new_code_cell("cases", outputs=[shown(WIDE)]))
+    (folder / "metrics.json").write_text(json.dumps({"best_epoch": 7, "best_dice": .81, "test_dice": .79 if dataset == "phantom_ct" else None}))
+
+
+def write_tables(reports):
+    common = {"patients": 4, "dice_low": .6, "dice_high": .8, "hd95_low": 3, "hd95_high": 8, "unit": "mm"}
+    rows = [common | {"dataset": dataset, "structure": structure, "loss": loss, "split": split, "dice": .7 + .02 * k, "hd95": 5.5 - k}
+            for dataset in DATASETS for k, loss in enumerate(LOSSES) for split in ("valid", "test") for structure in ("a", "b", ALL)]
+    pd.DataFrame(rows).to_csv(reports / "organs.csv", index=False)
+    verdicts, interval = ["inconclusive", "supported", "contradicted"], "focal - baseline: +0.0100 [-0.0200, +0.0400]"
+    rows = [{"claim": f"C{k}", "dataset": dataset, "statement": f"Claim {k} about focal_tversky & <others>", "verdict": verdicts[k % 3], "interval": interval}
+            for dataset in DATASETS for k in range(1, 10)]
+    pd.DataFrame(rows).to_csv(reports / "claims.csv", index=False)
+
+
+def write_study(project, folder):
+    "A study that never was, around the project's own library notebooks and pages"
+    for name in ("nbs", "docs"): shutil.copytree(project / name, folder / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "study", "__pycache__"))
+    reports = folder / "reports"
+    figures = [picture("Best Dice"), picture("Course of training", (7, 4))]
+    for k, each in enumerate(figures): save_figure(each, reports / "figures", f"fig{k + 1}")
+    prose = ("# Losses for imbalanced medical image segmentation\n\nSynthetic data. See [the losses](../nbs/05_losses.ipynb) and $p_t^\\gamma$:\n\n"
+             "$$\\frac{2TP}{2TP + FP + FN} \\quad \\text{Dice}$$")
+    small = new_output("display_data", {"text/markdown": "| a | b |\n|--|--|\n| $x^2$ | 1 |", "text/plain": ""})
+    widget = new_output("display_data", {"application/javascript": "fetch('https://example.org')", "text/html": "<script src='https://example.org/x.js'></script>",
+                                         "text/plain": "7"})
+    write(reports / "report.ipynb", new_markdown_cell(prose), *parameters(split="test"), new_markdown_cell("## Table 1"),
+          new_code_cell("table1", outputs=[shown(WIDE), small]), new_markdown_cell("## Figures"),
+          new_code_cell("figures", metadata={"tags": ["hide-input"]}, outputs=[drawn(each) for each in figures]), new_code_cell("widget", outputs=[widget]))
+    for dataset in DATASETS:
+        fingerprint = new_code_cell("fingerprint", outputs=[shown(WIDE)])
+        write(reports / "data" / dataset / "prepare.ipynb", new_markdown_cell("# Preparing the data"), *parameters(dataset=dataset), fingerprint)
+        for loss in LOSSES: write_run(folder, dataset, loss, 0)
+    write_tables(reports)
+
+
+@pytest.fixture(scope="module")
+def study(root, tmp_path_factory):
+    "The made-up study with its site built: (folder, what the build said, seconds of processor time)"
+    folder = tmp_path_factory.mktemp("study")
+    write_study(root, folder)
+    before = os.times()
+    said = build_site(settings(root), folder)
+    build_single_page(settings(root), folder)
+    spent = [b - a for a, b in zip(before[:4], os.times()[:4], strict=True)]
+    return folder, said, sum(spent)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None: pytest.skip("no Chromium on this machine; install it with: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as p:
+        opened = p.chromium.launch(executable_path=program, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
+
+
+class Reader:
+    "A browser window that keeps an account of what goes wrong"
+
+    def __init__(self, browser, width=1440, height=900, scheme="light"):
+        self.context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, is_mobile=width < 500)
+        self.context.route("**/*", self.decide)
+        self.page, self.wrong = self.context.new_page(), []
+        self.page.on("console", lambda m: m.type in ("error", "warning") and self.wrong.append(f"console: {m.text}"))
+        self.page.on("pageerror", lambda e: self.wrong.append(f"script: {e}"))
+        self.page.on("requestfailed", lambda r: self.wrong.append(f"not loaded: {r.url}"))
+
+    def decide(self, route):
+        if re.match(r"file:|data:|blob:", route.request.url): return route.continue_()
+        self.wrong.append(f"request to another machine: {route.request.url}")
+        route.abort()
+
+    def open(self, path):
+        self.page.goto(path.as_uri(), wait_until="load")
+        return self.page
+
+    def __enter__(self): return self
+
+    def __exit__(self, *_): self.context.close()
+
+
+def pages_of(folder): return [folder / "reports" / "index.html", *sorted((folder / "reports" / "site").rglob("*.html"))]
+
+
+def test_builds_without_a_complaint_and_fast(study):
+    folder, said, seconds = study
+    assert said == []
+    assert seconds < 60, f"{seconds:.0f} s of processor time"
+    names = {p.relative_to(folder / "reports" / "site").as_posix() for p in pages_of(folder)[1:]}
+    assert {"index.html", "report.html", "data/phantom_ct.html", "runs/index.html", "runs/acdc-focal_tversky-seed0.html", "library/05_losses.html"} <= names
+
+
+LOADS = re.compile(r"""<(?:script|img|iframe|source|video)\b[^>]*\bsrc=["'](?:https?:)?//"""
+                   r"""|<link\b[^>]*rel=["'](?:stylesheet|preload|icon|preconnect)["'][^>]*href=["'](?:https?:)?//|@import\s+url\(["']?https?:|url\(["']?https?:""")
+
+
+def test_no_address_of_another_machine_is_loaded(study):
+    "Without a browser: what pages and styles would load lies beside them"
+    for path in [*pages_of(study[0]), *(study[0] / "reports" / "site").rglob("*.css")]: assert not LOADS.search(path.read_text(encoding="utf-8")), path
+
+
+LOOK = r"""() => ({
+    pictures: [...document.images].map(i => ({alt: i.alt, loaded: i.complete && i.naturalWidth > 0, hidden: i.getAttribute('aria-hidden') === 'true'})),
+    over: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    raw: [...document.querySelectorAll('article p, article li, article td, main p, main li')]
+        .map(e => [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.data).join(' ')).filter(t => /\$[^$]*[\\_^][^$]*\$/.test(t))})"""
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (390, "dark")])
+def test_every_page_in_a_browser(study, browser, width, scheme):
+    "No error, no request to elsewhere, pictures loaded and described, nothing wider than the window, no formula left as LaTeX"
+    with Reader(browser, width, 844 if width < 500 else 900, scheme) as reader:
+        for path in pages_of(study[0]):
+            found, name = reader.open(path).evaluate(LOOK), path.relative_to(study[0] / "reports")
+            assert all(p["loaded"] for p in found["pictures"]), name
+            assert all(p["hidden"] or len(p["alt"]) > 15 for p in found["pictures"]), f"{name}: a figure without words"
+            assert found["over"] <= 0, f"{name}: {found['over']} pixels wider than the window of {width}"
+            assert not found["raw"], f"{name}: LaTeX left: {found['raw']}"
+            assert reader.wrong == [], f"{name}: {reader.wrong}"
+
+
+def test_all_internal_links_lead_somewhere(study, browser):
+    ids, links = {}, []
+    with Reader(browser) as reader:
+        for path in pages_of(study[0]):
+            page = reader.open(path)
+            ids[path] = set(page.evaluate("() => [...document.querySelectorAll('[id], a[name]')].map(e => e.id || e.name)"))
+            links += [(path, link) for link in page.evaluate("() => [...document.querySelectorAll('a[href], link[href]')].map(e => e.href)")]
+    assert len(links) > 500
+    for path, link in links:
+        parts = urlsplit(link)
+        if parts.scheme != "file": continue
+        target = Path(unquote(parts.path))
+        if target.is_dir(): target /= "index.html"
+        assert target.exists(), f"{path.name} links to {link}"
+        if parts.fragment and target in ids: assert unquote(parts.fragment) in ids[target], f"{path.name} links to {link}"
+
+
+def test_formulas_are_drawn_by_the_browser(study, browser):
+    with Reader(browser) as reader:
+        for path in [study[0] / "reports" / "index.html", *(study[0] / "reports" / "site" / f"{name}.html" for name in ("report", "library/05_losses"))]:
+            sizes = reader.open(path).evaluate("() => [...document.querySelectorAll('math')].map(m => m.getBoundingClientRect()).map(b => [b.width, b.height])")
+            assert sizes and all(width > 2 and height > 4 for width, height in sizes), path.name
+    assert "<mfrac>" in (study[0] / "reports" / "index.html").read_text(encoding="utf-8")
+
+
+def test_landing_page_answers_on_one_screen(study, browser):
+    with Reader(browser) as reader:
+        page = reader.open(study[0] / "reports" / "site" / "index.html")
+        text = page.inner_text("article")
+        for words in ("synthetic", "0.740", "6 trainings", "6 supported, 6 contradicted, 6 open", "One training per loss"): assert words in text, words
+        for heading in ("What was asked", "What came out", "How sure"): assert page.get_by_role("heading", name=heading).bounding_box()["y"] < 500
+        assert all(page.locator(table).bounding_box()["y"] < 500 for table in (".results", ".claims"))
+
+
+def test_search_works_without_a_server(study, browser):
+    with Reader(browser) as reader:
+        page = reader.open(study[0] / "reports" / "site" / "index.html")
+        page.goto((study[0] / "reports" / "site" / "search.html").as_uri() + "?q=tversky")
+        page.wait_for_selector("ul.search li a", timeout=10_000)
+        assert reader.wrong == []
+
+
+def test_single_page_stands_alone(study, browser, tmp_path):
+    alone = tmp_path / "mailed.html"
+    shutil.copy(study[0] / "reports" / "index.html", alone)
+    with Reader(browser) as reader:
+        page = reader.open(alone)
+        assert page.evaluate("() => [...document.images].every(i => i.src.startsWith('data:') && i.naturalWidth > 0)")
+        assert page.evaluate("() => document.scripts.length + document.querySelectorAll('link').length") == 0
+        assert page.locator("img").count() == 2 and page.locator(".cell_input").count() == 0
+        assert reader.wrong == []
+    assert 'href="site/index.html"' in alone.read_text(encoding="utf-8")
+
+
+def test_figures_are_sharp_and_carry_their_words(study):
+    text = (study[0] / "reports" / "site" / "report.html").read_text(encoding="utf-8")
+    assert 'alt="Best Dice: the line rises from 0.2 to 0.6."' in text and "<figcaption>" in text
+    assert "fetch('https" not in text
+
+
+def test_what_is_missing_is_noted_and_the_rest_is_shown(root, tmp_path):
+    "No report, a damaged notebook, a run not there yet: notes, not a crash; and the former site stays when a build fails"
+    write_run(tmp_path, "phantom_ct", "baseline", 0)
+    broken = run_folders("phantom_ct", "focal", 0, tmp_path)[0]
+    broken.mkdir(parents=True)
+    (broken / "train.ipynb").write_text("{")
+    params = settings(root, datasets=["phantom_ct"])
+    said = build_site(params, tmp_path)
+    build_single_page(params, tmp_path)
+    told = (tmp_path / "reports" / "site" / "index.html").read_text(encoding="utf-8")
+    for words in ("reports/report.ipynb: not there yet", "reports/organs.csv: not there yet", "focal/seed0/train.ipynb: not readable",
+                  "focal_tversky/seed0/train.ipynb: not there yet"):
+        assert any(words in line for line in said) and words in told, words
+    runs = (tmp_path / "reports" / "site" / "runs" / "index.html").read_text(encoding="utf-8")
+    assert 'href="phantom_ct-baseline-seed0.html"' in runs and "focal-Tversky (not there yet)" in runs
+    assert "The report is not there yet" in (tmp_path / "reports" / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_failed_build_leaves_the_former_site(root, tmp_path, monkeypatch):
+    from levit_study import site
+    (tmp_path / "reports" / "site").mkdir(parents=True)
+    (tmp_path / "reports" / "site" / "index.html").write_text("former")
+    monkeypatch.setitem(site.CONFIG, "sphinx", {"config": {"extensions": ["no_such_extension"]}})
+    with pytest.raises(site.StudyError, match="the site could not be built") as error: build_site(settings(root), tmp_path)
+    assert "\n" not in str(error.value) and "no_such_extension" in str(error.value)
+    assert (tmp_path / "reports" / "site" / "index.html").read_text() == "former"
