@@ -234,10 +234,10 @@ class Shelf:
             except StudyError as e: self.notes.append(str(e).replace(str(self.root / source), source))
         return found
 
-    def add(self, path, title, sources, words, **where): # -> whether there is a page now
-        "A page from executed notebooks"
+    def add(self, path, title, sources, words, short=None, **where): # -> whether there is a page now
+        "A page from executed notebooks; `short` is its title in the side bar"
         found = self.read(sources)
-        if found: self.pages.append(Page(path, title, joined(title, found, words), "The study", source=sources[0], **where))
+        if found: self.pages.append(Page(path, short or title, joined(title, found, words), "The study", source=sources[0], **where))
         return bool(found)
 
 # %% ../nbs/12_site.ipynb #d953c2f9
@@ -254,7 +254,8 @@ def study_pages(params: Params, root=".") -> tuple[list[Page], list[str]]: # pag
     for dataset, loss, seed in runs_of(params):
         folder, title = run_folders(dataset, loss, seed)[0].as_posix(), f"{data_name(params, dataset)}: {loss_name(loss)}, seed {seed}"
         sources = [f"{folder}/train.ipynb", f"{folder}/evaluate.ipynb"]
-        there[dataset, loss, seed] = shelf.add(run_page(dataset, loss, seed), title, sources, words, above="runs/index")
+        short = f"{loss_name(loss)}, seed {seed} ({dataset})"
+        there[dataset, loss, seed] = shelf.add(run_page(dataset, loss, seed), title, sources, words, short, above="runs/index")
     overview.content = runs_overview(params, there, root)
     return shelf.pages, shelf.notes
 
