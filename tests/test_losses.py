@@ -143,6 +143,21 @@ def test_mixed_precision_is_switched_off_inside(case):
     assert value.item() == criterion(logits.float(), target).item()
 
 
+@pytest.mark.parametrize("case", KINDS)
+def test_its_minimum_is_the_truth(case):
+    "Free logits descend to the right labels, a single pixel included"
+    torch.manual_seed(10)
+    target = torch.zeros(2, 16, 16, dtype=torch.long)
+    target[:, 2:9, 2:9], target[0, 12:14, 12:14], target[1, 11, 5] = 1, 2, 3
+    criterion, logits = made(case, 4), torch.nn.Parameter(.5 * torch.randn(2, 4, 16, 16))
+    optimiser = torch.optim.Adam([logits], lr=.2)
+    for _ in range(120):
+        optimiser.zero_grad()
+        criterion(logits, target).backward()
+        optimiser.step()
+    assert (logits.argmax(1) == target).all()
+
+
 @pytest.mark.parametrize("kind", ["cross_entropy", "baseline", "focal", "focal_tversky", "dice", "tversky", "dice_focal", "generalised_dice"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64])
 def test_agrees_with_monai(kind, precision):
