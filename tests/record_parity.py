@@ -1,0 +1,104 @@
+"""Record what the public LeViT-UNet code computes, for tests/test_model.py to hold this study's model against.
+
+    python tests/record_parity.py FOLDER        FOLDER: a copy of the public code, https://github.com/apple1986/LeViT-UNet
+
+For seeded weights and images, the public models' outputs must equal this study's bit by bit on the machine that records; tests/parity.json then
+keeps a digest and some values of each output. The public code itself is not part of this repository.
+"""
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import platform
+import sys
+import types
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from levit_study.model import levit_unet, public_names, public_state
+
+RECORD = Path(__file__).with_name("parity.json")
+CASES = [(variant, size, training) for variant in ("128s", "192", "384") for size, training in ((224, False), (224, True))] + [("128s", 256, False)]
+
+
+def seeded(name, shape):
+    "Uniform numbers in [-1, 1) that depend on the name alone; RandomState's stream is frozen for good"
+    return torch.from_numpy(np.random.RandomState(zlib.crc32(name.encode())).random_sample(tuple(shape)).astype("float32") * 2 - 1)
+
+
+def seeded_value(name, tensor):
+    "Values like a trained model's: norms near 1, weights scaled by their number of inputs"
+    if name.endswith("num_batches_tracked"): return tensor
+    noise = seeded(name, tensor.shape)
+    if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")): return 1 + noise / 2
+    if tensor.ndim == 1: return noise / 5
+    return noise if "attention_biases" in name else noise / tensor[0].numel() ** 0.5
+
+
+def seeded_model(variant, size):
+    "This study's model with seeded weights and no dropped residuals"
+    model = levit_unet(variant, 9, image_size=size, drop_path=0.0)
+    model.load_state_dict({name: seeded_value(name, tensor) for name, tensor in model.state_dict().items()})
+    return model
+
+
+def output(model, size, training):
+    "Logits of one seeded image, or of two in training mode (batch statistics)"
+    torch.set_num_threads(1)  # sums in one order
+    with torch.no_grad(): return model.train(training)(seeded("images", (1 + training, 1, size, size)))
+
+
+def summary(logits):
+    "Digest of all values, and a few of them for processors that round differently"
+    flat = logits.contiguous().flatten()
+    return dict(shape=list(logits.shape), sha256=hashlib.sha256(flat.numpy().astype("<f4").tobytes()).hexdigest(),
+                largest=float(flat.abs().max()), values=[float(v) for v in flat[:: len(flat) // 64][:64]])
+
+
+def machine():
+    "What decides how float sums are rounded"
+    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "") if sys.platform == "linux" else platform.processor()
+    return dict(torch=torch.__version__, instructions=hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:16])
+
+
+def stand_in(name, **names):
+    "A module that the public code imports without using it"
+    sys.modules.setdefault(name, types.ModuleType(name)).__dict__.update(names)
+
+
+def public_model(folder, variant, size):
+    "Build the public model for that image size, without its messages and without dropped residuals"
+    for name in ("cv2", "utils"): stand_in(name)
+    stand_in("ptflops", get_model_complexity_info=None)
+    stand_in("timm.models.layers", activations=None)
+    stand_in("timm.models.registry", register_model=lambda function: function)
+    spec = importlib.util.spec_from_file_location("public" + variant, Path(folder) / f"LeViT-UNet-{variant}.py")
+    module = importlib.util.module_from_spec(spec)
+    with contextlib.redirect_stdout(io.StringIO()):
+        spec.loader.exec_module(module)
+        model_class = getattr(module, f"LeViT_UNet_{variant}")
+        setattr(module, f"LeViT_UNet_{variant}", lambda **settings: model_class(img_size=size, **settings))
+        model = getattr(module, f"Build_LeViT_UNet_{variant}")(num_classes=9)
+    for part in model.modules():
+        if isinstance(part, module.Residual): part.drop = 0
+    return model
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2: sys.exit(__doc__)
+    records = []
+    for variant, size, training in CASES:
+        model = seeded_model(variant, size)
+        assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in public_model(sys.argv[1], variant, size).parameters())
+        public = public_model(sys.argv[1], variant, size)
+        public.load_state_dict(public_state(model))
+        expected = output(public, size, training)
+        assert torch.equal(output(model, size, training), expected), f"{variant} at {size}, training {training}: not the public code's output"
+        records.append(dict(variant=variant, size=size, training=training, **summary(expected)))
+        print(variant, size, "training" if training else "inference", "equal to the last bit; largest logit", f"{expected.abs().max():.3g}")
+    names = {variant: zlib.crc32(" ".join(sorted(public_names(levit_unet(variant, 9)).values())).encode()) for variant in ("128s", "192", "384")}
+    RECORD.write_text(json.dumps(dict(machine=machine(), names=names, records=records), indent=1) + "\n")
