@@ -427,7 +427,7 @@ def build_manifest(
         "patients": {split: len({job.case.patient for job in done if job.split == split}) for split in SPLITS},
         "cases": {job.case.name: entry(job) for job in done},
         "warnings": [{"case": case, "warning": text} for case, text in warnings],
-        "skipped": [{"case": job.case.name, "split": job.split, "reason": job.problem} for job in jobs if job.problem]}
+        "skipped": [{"case": job.case.name, "split": job.split, "reason": job.problem.replace(f"{Path(data.folder)}/", "")} for job in jobs if job.problem]}
 
 # %% ../nbs/03_dataset.ipynb #5f8a1aa3
 def check_plan(
