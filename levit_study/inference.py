@@ -69,7 +69,8 @@ def reliability_counts(
     kept = (predicted > 0) | (reference > 0)
     confidence, right = confidence[kept].double(), (predicted == reference)[kept].double()
     place = (confidence * bins).long().clamp(max=bins - 1)
-    return torch.stack([torch.zeros(bins, dtype=torch.float64, device=place.device).index_add_(0, place, x) for x in (torch.ones_like(right), confidence, right)], 1).cpu().numpy()
+    return torch.stack([torch.zeros(bins, dtype=torch.float64, device=place.device).index_add_(0, place, x) for x in (torch.ones_like(right), confidence,
+            right)], 1).cpu().numpy()
 
 # %% ../nbs/08_inference.ipynb #1d8336e4
 def evaluate_case(
@@ -100,16 +101,19 @@ def evaluate(
     import h5py, pandas as pd
     from tqdm import tqdm
     model, card = load_model(weights, device, precision)
-    if card["structures"] != store.structures: raise StudyError(f"{weights}: knows the structures {list(card['structures'])}, the data {store.path} has {list(store.structures)}; train anew")
+    if card["structures"] != store.structures:
+        raise StudyError(f"{weights}: knows {', '.join(card['structures'])}; the data {store.path} have {', '.join(store.structures)}; train anew")
     rows, counts = [], {}
     cases = [(split, case) for split in splits for case in store.split(split)]
     with written_whole(predictions) as partial, h5py.File(partial, "w") as file:
-        for split, case in tqdm(cases, unit="case", desc=f"evaluate {card['dataset']} {card['loss']} seed {card['seed']}", disable=not progress, file=sys.stderr, ncols=100):
+        for split, case in tqdm(cases, unit="case", desc=f"evaluate {card['dataset']} {card['loss']} seed {card['seed']}", disable=not progress,
+                                file=sys.stderr, ncols=100):
             found, reliability, labels = evaluate_case(model, store.volume(case), store.structures, store.size, flips, tolerance)
             rows += [{"split": split, "case": case, **row} for row in found]
             counts[split] = counts.get(split, 0) + reliability
             file.create_dataset(case, data=labels, compression="gzip", compression_opts=1, chunks=(1, *labels.shape[1:]))
-    table = [pd.DataFrame({"split": split, "bin": range(len(c)), "pixels": c[:, 0].astype(int), "confidence": c[:, 1] / np.maximum(c[:, 0], 1), "accuracy": c[:, 2] / np.maximum(c[:, 0], 1)})
+    table = [pd.DataFrame({"split": split, "bin": range(len(c)), "pixels": c[:, 0].astype(int), "confidence": c[:, 1] / np.maximum(c[:, 0], 1),
+                           "accuracy": c[:, 2] / np.maximum(c[:, 0], 1)})
              for split, c in counts.items()]
     return pd.DataFrame(rows), pd.concat(table, ignore_index=True)
 
@@ -137,7 +141,8 @@ def segment_scan(
     millilitres = float(np.prod(volume.spacing)) / 1000
     volumes = {name: float((labels == value).sum() * millilitres) for name, value in card["structures"].items()}
     with written_whole(names) as p:
-        p.write_text(json.dumps({"labels": {"background": 0, **card["structures"]}, "volumes_ml": volumes, "model": {k: card.get(k) for k in ("dataset", "loss", "seed", "variant", "synthetic")},
+        p.write_text(json.dumps({"labels": {"background": 0, **card["structures"]}, "volumes_ml": volumes, "model": {k: card.get(k) for k in ("dataset",
+                "loss", "seed", "variant", "synthetic")},
                                  "notes": volume.notes, "use": "For research only, not for clinical decisions."}, indent=1) + "\n")
     return volumes
 
@@ -192,6 +197,7 @@ def draw_overlay(scan, labels, card: dict, slices: int = 12):
     found = canonical(stored, header.get_best_affine())[0]
     inside = np.flatnonzero(found.any((1, 2))) if found.any() else np.arange(len(found))
     shown = inside[np.linspace(0, len(inside) - 1, min(slices, len(inside))).astype(int)]
-    sheet = contact_sheet([{"dataset": card["dataset"], "case": volume.case, "slice": int(k), "image": volume.image[k], "label": found[k], "structures": card["structures"],
+    sheet = contact_sheet([{"dataset": card["dataset"], "case": volume.case, "slice": int(k), "image": volume.image[k], "label": found[k],
+                            "structures": card["structures"],
                             "spacing": volume.spacing[1:]} for k in shown], About(protocol="prediction, research use only", split="new scan"))
     with written_whole(f"{str(labels).removesuffix('.gz').removesuffix('.nii')}.png") as p: sheet.figure.savefig(p, dpi=150)

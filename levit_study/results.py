@@ -72,7 +72,8 @@ def collect(params: Params, root=".") -> Results:
 # %% ../nbs/08a_results.ipynb #2cdfdc80
 def with_names(table, dataset, loss, seed):
     "The table with the run's names in front"
-    return pd.concat([pd.DataFrame({"dataset": dataset, "loss": loss, "seed": seed}, index=table.index), table.drop(columns=["dataset", "loss", "seed"], errors="ignore")], axis=1)
+    return pd.concat([pd.DataFrame({"dataset": dataset, "loss": loss, "seed": seed}, index=table.index), table.drop(columns=["dataset", "loss", "seed"],
+            errors="ignore")], axis=1)
 
 # %% ../nbs/08a_results.ipynb #96cb91b8
 def typical_cases(

@@ -13,7 +13,6 @@ __all__ = ['make_fabric', 'set_seed', 'make_optimiser', 'learning_rate_at', 'cou
 import csv, hashlib, io, json, logging, math, os, platform, signal, subprocess, sys, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -51,9 +50,8 @@ def set_seed(
     seed: int,
     deterministic: bool = True, # choose reproducible kernels where there is a choice
 ):
-    "Seed torch and numpy, and ask for the same numbers again on the same machine"
+    "Seed torch, and ask for the same numbers again on the same machine"
     torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
     if deterministic: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False   # a debugging aid that writes every buffer twice
@@ -202,10 +200,12 @@ def stop_for_loss(loss, logits, images, labels, cases, model, criterion, run, ep
     kept = Path(folder) / f"not_finite_epoch{epoch}_step{step}"
     finite = {name: bool(torch.isfinite(p).all()) for name, p in model.named_parameters()}
     norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
-    write_json(f"{kept}.json", {"run": run.record(), "epoch": epoch, "step": step, "loss": loss.item(), "cases": cases, "logits": [logits.min().item(), logits.max().item()],
+    write_json(f"{kept}.json", {"run": run.record(), "epoch": epoch, "step": step, "loss": loss.item(), "cases": cases, "logits": [logits.min().item(),
+            logits.max().item()],
                "weights_not_finite": [n for n, ok in finite.items() if not ok], "gradient_norms_of_the_step_before": norms})
     with written_whole(f"{kept}.npz") as p: np.savez_compressed(p, images=images.cpu().numpy(), labels=labels.cpu().numpy().astype(np.uint8))
-    raise StudyError(f"{run.dataset} {run.loss} seed {run.seed}: the loss is {loss.item()} in epoch {epoch}, step {step} (cases {', '.join(sorted(set(cases)))}); "
+    raise StudyError(f"{run.dataset} {run.loss} seed {run.seed}: the loss is {loss.item()} in epoch {epoch}, step {step} "
+                     f"(cases {', '.join(sorted(set(cases)))}); "
                      f"the batch is in {kept}.npz; try a lower training.learning_rate, training.clip_norm: 1.0 or training.precision: fp32")
 
 # %% ../nbs/07_training.ipynb #cf9db39c
@@ -215,7 +215,9 @@ def check_space(folder, model, checkpoints: int = 3):
     needed = sum(p.numel() * p.element_size() for p in model.parameters()) * (1 + 3 * checkpoints)   # Adam keeps two moments per weight
     Path(folder).mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    if free < needed: raise StudyError(f"{folder}: {needed / 2**20:.0f} MiB are needed for weights and checkpoints, {free / 2**20:.0f} MiB are free; make room or link models/ elsewhere")
+    if free < needed:
+        raise StudyError(f"{folder}: {needed / 2**20:.0f} MiB are needed for weights and checkpoints, {free / 2**20:.0f} MiB are free; "
+                         "make room, or link models/ elsewhere")
 
 # %% ../nbs/07_training.ipynb #c82a2152
 def largest_batch(model, criterion, size: int, channels: int, num_classes: int, device, limit: int = 256) -> int:
@@ -290,19 +292,23 @@ def make_trainer(
     criterion = build_loss(kind, **settings).to(fabric.device)
     criterion.set_class_frequency(torch.as_tensor(voxel_shares, device=fabric.device))
     fused = run.training.optimiser != "sgd" and fabric.device.type in ("cpu", "cuda")
-    optimiser = make_optimiser([*model.parameters(), *criterion.parameters()], run.training, fused)
+    learned = [{"params": list(criterion.parameters()), "weight_decay": 0.0}] if any(True for _ in criterion.parameters()) else []
+    optimiser = make_optimiser([{"params": list(model.parameters())}, *learned], run.training, fused)
     model, optimiser = fabric.setup(model, optimiser)
-    if fabric.world_size > 1 and any(True for _ in criterion.parameters()): criterion = fabric.setup_module(criterion)   # a loss that learns is kept in step, too
+    if fabric.world_size > 1 and any(True for _ in criterion.parameters()): criterion = fabric.setup_module(criterion)   # weights that a loss learns
     average = AveragedModel(unwrapped(model), multi_avg_fn=get_ema_multi_avg_fn(run.training.ema), use_buffers=True) if run.training.ema else None
-    identity = hashlib.sha256(json.dumps([run.record(), data_digest, fabric.world_size, str(fabric._precision.precision)]).encode()).hexdigest()
+    identity = hashlib.sha256(json.dumps([run.record(), data_digest, str(fabric._precision.precision)]).encode()).hexdigest()
     return Trainer(run, fabric, model, criterion, optimiser, average, identity)
 
 # %% ../nbs/07_training.ipynb #4661c750
 def state_of(t: Trainer) -> dict:
     "All that the rest of the run depends on, as tensors and plain values"
-    return {"identity": t.identity, "run": json.dumps(t.run.record()), "epoch": t.epoch, "step": t.step, "sums": t.sums, "counts": t.counts, "spent": t.spent,
-            "history": json.dumps(t.history), "model": unwrapped(t.model).state_dict(), "criterion": t.criterion.state_dict(), "optimiser": t.optimiser.state_dict(),
-            "average": t.average.state_dict() if t.average is not None else None, "random": t.fabric.all_gather(torch.get_rng_state().to(t.fabric.device)).cpu(),
+    return {"identity": t.identity, "processes": t.fabric.world_size, "run": json.dumps(t.run.record()), "epoch": t.epoch, "step": t.step, "sums": t.sums,
+            "counts": t.counts, "spent": t.spent,
+            "history": json.dumps(t.history), "model": unwrapped(t.model).state_dict(), "criterion": t.criterion.state_dict(),
+            "optimiser": t.optimiser.state_dict(),
+            "average": t.average.state_dict() if t.average is not None else None,
+            "random": t.fabric.all_gather(torch.get_rng_state().to(t.fabric.device)).cpu(),
             "random_cuda": torch.cuda.get_rng_state() if t.fabric.device.type == "cuda" else None}
 
 # %% ../nbs/07_training.ipynb #b979bd0b
@@ -348,7 +354,8 @@ def train_epoch(
             with fabric.no_backward_sync(t.model, enabled=i + 1 < len(group_of)):
                 logits = t.model(images)
                 loss = t.criterion(logits, labels)
-                if not torch.isfinite(loss): stop_for_loss(loss, logits, images, labels, slices.case_of(index), t.model, t.criterion, t.run, t.epoch, step, folder)
+                if not torch.isfinite(loss): stop_for_loss(loss, logits, images, labels, slices.case_of(index), t.model, t.criterion, t.run, t.epoch, step,
+                                                           folder)
                 fabric.backward(loss / len(group_of))
             with torch.no_grad():
                 t.sums += torch.stack([loss.detach().double() * len(index), torch.full_like(loss, len(index), dtype=torch.float64)])
@@ -375,20 +382,24 @@ def close_epoch(t: Trainer, valid, structures: dict, batch_size: int, seconds: f
     t.criterion.update_from_training(train_dice.to(t.fabric.device))
     t.criterion.update_from_validation(torch.as_tensor(dice_from_counts(*valid_counts.cpu().double())).nanmean(0).to(t.fabric.device))
     return {"epoch": t.epoch, "train_loss": (sums[0] / sums[1]).item(), "valid_loss": valid_loss, "train_dice": train_dice[1:].nanmean().item(), **scores,
-            "learning_rate": t.optimiser.param_groups[0]["lr"], "seconds": seconds + time.perf_counter() - started, "images_per_second": sums[1].item() / seconds}
+            "learning_rate": t.optimiser.param_groups[0]["lr"], "seconds": seconds + time.perf_counter() - started,
+            "images_per_second": sums[1].item() / seconds}
 
 # %% ../nbs/07_training.ipynb #84b4a570
 def progress_bar(run: Run, t: Trainer, slices: int, shown: bool = True):
     "A bar over all slices of the run: what is trained, epoch, rate, time left"
     done = (t.epoch - 1) * slices + t.step * (run.training.batch_size if run.training.batch_size != "auto" else 8) * run.training.accumulate
-    return tqdm(total=run.training.epochs * slices, initial=min(done, run.training.epochs * slices), desc=f"{run.dataset} {run.loss} seed {run.seed}", unit="img", file=sys.stderr,
-                mininterval=0.5 if os.environ.get("LEVIT_STUDY_TERMINAL") else 15, dynamic_ncols=False, ncols=110, disable=not (shown and t.fabric.is_global_zero))
+    return tqdm(total=run.training.epochs * slices, initial=min(done, run.training.epochs * slices), desc=f"{run.dataset} {run.loss} seed {run.seed}",
+                unit="img", file=sys.stderr,
+                mininterval=0.5 if os.environ.get("LEVIT_STUDY_TERMINAL") else 15, dynamic_ncols=False, ncols=110,
+                disable=not (shown and t.fabric.is_global_zero))
 
 # %% ../nbs/07_training.ipynb #e120bdca
 def memory_hint(run: Run, batch_size: int, fabric: Fabric) -> str:
     "What to change when the GPU's memory is too small"
     half = max(batch_size // 2, 1)
-    return (f"{run.dataset} {run.loss}: {torch.cuda.get_device_name() if fabric.device.type == 'cuda' else fabric.device} has too little memory for batch_size {batch_size}; "
+    name = torch.cuda.get_device_name() if fabric.device.type == "cuda" else fabric.device
+    return (f"{run.dataset} {run.loss}: {name} has too little memory for batch_size {batch_size}; "
             f"set datasets.{run.dataset}.training.batch_size: {half} and accumulate: {run.training.accumulate * 2} (the same steps), or batch_size: auto")
 
 # %% ../nbs/07_training.ipynb #4756eac9
@@ -414,7 +425,8 @@ def fit(
     check_space(models, t.model)
     resume(t, models, say)
     training = run.training
-    batch_size = training.batch_size if training.batch_size != "auto" else largest_batch(t.model, t.criterion, run.data.size, 1, store.num_classes, fabric.device)
+    batch_size = training.batch_size if training.batch_size != "auto" else largest_batch(t.model, t.criterion, run.data.size, 1, store.num_classes,
+                                                                                         fabric.device)
     card = {"dataset": run.dataset, "loss": run.loss, "seed": run.seed, "synthetic": synthetic, "structures": store.structures,
             "intensity": run.data.intensity, "window": run.data.window, "parameters": run.record()}
     with stop_signals() as asked, progress_bar(run, t, len(train), progress) as bar:
@@ -434,14 +446,15 @@ def fit(
             t.history.append(row := close_epoch(t, valid, store.structures, training.valid_batch_size, seconds))
             if fabric.is_global_zero:
                 best = summary(t.history)
-                if best["best_epoch"] == t.epoch: save_weights(models / "best.safetensors", t.weights, **card, epoch=t.epoch, metrics={k: row[k] for k in ("valid_dice", "valid_jaccard")})
+                if best["best_epoch"] == t.epoch: save_weights(models / "best.safetensors", t.weights, **card, epoch=t.epoch,
+                                                               metrics={k: row[k] for k in ("valid_dice", "valid_jaccard")})
                 write_epochs(reports / "epochs.csv", t.history)
                 write_json(reports / "training.json", best)
             t.epoch, t.step, t.spent = t.epoch + 1, 0, 0.0
             save_on_first(fabric, models / "checkpoints", t, slim=t.epoch > training.epochs)
             bar.set_postfix_str(f"Dice {row['valid_dice']:.3f}, best {best['best_dice']:.3f}" if fabric.is_global_zero else "")
-            say(f"{run.dataset} {run.loss} seed {run.seed}: epoch {row['epoch']}/{training.epochs}, train loss {row['train_loss']:.4f}, validation loss {row['valid_loss']:.4f}, "
-                f"Dice {row['valid_dice']:.4f}, {row['images_per_second']:.1f} images/s")
+            say(f"{run.dataset} {run.loss} seed {run.seed}: epoch {row['epoch']}/{training.epochs}, train loss {row['train_loss']:.4f}, "
+                f"validation loss {row['valid_loss']:.4f}, Dice {row['valid_dice']:.4f}, {row['images_per_second']:.1f} images/s")
     result = summary(t.history)
     if fabric.is_global_zero:
         write_epochs(reports / "epochs.csv", t.history)
@@ -457,8 +470,10 @@ def resume(t: Trainer, models: Path, say):
     state, folder, name = load_checkpoint(models / "checkpoints", say), models / "checkpoints", f"{t.run.dataset} {t.run.loss} seed {t.run.seed}"
     if state is None: return
     history = json.loads(state["history"])
-    if state["identity"] == t.identity and (not history or (models / "best.safetensors").exists()):
-        if complete := state["epoch"] > t.run.training.epochs: t.epoch, t.history = state["epoch"], history
+    complete = state["epoch"] > t.run.training.epochs
+    fits = state["identity"] == t.identity and (complete or state["processes"] == t.fabric.world_size)
+    if fits and (not history or (models / "best.safetensors").exists()):
+        if complete: t.epoch, t.history = state["epoch"], history
         else: restore(t, state)
         say(f"{name}: complete already; remove {folder} to train anew" if complete else f"{name}: going on from epoch {t.epoch}, step {t.step}")
         return

@@ -18,7 +18,8 @@ def root():
 @pytest.fixture(scope="session")
 def environment():
     "The environment's own programs first, one thread per process so that parallel tests do not crowd each other"
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -26,13 +27,15 @@ def project(tmp_path_factory, environment):
     "Make a copy of the project's tracked and new files as a repository of its own"
     def make(name):
         folder = tmp_path_factory.mktemp(name)
-        files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+        files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
+                               check=True).stdout.decode().split("\0")
         for file in filter(None, files):
             if file.startswith("reports/") or file == "dvc.lock" or not (ROOT / file).is_file(): continue
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / file, folder / file)
         (folder / "reports").mkdir(exist_ok=True)
-        for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qm", "copy"]):
+        for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qm",
+                                                                      "copy"]):
             subprocess.run(command, cwd=folder, check=True)
         return folder
     return make

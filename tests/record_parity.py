@@ -61,7 +61,8 @@ def summary(logits):
 
 def machine():
     "What decides how float sums are rounded"
-    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "") if sys.platform == "linux" else platform.processor()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else [platform.processor()]
+    flags = next((line for line in lines if line.startswith("flags")), lines[0])
     return dict(torch=torch.__version__, instructions=hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:16])
 
 

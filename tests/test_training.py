@@ -1,5 +1,6 @@
 """What a training must survive: being killed at any moment, damaged checkpoints, several processes."""
 import json
+import os
 import random
 import signal
 import subprocess
@@ -11,6 +12,8 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 from toy import toy_run, toy_store
+
+from levit_study.training import Stopped, fit
 
 TOY = Path(__file__).with_name("toy.py")
 TIMES = ["seconds", "images_per_second"]
@@ -33,7 +36,8 @@ def same(a, b):
 
 
 def start(folder, name, environment):
-    return subprocess.Popen([sys.executable, TOY, "fit", folder / "toy.h5", folder / name], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, TOY, "fit", folder / "toy.h5", folder / name], env=environment, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
@@ -58,8 +62,6 @@ def test_killed_runs_end_with_the_same_result(whole, environment, kind):
 
 
 def test_a_damaged_checkpoint_falls_back(whole, environment, tmp_path):
-    from levit_study.training import Stopped, fit
-    import os
     def stop_late(said):
         if "epoch 3/" in said: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Stopped): fit(toy_run(), whole / "toy.h5", tmp_path, tmp_path, device="cpu", progress=False, say=stop_late)
@@ -74,31 +76,32 @@ def test_a_damaged_checkpoint_falls_back(whole, environment, tmp_path):
 
 def test_validation_is_the_same_with_two_processes(whole, environment):
     for world in (1, 2):
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", "29411", TOY, "validate", whole / "toy.h5", whole],
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", "29411", TOY, "validate",
+                        whole / "toy.h5", whole],
                        env=environment, check=True, capture_output=True, timeout=300)
     one, two = (json.loads((whole / f"scores{world}.json").read_text()) for world in (1, 2))
     assert one["counts"] == two["counts"] and abs(one["loss"] - two["loss"]) < 1e-6 and one["valid_dice"] == two["valid_dice"]
 
 
 def test_two_processes_train(whole, environment):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29412", TOY, "fit", whole / "toy.h5", whole / "two"],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29412", TOY, "fit", whole / "toy.h5",
+                           whole / "two"],
                           env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((whole / "two" / "run.json").read_text())["processes"] == 2 and len(pd.read_csv(whole / "two" / "epochs.csv")) == 4
 
 
-@pytest.mark.parametrize("loss", ["uncertainty_weighting", "tvmf_dice"])
-def test_a_loss_with_state_resumes(whole, tmp_path, loss):
-    from levit_study.losses import build_loss
-    from levit_study.params import StudyError
-    try: build_loss(loss)
-    except StudyError: pytest.skip(f"loss {loss} needs settings of its own")
-    import os
-    from levit_study.training import Stopped, fit
+STATEFUL = [{"kind": "tvmf_dice"}, {"kind": "dice_weighted", "of": {"kind": "cross_entropy"}},
+            {"kind": "uncertainty_weighted", "terms": [{"kind": "cross_entropy"}, {"kind": "dice"}]}]
+
+
+@pytest.mark.parametrize("settings", STATEFUL, ids=lambda s: s["kind"])
+def test_a_loss_with_state_resumes(whole, tmp_path, settings):
     def stop(said):
         if "epoch 2/" in said: os.kill(os.getpid(), signal.SIGTERM)
-    run = toy_run(loss)
-    fit(run, whole / "toy.h5", tmp_path / "a", tmp_path / "a", device="cpu", progress=False, say=lambda s: None)
-    with pytest.raises(Stopped): fit(run, whole / "toy.h5", tmp_path / "b", tmp_path / "b", device="cpu", progress=False, say=stop)
-    fit(run, whole / "toy.h5", tmp_path / "b", tmp_path / "b", device="cpu", progress=False, say=lambda s: None)
-    same(tmp_path / "a", tmp_path / "b")
+    run = toy_run(epochs=3).model_copy(update={"loss": settings["kind"], "loss_settings": settings})
+    train = lambda name, say=lambda s: None: fit(run, whole / "toy.h5", tmp_path / name, tmp_path / name, device="cpu", progress=False, say=say)
+    train("whole")
+    with pytest.raises(Stopped): train("stopped", stop)
+    train("stopped")
+    same(tmp_path / "whole", tmp_path / "stopped")

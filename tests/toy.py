@@ -29,7 +29,8 @@ def toy_store(path, cases=6, slices=4, size=32):
 def toy_run(loss="baseline", **training):
     "A short run with drop path, an averaged copy of the weights and gradient accumulation, so that all state counts"
     from levit_study.params import Data, Model, Run, Training
-    settings = {"epochs": 4, "batch_size": 2, "accumulate": 2, "learning_rate": 1e-3, "precision": "fp32", "ema": 0.9, "schedule": "cosine", "warmup_epochs": 1, **training}
+    settings = {"epochs": 4, "batch_size": 2, "accumulate": 2, "learning_rate": 1e-3, "precision": "fp32", "ema": 0.9, "schedule": "cosine",
+                "warmup_epochs": 1, **training}
     return Run(dataset="toy", loss=loss, seed=0, data=Data(folder="", structures={"disc": 1, "square": 2}, size=32), model=Model(variant="128s", drop_path=0.2),
                training=Training(**settings), loss_settings={"kind": loss})
 
@@ -44,7 +45,8 @@ def main(action, store, folder):
     fabric, data = make_fabric(run.training, "cpu"), PreparedStore(store)
     t = make_trainer(run, fabric, data.num_classes, data.voxel_shares("train"))
     loss, counts = validate(fabric, t.model, t.criterion, data.load("valid"), data.num_classes, 3)
-    if fabric.is_global_zero: Path(folder, f"scores{fabric.world_size}.json").write_text(json.dumps({"loss": loss, "counts": counts.tolist(), **mean_scores(counts, data.structures)}))
+    if fabric.is_global_zero: Path(folder, f"scores{fabric.world_size}.json").write_text(json.dumps({"loss": loss, "counts": counts.tolist(),
+                                                                                                     **mean_scores(counts, data.structures)}))
 
 
 if __name__ == "__main__": main(*sys.argv[1:])
