@@ -10,7 +10,7 @@ __all__ = ['StudyError', 'written_whole', 'Part', 'Study', 'Split', 'Data', 'Mod
 import copy, os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 # %% ../nbs/00_params.ipynb #d452e73f
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -44,7 +44,7 @@ class Study(Part):
     title: str = "Losses for imbalanced segmentation"
     datasets: list[str] = Field(min_length=1)
     losses: list[str] = Field(min_length=1)
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
 
     @field_validator("datasets", "losses", "seeds")
     @classmethod
@@ -58,7 +58,7 @@ class Split(Part):
     kind: Literal["lists", "benchmark", "fraction"] = "lists"
     valid: float = Field(0.2, ge=0, lt=1)    # share of the patients for validation, for `fraction` and where there are no lists
     test: float = Field(0.0, ge=0, lt=1)     # share of the patients held out for the test
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     stratify: bool = True                    # keep the shares of the pathology groups where they are known
 
 # %% ../nbs/00_params.ipynb #5929af7a
@@ -73,6 +73,7 @@ class Data(Part):
     size: int = Field(224, ge=32, le=1024, multiple_of=32)
     split: Split = Split()
     skip_bad: bool = False
+    keep_training_volumes: bool = False      # keep training cases at their native grid, too (validation and test cases always are)
     phantom: dict[str, Any] | None = None    # settings of the synthetic scans to make; None for real ones
 
     @field_validator("structures")
