@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['notebook_code', 'write_code', 'parameter_names', 'run_notebook', 'fold_progress', 'joined_streams', 'train',
-           'list_runs', 'parser', 'package_version', 'add_predict', 'add_train', 'add_runs', 'add_notebook', 'add_code',
-           'main', 'script']
+           'list_runs', 'parser', 'package_version', 'add_predict', 'add_train', 'add_runs', 'add_bench', 'run_bench',
+           'add_export', 'add_notebook', 'add_code', 'main', 'script']
 
 # %% ../nbs/11_commands.ipynb #e678b062
 import argparse, json, os, sys
@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     p.add_argument("--version", action="version", version=f"levit-study {package_version()}")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_predict(commands); add_train(commands); add_runs(commands); add_notebook(commands); add_code(commands)
+    add_predict(commands); add_train(commands); add_runs(commands); add_bench(commands); add_export(commands); add_notebook(commands); add_code(commands)
     return p
 
 # %% ../nbs/11_commands.ipynb #83a66493
@@ -161,6 +161,46 @@ def add_runs(commands):
         if table.empty: raise StudyError("reports/runs: holds no run yet; train with dvc repro")
         print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
     c.set_defaults(run=show)
+
+# %% ../nbs/11_commands.ipynb #bf1a0691
+def add_bench(commands):
+    "`levit-study bench`: how fast the model and the losses are here"
+    c = commands.add_parser("bench", help="measure images per second of the model, or time and memory of the losses, against their counterparts")
+    c.add_argument("--losses", action="store_true", help="the losses, against MONAI's")
+    c.add_argument("--variants", nargs="+", default=["128s", "384"]); c.add_argument("--modes", nargs="+",
+                                                                                     help="ways to compute, the first is what ratios are to")
+    c.add_argument("--batch", type=int, default=8); c.add_argument("--size", type=int, default=224); c.add_argument("--repeats", type=int, default=3)
+    c.add_argument("--device", default="auto"); c.add_argument("--output", help="CSV to write, with machine and versions")
+    c.set_defaults(run=run_bench)
+
+# %% ../nbs/11_commands.ipynb #b68bc508
+def run_bench(a):
+    "Measure, print the table, and write it with the machine's description"
+    from levit_study.inference import pick_device
+    from levit_study.model import bench_model, machine
+    device = pick_device(a.device).type
+    if a.losses:
+        from levit_study.losses import bench_losses
+        table = bench_losses(repeats=a.repeats, device=device)
+    else:
+        modes = {} if a.modes is None else {"modes": tuple(a.modes)}
+        table = bench_model(tuple(a.variants), batch=a.batch, image_size=a.size, repeats=a.repeats, device=device,
+                            progress=lambda line: print(line, file=sys.stderr), **modes)
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
+    print(", ".join(f"{k} {v}" for k, v in machine(device).items()))
+    if a.output:
+        with written_whole(a.output) as p: table.assign(**machine(device)).to_csv(p, index=False, float_format="%.6g", lineterminator="\n")
+
+# %% ../nbs/11_commands.ipynb #9cf65041
+def add_export(commands):
+    "`levit-study export`: weights as ONNX"
+    c = commands.add_parser("export", help="write a run's weights as ONNX, checked against the model")
+    c.add_argument("weights"); c.add_argument("output", help=".onnx file")
+    def run(a):
+        from levit_study.model import export_onnx, load_weights
+        model, card = load_weights(a.weights)
+        print(f"{a.output}: largest difference to the model {export_onnx(model, a.output, **card):.2e} of the largest logit")
+    c.set_defaults(run=run)
 
 # %% ../nbs/11_commands.ipynb #fb44a169
 def add_notebook(commands):
