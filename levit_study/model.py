@@ -272,8 +272,8 @@ def shifted_resize(
         padded = F.pad(matrix, (0, 0, 1, 1))
         return torch.stack([padded[tap:tap + sizes[-1]] for tap in range(3)]).to(device, dtype)
 
-# %% ../nbs/04_model.ipynb #3da125cc
-BAND = 28  # rows: on the study's 224 pixels whole bands, and a band of one image fits a second-level cache
+# %% ../nbs/04_model.ipynb #fda56cc3
+BAND = 28  # rows: divides the grids of 224 pixels
 
 # %% ../nbs/04_model.ipynb #78604a05
 @lru_cache(64)
@@ -286,9 +286,9 @@ def bands(
     taps = shifted_resize(sizes, dtype, device)
     if interleaved: taps = taps.permute(1, 2, 0).reshape(1, sizes[-1], -1)
     if backward: taps = taps.transpose(1, 2)
-    blocks = []
-    for start in range(0, taps.shape[1], BAND):
-        rows = slice(start, min(start + BAND, taps.shape[1]))
+    blocks, height = [], BAND if taps.device.type == "cpu" else taps.shape[1]
+    for start in range(0, taps.shape[1], height):
+        rows = slice(start, min(start + height, taps.shape[1]))
         used = taps[:, rows].abs().sum((0, 1)).nonzero()
         columns = slice(int(used[0]), int(used[-1]) + 1)
         blocks.append((rows, columns, taps[:, rows, columns].contiguous()))
@@ -304,14 +304,12 @@ def spread(
     batch, kind = len(parts[0]), (parts[0].dtype, parts[0].device)
     channels = parts[0].shape[2] // (3 * widths[0])
     result = parts[0].new_empty(batch, heights[-1], widths[-1], channels)
-    together = 1 if kind[1].type == "cpu" else batch  # one image at a time stays in a CPU's cache
-    for images in (slice(i, i + together) for i in range(0, batch, together)):
-        for rows, source, taps in bands(heights, *kind):
-            band = torch.bmm(taps[0].expand(together, -1, -1), parts[0][images, source])
-            for tap in (1, 2): band.baddbmm_(taps[tap].expand(together, -1, -1), parts[tap][images, source])
-            band = band.view(-1, 3 * widths[0], channels)
-            for columns, source, (matrix,) in bands(widths, *kind, interleaved=True):
-                result[images, rows, columns] = torch.bmm(matrix.expand(len(band), -1, -1), band[:, source]).unflatten(0, (together, -1))
+    for rows, source, taps in bands(heights, *kind):
+        band = torch.bmm(taps[0].expand(batch, -1, -1), parts[0][:, source])
+        for tap in (1, 2): band.baddbmm_(taps[tap].expand(batch, -1, -1), parts[tap][:, source])
+        band = band.view(-1, 3 * widths[0], channels)
+        for columns, source, (matrix,) in bands(widths, *kind, interleaved=True):
+            result[:, rows, columns] = torch.bmm(matrix.expand(len(band), -1, -1), band[:, source]).unflatten(0, (batch, -1))
     return result
 
 # %% ../nbs/04_model.ipynb #344b249b
@@ -321,16 +319,13 @@ def spread_backward(
     widths,
 ):             # three tensors, the gradients of `parts`
     "Return the gradients of `spread`: the same products, transposed"
-    batch, _, _, channels = gradient.shape
-    kind = (gradient.dtype, gradient.device)
-    parts = [gradient.new_empty(batch, heights[0], 3 * widths[0] * channels) for _ in range(3)]
-    together = 1 if kind[1].type == "cpu" else batch
-    for images in (slice(i, i + together) for i in range(0, batch, together)):
-        lines = gradient[images].flatten(0, 1)
-        lines = torch.cat([torch.bmm(matrix.expand(len(lines), -1, -1), lines[:, source])
-                           for _, source, (matrix,) in bands(widths, *kind, backward=True, interleaved=True)], dim=1).view(together, heights[-1], -1)
-        for rows, source, taps in bands(heights, *kind, backward=True):
-            for part, tap in zip(parts, taps): part[images, rows] = torch.bmm(tap.expand(together, -1, -1), lines[:, source])
+    batch, kind = len(gradient), (gradient.dtype, gradient.device)
+    lines = gradient.flatten(0, 1)
+    lines = torch.cat([torch.bmm(matrix.expand(len(lines), -1, -1), lines[:, source])
+                       for _, source, (matrix,) in bands(widths, *kind, backward=True, interleaved=True)], dim=1).view(batch, heights[-1], -1)
+    parts = [lines.new_empty(batch, heights[0], lines.shape[2]) for _ in range(3)]
+    for rows, source, taps in bands(heights, *kind, backward=True):
+        for part, tap in zip(parts, taps): part[:, rows] = torch.bmm(tap.expand(batch, -1, -1), lines[:, source])
     return parts
 
 # %% ../nbs/04_model.ipynb #89fcf3ba
@@ -351,13 +346,13 @@ def upsampled_conv(
     bias=None,  # (out,)
 ):              # (batch, out, height, width)
     "Resize and join the sources, then convolve with padding 1; the convolution's products are taken before the resize"
-    first, result = 0, 0 if bias is None else bias
-    for x, grids in sources:
+    result = 0 if bias is None else bias
+    shares = weight.permute(2, 3, 0, 1).split([x.shape[1] for x, _ in sources], dim=3)
+    for (x, grids), share in zip(sources, shares):
         (batch, channels, height, _), (heights, widths) = x.shape, zip(*grids)
-        rows = weight.permute(2, 3, 0, 1)[..., first:first + channels].reshape(3, -1, channels)
         pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)
-        parts = [F.linear(pixels, row).view(batch, height, -1) for row in rows]
-        result, first = Spread.apply(heights, widths, *parts) + result, first + channels
+        parts = [F.linear(pixels, row).view(batch, height, -1) for row in share.reshape(3, -1, channels)]
+        result = Spread.apply(heights, widths, *parts) + result
     return result.permute(0, 3, 1, 2)
 
 # %% ../nbs/04_model.ipynb #8d44b214
@@ -479,7 +474,8 @@ def draw_network(
     order, at = list(parts.part), {part: x for x, part in enumerate(parts.part)}
     down = dict(arrowstyle="->", color="#999999", connectionstyle="arc3,rad=-0.25")
     for a, b in zip(order, order[1:]): ax.annotate("", (at[b], level[b] + 0.27), (at[a], level[a] + 0.27), arrowprops=down)
-    for a, b in HANDED_ACROSS: ax.annotate("", (at[b] - 0.3, level[b]), (at[a] + 0.3, level[a]), arrowprops=dict(arrowstyle="->", color="#BBBBBB", linestyle="--"))
+    dashed = dict(arrowstyle="->", color="#BBBBBB", linestyle="--")
+    for a, b in HANDED_ACROSS: ax.annotate("", (at[b] - 0.3, level[b]), (at[a] + 0.3, level[a]), arrowprops=dashed)
     ax.set(xlim=(-0.7, len(order) - 0.3), ylim=(min(level.values()) - 1.3, 0), xticks=[], ylabel="grid, fraction of the image's side")
     ax.set_yticks(range(-6, 0), [f"1/{2 ** -k}" for k in range(-6, 0)])
     ax.spines[["top", "right", "bottom"]].set_visible(False)
@@ -664,7 +660,7 @@ def read_card(
     try:
         with safe_open(path, "pt") as file: card = json.loads((file.metadata() or {}).get("card", "{}"))
     except FileNotFoundError: raise StudyError(f"{path}: no such weight file") from None
-    except (SafetensorError, OSError, ValueError) as error: raise StudyError(f"{path}: not a weight file of this study ({str(error).splitlines()[0]})") from None
+    except (SafetensorError, OSError, ValueError) as error: raise StudyError(f"{path}: not this study's weight file ({str(error).splitlines()[0]})") from None
     needed = "variant", "num_classes", "in_channels", "image_size"
     missing = [key for key in needed if not isinstance(card, dict) or key not in card]
     if missing: raise StudyError(f"{path}: the model card lacks {', '.join(missing)}; load it with load_pretrained into a model of your choice")
@@ -684,7 +680,8 @@ def load_weights(
         raise StudyError(f"{path}: the model card's num_classes, in_channels or image_size is out of range: {numbers}")
     model = levit_unet(card["variant"], card["num_classes"], card["in_channels"], image_size=card["image_size"])
     try: model.load_state_dict(load_file(path))
-    except RuntimeError as error: raise StudyError(f"{path}: tensors do not fit a {card['variant']} model: {str(error).splitlines()[1].strip()[:200]}") from None
+    except RuntimeError as error:
+        raise StudyError(f"{path}: tensors do not fit a {card['variant']} model: {str(error).splitlines()[1].strip()[:200]}") from None
     return model.to(device).eval(), card
 
 # %% ../nbs/04_model.ipynb #0bea3a32
@@ -696,7 +693,7 @@ def export_onnx(
     "Export for the model's own image size (see `resize_attention`) and check the file with onnxruntime"
     try:
         import onnxruntime
-        import onnxscript  # what torch's exporter needs
+        import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error: raise StudyError(f"{path}: exporting to ONNX needs the package {error.name}; install levit-study[dev]") from None
     forget_biases(model)
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
@@ -884,4 +881,4 @@ def check_fit(model, fitted, wanted, source, allow_missing):
                          f"{tuple(fitted[wrong[0]].shape)} instead of {tuple(ours[wrong[0]].shape)}; is it another variant?")
     missing = [name for name in wanted if name not in fitted]
     if missing and not allow_missing:
-        raise StudyError(f"{source}: {len(missing)} of {len(wanted)} expected tensors are missing, first {missing[0]}; pass allow_missing=True to go on without")
+        raise StudyError(f"{source}: {len(missing)} of {len(wanted)} expected tensors are missing, first {missing[0]}; allow_missing=True goes on without")
