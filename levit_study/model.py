@@ -8,13 +8,14 @@ __all__ = ['VARIANTS', 'STRIDE', 'BAND', 'PARTS', 'HANDED_ACROSS', 'BENCH_MODES'
            'resize_biases', 'attentions', 'forget_biases', 'set_grid', 'attention_grid', 'resize_attention',
            'levit_unet', 'shifted_resize', 'bands', 'spread', 'spread_backward', 'Spread', 'upsampled_conv',
            'bf16_gain', 'autocast_precision', 'by_tap', 'for_training', 'fold_norms', 'for_inference', 'outline',
-           'draw_network', 'bench_network', 'bench_step', 'timed', 'added_memory', 'bench_model', 'versions', 'machine',
-           'write_bench', 'model_card', 'save_weights', 'read_card', 'load_weights', 'export_onnx', 'block_prefixes',
-           'public_names', 'public_state', 'read_tensors', 'hub_tensors', 'fit_first_conv', 'LoadReport', 'form_of',
-           'fit_tensor', 'load_pretrained', 'check_fit']
+           'draw_network', 'bench_network', 'bench_step', 'timed', 'process_memory', 'added_memory', 'bench_model',
+           'versions', 'machine', 'write_bench', 'model_card', 'save_weights', 'read_card', 'load_weights',
+           'export_onnx', 'block_prefixes', 'public_names', 'public_state', 'read_tensors', 'hub_tensors',
+           'fit_first_conv', 'LoadReport', 'form_of', 'fit_tensor', 'load_pretrained', 'check_fit']
 
 # %% ../nbs/04_model.ipynb #9e56ea2c
 import copy
+import ctypes
 import json
 import math
 import re
@@ -538,32 +539,31 @@ def timed(
     wait()
     return time.perf_counter() - start
 
+# %% ../nbs/04_model.ipynb #7e90fc5b
+def process_memory(
+    entry,   # of /proc/self/status: VmRSS (now) or VmHWM (the peak)
+):           # MiB
+    "Read the memory of this process from the Linux kernel"
+    return int(re.search(rf"^{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1]) / 1024
+
 # %% ../nbs/04_model.ipynb #0cf7479c
 def added_memory(
     step,          # a function without arguments
     device="cpu",
-):                 # MiB
+):                 # MiB; NaN where neither CUDA nor Linux counts
     "Measure the most memory that one call adds to what is held before it"
-    import threading
-
-    import psutil
-
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    process, done = psutil.Process(), threading.Event()
-    sizes = [process.memory_info().rss]
-
-    def watch():
-        while not done.wait(0.005): sizes.append(process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try: step()
-    finally: done.set(); watcher.join()
-    return (max(sizes) - sizes[0]) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide what the step needs
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts again from now
+    except (OSError, AttributeError): return math.nan
+    before = process_memory("VmRSS")
+    step()
+    return process_memory("VmHWM") - before
 
 # %% ../nbs/04_model.ipynb #bde5e221
 def bench_model(

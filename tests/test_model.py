@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from record_parity import RECORD, machine, output, seeded_model, summary
 
-from levit_study.model import (VARIANTS, added_memory, for_inference, for_training, levit_unet, load_pretrained, load_weights, public_names, public_state,
+from levit_study.model import (VARIANTS, for_inference, for_training, levit_unet, load_pretrained, load_weights, public_names, public_state,
                                read_card, resize_attention, save_weights, write_bench)
 from levit_study.params import StudyError
 
@@ -190,4 +190,3 @@ def test_bench_writes_a_table_with_its_machine(tmp_path):
     table = pd.read_csv(tmp_path / "bench.csv")
     assert list(table["mode"]) == ["fp32 eager", "fp32", "bf16"] * 2 and table.note.isna().all()
     assert {"device", "torch", "threads", "memory_mib"} <= set(table) and (table.images_per_second > 0).all()
-    assert added_memory(lambda: torch.ones(16, 2**20).sum()) > 40
