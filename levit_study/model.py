@@ -464,14 +464,14 @@ def draw_network(
     "Draw the network from `outline`: the stem and stages going down, the decoder coming up, the maps handed across dashed"
     import matplotlib.pyplot as plt
 
-    ax = ax or plt.subplots(figsize=(11, 4.6), dpi=72)[1]
+    ax = ax or plt.subplots(figsize=(14, 5.2), dpi=72)[1]
     parts, colours = outline(model).iloc[:-1], {"stem": "#0072B2", "stages": "#D55E00", "decoder": "#009E73", "head": "#555555"}
     level = dict(zip(parts.part, (parts.height / model.image_size[0]).map(math.log2)))
     for x, row in enumerate(parts.itertuples()):
         width = 0.12 + 0.75 * row.channels / parts.channels.max()
         ax.bar(x, 0.5, width, level[row.part] - 0.25, color=colours[row.part.split(".")[0]])
         text = f"{row.part}\n{row.channels} × {row.height} × {row.width}\n{row.parameters / 1e6:.2f} M, {row.multiply_adds / 1e9:.2f} G"
-        ax.text(x, level[row.part] - 0.33, text, ha="center", va="top", fontsize=6.5)
+        ax.text(x, level[row.part] - 0.33, text, ha="center", va="top", fontsize=7.2)
     order, at = list(parts.part), {part: x for x, part in enumerate(parts.part)}
     down = dict(arrowstyle="->", color="#999999", connectionstyle="arc3,rad=-0.25")
     for a, b in zip(order, order[1:]): ax.annotate("", (at[b], level[b] + 0.27), (at[a], level[a] + 0.27), arrowprops=down)
