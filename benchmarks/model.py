@@ -18,7 +18,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from record_parity import public_model, seeded_model
 
-from levit_study.model import bench_network, bench_step, machine, outline, public_state, timed
+from levit_study.model import bench_network, bench_step, keep_memory, machine, outline, public_state, timed
 from levit_study.params import written_whole
 
 
@@ -44,6 +44,7 @@ def compare(folder, variant, task, modes, batch, turns):
     for _ in range(turns):
         wall.append({}), processor.append({})
         for mode, step in steps.items():
+            keep_memory(mode not in ("public code", "fp32 eager"))  # those two as they run by themselves
             start = time.process_time()
             wall[-1][mode] = timed(step)
             processor[-1][mode] = time.process_time() - start
