@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,9 @@ def whole(tmp_path_factory, environment):
     "The store, and a run that nothing interrupted"
     folder = tmp_path_factory.mktemp("toy")
     toy_store(folder / "toy.h5")
+    started = time.monotonic()
     subprocess.run([sys.executable, TOY, "fit", folder / "toy.h5", folder / "whole"], env=environment, check=True, capture_output=True, timeout=300)
+    (folder / "duration.json").write_text(json.dumps(time.monotonic() - started))
     return folder
 
 
@@ -42,22 +45,21 @@ def start(folder, name, environment):
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_runs_end_with_the_same_result(whole, environment, kind):
-    name, moment, kills = f"killed{kind}", random.Random(int(kind)), 0
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
+    name, moment, within, deadline = f"killed{kind}", random.Random(int(kind)), 0, time.monotonic() + 240
+    seconds = json.loads((whole / "duration.json").read_text())
+    for kills in range(20):
         process = start(whole, name, environment)
-        files = lambda: len(list((whole / name).rglob("*.pt")))
-        before, begun = files(), time.monotonic()
-        while process.poll() is None and files() == before and not (whole / name / "checkpoints").exists() and time.monotonic() - begun < 60: time.sleep(0.05)
-        try:
-            if process.wait(moment.uniform(0.0, 6.0)) == 0: break
-        except subprocess.TimeoutExpired: pass
-        if kills < 4 and process.poll() is None:
+        try: process.wait(moment.uniform(0, seconds) if kills < 4 or not within else 240)
+        except subprocess.TimeoutExpired:
             process.send_signal(kind)
-            kills += 1
             process.wait(60)
-        elif process.wait(200) == 0: break
-    assert kills >= 1, "the run ended before it could be killed"
+            within += any((whole / name).rglob("*.pt"))  # killed while it trained, not while it started
+        else:
+            assert process.returncode == 0
+            if within: break
+            shutil.rmtree(whole / name)  # it ended before it could be killed: once more
+        assert time.monotonic() < deadline
+    assert within, "no kill hit the training"
     same(whole / "whole", whole / name)
 
 
