@@ -110,10 +110,8 @@ class Head(nn.Conv2d):
     "Convolution of several maps as if they were joined along the channels: the sum of their shares"
     def forward(self, *maps):
         if len(maps) == 1: return super().forward(*maps)
-        first, *others = self.weight.split([x.shape[1] for x in maps], dim=1)
-        result = F.conv2d(maps[0], first, self.bias, padding=self.padding)
-        for x, share in zip(maps[1:], others): result = result + F.conv2d(x, share, padding=self.padding)
-        return result
+        shares = self.weight.split([x.shape[1] for x in maps], dim=1)
+        return sum(F.conv2d(x, share, bias, padding=self.padding) for x, share, bias in zip(maps, shares, [self.bias] + [None] * len(maps)))
 
 # %% ../nbs/04_model.ipynb #3e887ea9
 class LevitUNet(nn.Module):
@@ -137,14 +135,13 @@ class LevitUNet(nn.Module):
         self.check_input(x)
         *skips, s4 = self.stem_maps(x.to(self.head.weight.dtype))
         (t1, grids), *coarser = self.stage_maps(s4)
-        sources = [(torch.cat([s4, t1], dim=1), grids), *coarser]
+        sources, maps = [(torch.cat([s4, t1], dim=1), grids), *coarser], None
         for block, skip in zip(self.decoder, reversed(skips)):
-            x = block(sources, self.exact)
-            if block is self.decoder[-1] and not self.exact: return upsample(self.head(x, skip).float())
-            x = torch.cat([x, skip], dim=1)
-            grid = tuple(x.shape[-2:])
-            sources = [(x, [grid, doubled(grid)])]
-        return upsample(self.head(x).float())
+            if maps:
+                grid = tuple(maps[0].shape[-2:])
+                sources = [(torch.cat(maps, dim=1), [grid, doubled(grid)])]
+            maps = [block(sources, self.exact), skip]
+        return upsample(self.head(*([torch.cat(maps, dim=1)] if self.exact else maps)).float())
 
     def check_input(self, x):
         "Raise `StudyError` unless `x` has four axes, the model's channels and sides that are multiples of 32"
@@ -337,15 +334,15 @@ def upsampled_conv(
     bias=None,  # (out,)
 ):              # (batch, out, height, width)
     "Resize and join the sources, then convolve with padding 1; the convolution's products are taken before the resize"
-    result = None
+    shares = []
     kernels = weight.permute(2, 3, 0, 1).split([x.shape[1] for x, _ in sources], dim=3)
     for (x, grids), kernel in zip(sources, kernels):
         (batch, channels, height, _), (heights, widths) = x.shape, zip(*grids)
         pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)
         parts = [F.linear(pixels, row).view(batch, height, -1) for row in kernel.reshape(3, -1, channels)]
-        share = Spread.apply(heights, widths, *parts)
-        result = share if result is None else result + share
-    return (result if bias is None else result + bias).permute(0, 3, 1, 2)
+        shares.append(Spread.apply(heights, widths, *parts))
+    result = sum(shares[1:], shares[0] if bias is None else shares[0] + bias)
+    return result.permute(0, 3, 1, 2)
 
 # %% ../nbs/04_model.ipynb #8d44b214
 @lru_cache
@@ -377,13 +374,13 @@ def autocast_precision(
 
 # %% ../nbs/04_model.ipynb #bdb04e7d
 def keep_memory(
-    keep=True,  # False: as the system does by default
+    keep=True,  # False: what glibc's own adjustment comes to after the first large maps
 ):
     "On Linux, let this process hold on to freed memory: large maps are then not cleared by the kernel again and again"
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError): return  # another C library than glibc
-    mallopt(-3, 2**30 if keep else 2**17)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
-    mallopt(-1, 2**31 - 1 if keep else 2**17)  # M_TRIM_THRESHOLD: the free heap that is kept
+    mallopt(-3, 2**30 if keep else 2**25)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
+    mallopt(-1, 2**31 - 1 if keep else 2**26)  # M_TRIM_THRESHOLD: the free heap that is kept
 
 # %% ../nbs/04_model.ipynb #6667faeb
 def by_tap(model):

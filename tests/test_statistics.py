@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from levit_study.params import run_folders
+from levit_study.params import load_params, pick_run, run_folders
+from levit_study.results import collect
 from levit_study.statistics import (
-    CLAIMS, bootstrap_interval, claims_ledger, collect_runs, convergence, holm, optimism, organ_table, paired_tests, table1, to_markdown,
+    CLAIMS, bootstrap_interval, claims_ledger, convergence, holm, optimism, organ_table, paired_tests, table1, to_markdown,
 )
 
 LOSSES, VERDICTS = ["baseline", "focal", "focal_tversky"], {"supported", "contradicted", "inconclusive"}
@@ -84,15 +85,19 @@ def test_holm_never_lowers_a_p_value_and_keeps_their_order(values):
 ])
 def test_a_broken_file_is_one_line_and_the_rest_is_reported(tmp_path, file, content, said):
     epochs, cases = study(np.random.default_rng(0))
+    params = load_params({"study": {"datasets": ["acdc"], "losses": LOSSES, "seeds": [0, 1]}, "losses": {loss: {"kind": loss} for loss in LOSSES},
+                          "datasets": {"acdc": {"title": "ACDC", "data": {"folder": "x", "structures": {"aorta": 1, "liver": 2}}}}})
     for (loss, seed), run in epochs.groupby(["loss", "seed"]):
         folder = run_folders("acdc", loss, seed, tmp_path)[0]
         folder.mkdir(parents=True)
         run.drop(columns=["dataset", "loss", "seed"]).to_csv(folder / "epochs.csv", index=False)
         cases[(cases.loss == loss) & (cases.seed == seed)].drop(columns=["dataset", "loss", "seed"]).to_csv(folder / "cases.csv", index=False)
-        (folder / "metrics.json").write_text(json.dumps({"best_dice": .5, "seed": seed, "loss": loss}))
+        pd.DataFrame({"split": ["valid"], "bin": 0, "pixels": 9, "confidence": .8, "accuracy": .7}).to_csv(folder / "reliability.csv", index=False)
+        record = pick_run(params, "acdc", loss, seed).record()
+        (folder / "metrics.json").write_text(json.dumps({"best_dice": .5, "seed": seed, "loss": loss, "parameters": record}))
     broken = run_folders("acdc", "focal", 1, tmp_path)[0] / file
     broken.write_bytes(content)
-    found = collect_runs(["acdc"], LOSSES, [0, 1], tmp_path)
+    found = collect(params, tmp_path)
     assert len(found.problems) == 1 and str(broken) in found.problems[0] and said in found.problems[0] and "\n" not in found.problems[0]
     assert set(found.epochs.loss) == set(LOSSES) and set(found.cases.loss) == set(LOSSES)
     everything(found.epochs, found.cases)
