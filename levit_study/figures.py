@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MM', 'SINGLE', 'DOUBLE', 'STYLE', 'LOOKS', 'PLACES', 'STRUCTURES', 'FURTHER', 'NAMES', 'PROTOCOLS', 'ERRORS',
            'study_style', 'loss_looks', 'structure_colors', 'About', 'about_study', 'sample_of', 'titled', 'caption_of',
-           'Picture', 'save_figure', 'figure_html', 'checked', 'wrapped', 'row_height', 'bands', 'legend_below',
-           'loss_handles', 'pair_handles', 'finished', 'label_rows', 'print_right', 'log_axis', 'power_of_ten',
-           'number', 'paper_value', 'interval_of', 'draw_runs', 'spoken', 'metric_panels', 'fig1', 'paper_words',
-           'run_handles', 'draw_curve', 'draw_shared_dice', 'fig2', 'draw_course', 'spoken_course', 'fig3',
-           'window_around', 'error_map', 'slice_dice', 'frame_view', 'show_slice', 'draw_contours', 'scale_bar',
+           'Picture', 'rounded_paths', 'save_figure', 'figure_html', 'checked', 'wrapped', 'row_height', 'bands',
+           'legend_below', 'loss_handles', 'pair_handles', 'finished', 'label_rows', 'print_right', 'log_axis',
+           'power_of_ten', 'number', 'paper_value', 'interval_of', 'draw_runs', 'spoken', 'metric_panels', 'fig1',
+           'paper_words', 'run_handles', 'draw_curve', 'draw_shared_dice', 'fig2', 'draw_course', 'spoken_course',
+           'fig3', 'window_around', 'error_map', 'slice_dice', 'frame_view', 'show_slice', 'draw_contours', 'scale_bar',
            'draw_example_row', 'smallest_structure', 'draw_example', 'fig4', 'example_name', 'example_words', 'offsets',
            'structure_height', 'structures_of', 'draw_marks', 'shade_rows', 'against', 'forest', 'n_words',
            'spoken_differences', 'draw_pairs', 'mean_pairs', 'convention_shift', 'spoken_pairs', 'split_means',
@@ -23,6 +23,7 @@ __all__ = ['MM', 'SINGLE', 'DOUBLE', 'STYLE', 'LOOKS', 'PLACES', 'STRUCTURES', '
 # %% ../nbs/10_figures.ipynb #20ea2919
 import io
 import json
+import re
 import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -174,6 +175,10 @@ class Picture:
     def __repr__(self): return self.caption
 
 # %% ../nbs/10_figures.ipynb #8a8375c7
+def rounded_paths(svg):
+    "Keep two decimals of a path's coordinates, finer than a printer's: a hundredth of a point"
+    return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\d\.\d\d)\d+", r"\1", path[0]), svg)
+
 def save_figure(
     picture, # a Picture, or a plain matplotlib Figure
     folder, # made if need be
@@ -188,7 +193,9 @@ def save_figure(
     metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None, "Title": words["title"] or name, "Description": words["alt"]}}
     paths = [Path(folder)/f"{name}.{kind}" for kind in ("png", "svg", "json")]
     for path in paths[:2]:
-        with study_style(), written_whole(path) as partial: figure.savefig(partial, format=path.suffix[1:], metadata=metadata[path.suffix[1:]])
+        with study_style(), written_whole(path) as partial:
+            figure.savefig(partial, format=path.suffix[1:], metadata=metadata[path.suffix[1:]])
+            if path.suffix == ".svg": partial.write_text(rounded_paths(partial.read_text(encoding="utf-8")), encoding="utf-8")
     with written_whole(paths[2]) as partial: partial.write_text(json.dumps(words, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return paths
 
@@ -508,9 +515,9 @@ def show_slice(ax, image, view, spacing=None):
     frame_view(ax, view, spacing)
 
 def draw_contours(ax, labels, structures, colors=None, **look):
-    "Draw the outline of each structure of `structures` that `labels` (row, column) holds"
+    "Draw the outline of each structure of `structures` that `labels` (row, column) holds, the smallest on top"
     colors = colors or structure_colors(structures)
-    for name, value in structures.items():
+    for name, value in sorted(structures.items(), key=lambda structure: -(labels == structure[1]).sum()):
         if (labels == value).any() and not (labels == value).all():
             ax.contour(labels == value, levels=[.5], colors=[colors[name]], **{"linewidths": .9} | look)
 

@@ -158,7 +158,7 @@ def provenance() -> dict:
     def release(name):
         try: return version(name)
         except PackageNotFoundError: return None
-    dirty = git("status", "--porcelain", "--untracked-files=no")
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)reports", ":(top,exclude)dvc.lock")   # DVC writes those
     return {"revision": git("rev-parse", "HEAD"), "uncommitted_changes": None if dirty is None else bool(dirty), "python": platform.python_version(),
             "versions": {name: release(name) for name in ("levit-study", "torch", "timm", "numpy", "lightning-fabric")},
             "processor": processor_name(), "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
