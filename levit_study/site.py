@@ -407,7 +407,8 @@ def result_rows(organs, params: Params, dataset: str) -> list[str]: # rows of a 
 def came_out(organs, params: Params) -> str:
     "The table of all data sets, with its key"
     rows = [row for dataset in params.study.datasets for row in result_rows(organs, params, dataset)]
-    key = (f"Means over structures and patients; validation patients also chose the epoch, as in the paper. Bold: highest Dice. "
+    key = ("Means over structures and patients; validation patients also chose the epoch, as in the paper. Bold: highest Dice. "
+           "HD95 leaves out structures that were not found. "
            f"Brackets: {params.evaluation.confidence:.0%} interval over patients{' and trainings' if len(params.study.seeds) > 1 else ''}.")
     return table(["Loss", "Dice, test", "Dice, validation", "HD95"], rows, "results") + tag("p", tag("small", key))
 
