@@ -10,10 +10,9 @@ __all__ = ['pick_device', 'load_model', 'class_probabilities', 'predict_volume',
 import json, sys
 from pathlib import Path
 import numpy as np, torch
-import torch.nn.functional as F
 
 # %% ../nbs/08_inference.ipynb #1ef9f5e1
-from .dataset import resize_images
+from .dataset import from_square, to_square
 from .model import for_inference, load_weights
 from .params import StudyError, written_whole
 
@@ -43,20 +42,21 @@ def class_probabilities(
     size: int,            # side of the slices that the model was trained on
     batch_size: int = 16, # slices
     flips: bool = False,  # average over mirrored copies
+    crop: float | None = None, # part of a slice that it was trained on, see `dataset.margins`
 ):
     "Yield (first slice, probabilities float32 (B,classes,rows,columns)) batch by batch, on the image's own grid"
     device = next(model.parameters()).device
     for first in range(0, len(image), batch_size):
         batch = torch.as_tensor(image[first:first + batch_size], dtype=torch.float32)
-        slices = resize_images(batch, size)[:, None].to(device)
+        slices = to_square(batch, size, crop)[:, None].to(device)
         views = [(), (-1,), (-2,), (-2, -1)] if flips else [()]
         logits = sum(torch.flip(model(torch.flip(slices, v)).float(), v) for v in views) / len(views)
-        yield first, F.interpolate(logits, batch.shape[1:], mode="bilinear", align_corners=False).softmax(1)
+        yield first, from_square(logits, tuple(batch.shape[1:]), crop)
 
 # %% ../nbs/08_inference.ipynb #d20d25ab
-def predict_volume(model, image, size, batch_size=16, flips=False) -> np.ndarray: # (slices, rows, columns) uint8
+def predict_volume(model, image, size, batch_size=16, flips=False, crop=None) -> np.ndarray: # (slices, rows, columns) uint8
     "The label map of a volume on its own grid; arguments as in `class_probabilities`"
-    return np.concatenate([p.argmax(1).to(torch.uint8).cpu().numpy() for _, p in class_probabilities(model, image, size, batch_size, flips)])
+    return np.concatenate([p.argmax(1).to(torch.uint8).cpu().numpy() for _, p in class_probabilities(model, image, size, batch_size, flips, crop)])
 
 # %% ../nbs/08_inference.ipynb #c4ffe4cb
 def reliability_counts(
@@ -78,11 +78,12 @@ def evaluate_case(
     flips=False,
     tolerance=None, # of the normalised surface Dice, mm or voxels
     batch_size=16,
+    crop=None,      # see `class_probabilities`
 ) -> tuple[list[dict], np.ndarray, np.ndarray]: # rows of cases.csv, reliability counts, label map
     "Segment one case and measure it"
     from levit_study.metrics import case_metrics
     reliability, labels = 0, []
-    for first, p in class_probabilities(model, volume.image, size, batch_size, flips):
+    for first, p in class_probabilities(model, volume.image, size, batch_size, flips, crop):
         reference = torch.as_tensor(volume.label[first:first + len(p)], dtype=torch.int64, device=p.device)
         reliability = reliability + reliability_counts(p, reference)
         labels.append(p.argmax(1).to(torch.uint8).cpu().numpy())
@@ -108,7 +109,7 @@ def evaluate(
     with written_whole(predictions) as partial, h5py.File(partial, "w") as file:
         for split, case in tqdm(cases, unit="case", desc=f"evaluate {card['dataset']} {card['loss']} seed {card['seed']}", disable=not progress,
                                 file=sys.stderr, ncols=100):
-            found, reliability, labels = evaluate_case(model, store.volume(case), store.structures, store.size, flips, tolerance)
+            found, reliability, labels = evaluate_case(model, store.volume(case), store.structures, store.size, flips, tolerance, crop=store.crop)
             rows += [{"split": split, "case": case, **row} for row in found]
             counts[split] = counts.get(split, 0) + reliability
             file.create_dataset(case, data=labels, compression="gzip", compression_opts=1, chunks=(1, *labels.shape[1:]))
@@ -136,7 +137,7 @@ def segment_scan(
     for path in (output, names):
         if path.exists() and not overwrite: raise StudyError(f"{path}: exists already; give another --output, or --overwrite")
     volume, header = read_scan(scan, card["intensity"], card["window"])
-    labels = predict_volume(model, volume.image, card["image_size"][0], batch_size, flips)
+    labels = predict_volume(model, volume.image, card["image_size"][0], batch_size, flips, card.get("crop"))
     write_label_map(output, labels, header)
     millilitres = float(np.prod(volume.spacing)) / 1000
     volumes = {name: float((labels == value).sum() * millilitres) for name, value in card["structures"].items()}

@@ -71,6 +71,7 @@ class Data(Part):
     intensity: Literal["window", "minmax", "unit", "percentile"] = "minmax"
     window: list[float] | None = Field(None, min_length=2, max_length=2)
     size: int = Field(224, ge=32, le=1024, multiple_of=32)
+    crop: float | None = Field(None, gt=0, le=1)   # side of the centred square that the network sees, by the longer side; None: the whole slice, stretched
     split: Split = Split()
     skip_bad: bool = False
     keep_training_volumes: bool = False      # keep training cases at their native grid, too (validation and test cases always are)

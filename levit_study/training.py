@@ -428,7 +428,7 @@ def fit(
     batch_size = training.batch_size if training.batch_size != "auto" else largest_batch(t.model, t.criterion, run.data.size, 1, store.num_classes,
                                                                                          fabric.device)
     card = {"dataset": run.dataset, "loss": run.loss, "seed": run.seed, "synthetic": synthetic, "structures": store.structures,
-            "intensity": run.data.intensity, "window": run.data.window, "parameters": run.record()}
+            "intensity": run.data.intensity, "window": run.data.window, "crop": run.data.crop, "parameters": run.record()}
     with stop_signals() as asked, progress_bar(run, t, len(train), progress) as bar:
         while t.epoch <= training.epochs:
             started = time.perf_counter()
