@@ -475,7 +475,7 @@ def build_manifest(
             "shape": column(job, "shape").tolist(), "spacing": None if math.isnan(spacing[0]) else spacing,
             "voxels": dict(zip(classes, column(job, "voxels").tolist(), strict=True)), "files": job.files}
     settings = {name: getattr(data, name) for name in ("layout", "intensity", "window", "label_map", "structures", "size", "crop")}
-    return {"settings": settings | {"split": {name: getattr(data.split, name) for name in ("kind", "valid", "test", "seed", "stratify")}},
+    return {"settings": settings | {"split": {name: getattr(data.split, name) for name in ("kind", "valid", "test", "seed", "stratify", "nested")}},
         "versions": {name: importlib.metadata.version(name) for name in ("levit-study", "numpy", "torch", "h5py", "nibabel")}, "code": code_digest(),
         "slices": slices | {"all": sum(slices.values())},
         "patients": {split: len({job.case.patient for job in done if job.split == split}) for split in SPLITS},
@@ -545,7 +545,7 @@ def prepare(
     from levit_study.volumes import find_cases, split_cases
     cases = sorted(find_cases(data.folder, data.layout), key=lambda case: case.name)
     placed = [case for case in cases if case.split or not case.problem]
-    split = split_cases(placed, data.split.kind, data.split.valid, data.split.test, data.split.seed, data.split.stratify)
+    split = split_cases(placed, data.split.kind, data.split.valid, data.split.test, data.split.seed, data.split.stratify, data.split.nested)
     jobs = [plan_case(case, split.get(case.name, ""), data) for case in cases]
     check_plan(jobs, data)
     with write_errors(store):

@@ -60,6 +60,7 @@ class Split(Part):
     test: float = Field(0.0, ge=0, lt=1)     # share of the patients held out for the test
     seed: int = Field(0, ge=0)
     stratify: bool = True                    # keep the shares of the pathology groups where they are known
+    nested: float = Field(0.0, ge=0, lt=1)   # share of the training patients that chooses the epoch, while the validation cases become the test; 0: as they are
 
 # %% ../nbs/00_params.ipynb #5929af7a
 class Data(Part):

@@ -12,8 +12,8 @@ __all__ = ['max_voxels', 'study_axes', 'array_names', 'synapse_structures', 'acd
            'read_volume', 'matching', 'pair', 'by_number', 'find_btcv', 'read_info', 'find_patient', 'find_acdc',
            'read_list', 'grouped_slices', 'split_of', 'listed_cases', 'find_ssl4mis', 'transunet_volume',
            'find_transunet', 'read_json', 'decathlon_structures', 'find_decathlon', 'find_cases', 'check_patients',
-           'check_benchmark', 'every_so_many', 'split_by_fraction', 'split_cases', 'digest', 'count_holes',
-           'check_volume', 'read_scan', 'write_nifti', 'write_label_map']
+           'check_benchmark', 'every_so_many', 'split_by_fraction', 'nested_split', 'split_cases', 'digest',
+           'count_holes', 'check_volume', 'read_scan', 'write_nifti', 'write_label_map']
 
 # %% ../nbs/01_volumes.ipynb #fa830e68
 import gzip
@@ -686,6 +686,14 @@ def split_by_fraction(cases, valid, test, seed, stratify):
     validated = every_so_many(rest, max(round(valid * len(order)), 1) if len(rest) > 1 else 0)
     return {case.name: "test" if case.patient in tested or case.split == "test" else "valid" if case.patient in validated else "train" for case in cases}
 
+def nested_split(splits, cases, share, seed, stratify):
+    "Hold the validation cases out as test, and let a share of the training patients choose the epoch instead; `StudyError` if there is a test already"
+    if "test" in splits.values():
+        tested = sum(split == "test" for split in splits.values())
+        raise StudyError(f"split.nested = {share}: {tested} cases are held out for the test already: set it to 0")
+    inner = split_by_fraction([case for case in cases if splits[case.name] == "train"], share, 0, seed, stratify)
+    return {name: inner.get(name, "test") for name in splits}
+
 def split_cases(
     cases,           # `Case`s
     kind="lists",    # 'lists' (the source's; without any, 'fraction'), 'benchmark' (Synapse's case numbers) or 'fraction'
@@ -693,6 +701,7 @@ def split_cases(
     test=0.0,        # likewise; patients whom the source calls test stay test
     seed=0,
     stratify=True,   # spread the groups evenly
+    nested=0.0,      # share of the training patients that validate, while the validation cases become the test; 0: as they are
 ):
     "Return {case name: 'train' | 'valid' | 'test'}, by patient; `StudyError` if a case has no place or train or valid would be empty"
     if kind == "lists" and not any(case.split in ("train", "valid") for case in cases): kind = "fraction"
@@ -703,6 +712,7 @@ def split_cases(
     homeless = [name for name, split in splits.items() if split is None]
     if homeless:
         raise StudyError(f"split: '{kind}' has no place for {len(homeless)} of {len(cases)} cases ({', '.join(homeless[:3])} …): use 'fraction', or list them")
+    if nested and "valid" in splits.values(): splits = nested_split(splits, cases, nested, seed, stratify)
     for split in ("train", "valid"):
         if split not in splits.values():
             raise StudyError(f"split: no case is left for '{split}' of {len(cases)} by '{kind}': add cases or change the fractions")
