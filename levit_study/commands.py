@@ -137,11 +137,13 @@ def add_predict(commands):
     c.add_argument("--flips", action="store_true", help="average over mirrored slices")
     c.add_argument("--overlay", action="store_true", help="write a picture with contours, too")
     c.add_argument("--volumes", help="CSV to write: volume of each structure per scan, in ml")
-    c.add_argument("--overwrite", action="store_true"); c.add_argument("--device", default="auto"); c.add_argument("--precision", default="auto",
-            choices=["auto", "bf16", "fp32"])
+    c.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    c.add_argument("--keep", action="store_true", help="leave label maps that exist, and segment the rest")
+    c.add_argument("--assume-axes", action="store_true", help="take NIfTI's default axes where a header gives none")
+    c.add_argument("--device", default="auto"); c.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     def run(a):
         from levit_study.inference import predict
-        for path in predict(a.scan, a.weights, a.output, a.flips, a.overwrite, a.overlay, a.volumes, a.device, a.precision): print(path)
+        for path in predict(a.scan, a.weights, a.output, a.flips, a.overwrite, a.keep, a.overlay, a.volumes, a.assume_axes, a.device, a.precision): print(path)
     c.set_defaults(run=run)
 
 # %% ../nbs/11_commands.ipynb #1b484e69

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'load_model', 'class_probabilities', 'predict_volume', 'reliability_counts', 'evaluate_case',
-           'evaluate', 'mean_metrics', 'segment_scan', 'scans_and_outputs', 'predict', 'draw_overlay']
+           'evaluate', 'mean_metrics', 'card_data', 'side_file', 'segment_scan', 'scans_and_outputs', 'check_free',
+           'predict', 'draw_overlay']
 
 # %% ../nbs/08_inference.ipynb #8a86d9ba
 import json, sys
@@ -14,7 +15,7 @@ import numpy as np, torch
 # %% ../nbs/08_inference.ipynb #1ef9f5e1
 from .dataset import from_square, to_square
 from .model import for_inference, load_weights
-from .params import StudyError, written_whole
+from .params import Data, StudyError, ValidationError, as_line, written_whole
 
 # %% ../nbs/08_inference.ipynb #e5d9a173
 def pick_device(device: str = "auto") -> torch.device:
@@ -54,9 +55,15 @@ def class_probabilities(
         yield first, from_square(logits, tuple(batch.shape[1:]), crop)
 
 # %% ../nbs/08_inference.ipynb #d20d25ab
-def predict_volume(model, image, size, batch_size=16, flips=False, crop=None) -> np.ndarray: # (slices, rows, columns) uint8
+def predict_volume(model, image, size, batch_size=16, flips=False, crop=None, progress=False) -> np.ndarray: # (slices, rows, columns) uint8
     "The label map of a volume on its own grid; arguments as in `class_probabilities`"
-    return np.concatenate([p.argmax(1).to(torch.uint8).cpu().numpy() for _, p in class_probabilities(model, image, size, batch_size, flips, crop)])
+    from tqdm import tqdm
+    labels = []
+    with tqdm(total=len(image), unit="slice", desc="predict", disable=not progress, file=sys.stderr, ncols=100) as bar:
+        for _, p in class_probabilities(model, image, size, batch_size, flips, crop):
+            labels.append(p.argmax(1).to(torch.uint8).cpu().numpy())
+            bar.update(len(p))
+    return np.concatenate(labels)
 
 # %% ../nbs/08_inference.ipynb #c4ffe4cb
 def reliability_counts(
@@ -125,26 +132,45 @@ def mean_metrics(cases) -> dict: # the table of `evaluate`
     return {f"{named[split]}_{metric}": float(part.groupby("structure")[metric].mean().mean())
             for split, part in cases.groupby("split") for metric in ("dice", "jaccard", "hd95", "sensitivity", "specificity")}
 
+# %% ../nbs/08_inference.ipynb #9a9e0572
+def card_data(
+    card: dict, # of a weight file
+    weights,    # the file, for messages
+) -> Data:
+    "What a card says of the images that its network is for, checked as `params.yaml` is"
+    if "intensity" not in card: raise StudyError(f"{weights}: its card does not say the intensity; these weights were not saved by a training of this study")
+    told = {key: card[key] for key in ("structures", "intensity", "window", "crop") if key in card}
+    try: data = Data(folder="", size=card["image_size"][0], **told)
+    except ValidationError as error: raise StudyError(as_line(error, f"{weights}: model card")) from None
+    if len(data.structures) + 1 != card["num_classes"]:
+        raise StudyError(f"{weights}: its card names {len(data.structures)} structures, its network has {card['num_classes']} classes with the background")
+    return data
+
+# %% ../nbs/08_inference.ipynb #dd804bce
+def side_file(output) -> Path:
+    "The JSON beside a label map"
+    return Path(f"{str(output).removesuffix('.gz').removesuffix('.nii')}.json")
+
 # %% ../nbs/08_inference.ipynb #ca2c0e66
 def segment_scan(
     model, card: dict,    # from `load_model`
+    data: Data,           # from `card_data`
     scan, output,         # NIfTI files
-    flips=False, overwrite=False, batch_size=16,
+    flips=False, assume_axes=False, progress=False,
 ) -> dict:                # volumes in ml by structure
     "Segment one NIfTI file and write the label map and `<output>.json` with the labels' names"
     from levit_study.volumes import read_scan, write_label_map
-    output, names = Path(output), Path(f"{str(output).removesuffix('.gz').removesuffix('.nii')}.json")
-    for path in (output, names):
-        if path.exists() and not overwrite: raise StudyError(f"{path}: exists already; give another --output, or --overwrite")
-    volume, header = read_scan(scan, card["intensity"], card["window"])
-    labels = predict_volume(model, volume.image, card["image_size"][0], batch_size, flips, card.get("crop"))
+    volume, header = read_scan(scan, data.intensity, data.window)
+    if header["sform_code"] == 0 and header["qform_code"] == 0 and not assume_axes:
+        raise StudyError(f"{scan}: its header gives no orientation (no affine); mend it, or take NIfTI's default axes with --assume-axes")
+    labels = predict_volume(model, volume.image, data.size, flips=flips, crop=data.crop, progress=progress)
     write_label_map(output, labels, header)
     millilitres = float(np.prod(volume.spacing)) / 1000
-    volumes = {name: float((labels == value).sum() * millilitres) for name, value in card["structures"].items()}
-    with written_whole(names) as p:
-        p.write_text(json.dumps({"labels": {"background": 0, **card["structures"]}, "volumes_ml": volumes, "model": {k: card.get(k) for k in ("dataset",
-                "loss", "seed", "variant", "synthetic")},
-                                 "notes": volume.notes, "use": "For research only, not for clinical decisions."}, indent=1) + "\n")
+    volumes = {name: float((labels == value).sum() * millilitres) for name, value in data.structures.items()}
+    model_of = {key: card.get(key) for key in ("dataset", "loss", "seed", "variant", "synthetic")}
+    with written_whole(side_file(output)) as p:
+        p.write_text(json.dumps({"labels": {"background": 0, **data.structures}, "volumes_ml": volumes, "model": model_of, "notes": volume.notes,
+                                 "use": "For research only, not for clinical decisions."}, indent=1) + "\n")
     return volumes
 
 # %% ../nbs/08_inference.ipynb #30ef2968
@@ -161,44 +187,60 @@ def scans_and_outputs(scans, output) -> list[tuple[Path, Path]]:
     if not str(output).endswith((".nii", ".nii.gz")): raise StudyError(f"{output}: the label map of one scan is a file: name it .nii.gz or .nii")
     return [(scans, output)]
 
+# %% ../nbs/08_inference.ipynb #056e2921
+def check_free(files: list[Path], overwrite: bool, keep: bool):
+    "Raise `StudyError` before any work if a file would be replaced that shall not be"
+    there = [file for file in files if file.exists()]
+    if there and not (overwrite or keep):
+        more = f" (and {len(there) - 1} more)" if len(there) > 1 else ""
+        raise StudyError(f"{there[0]}: exists already{more}; give another --output, --overwrite what is there, or --keep it and go on with the rest")
+
 # %% ../nbs/08_inference.ipynb #6e221e0e
 def predict(
     scans,                  # a NIfTI file or a folder of them
     weights,                # safetensors file of this study
     output,                 # the label map to write, or a folder for a folder
     flips=False,            # average over mirrored slices: slower, often a little better
-    overwrite=False,
+    overwrite=False,        # replace label maps that exist
+    keep=False,             # leave them, and segment the rest
     overlay=False,          # a picture with contours beside each label map
     volumes=None,           # CSV with the volume of each structure per scan
+    assume_axes=False,      # take NIfTI's default axes where a header gives none
     device="auto", precision="auto", progress=True,
 ) -> list[Path]:            # the label maps
-    "Segment new scans with trained weights"
+    "Segment new scans with trained weights; of a folder a bad scan is named at the end, when the others are done"
     import pandas as pd
     from tqdm import tqdm
     pairs = scans_and_outputs(scans, output)
-    if volumes is not None and Path(volumes).exists() and not overwrite: raise StudyError(f"{volumes}: exists already; give another --volumes, or --overwrite")
+    check_free([file for _, target in pairs for file in (target, side_file(target))] + ([Path(volumes)] if volumes else []), overwrite, keep)
     model, card = load_model(weights, device, precision)
-    for key in ("structures", "intensity"):
-        if key not in card: raise StudyError(f"{weights}: its card does not say the {key}; these weights were not saved by a training of this study")
-    rows = []
-    for scan, target in tqdm(pairs, unit="scan", desc="predict", disable=not progress or len(pairs) == 1, file=sys.stderr):
-        rows.append({"scan": scan.name, **segment_scan(model, card, scan, target, flips, overwrite)})
-        if overlay: draw_overlay(scan, target, card)
-    if volumes is not None:
+    data = card_data(card, weights)
+    rows, written, problems, single = [], [], [], len(pairs) == 1
+    for scan, target in tqdm(pairs, unit="scan", desc="predict", disable=not progress or single, file=sys.stderr, ncols=100):
+        try:
+            done = keep and target.exists() and side_file(target).exists()
+            found = json.loads(side_file(target).read_text())["volumes_ml"] if done else segment_scan(
+                model, card, data, scan, target, flips, assume_axes, progress and single)
+            if overlay and not done: draw_overlay(scan, target, card, data)
+        except StudyError as error: problems.append(str(error)); continue
+        rows.append({"scan": scan.name, **found})
+        written.append(target)
+    if volumes is not None and rows:
         with written_whole(volumes) as p: pd.DataFrame(rows).to_csv(p, index=False, float_format="%.3f", lineterminator="\n")
-    return [target for _, target in pairs]
+    if problems: raise StudyError(problems[0] if single else f"{len(problems)} of {len(pairs)} scans could not be segmented: {'; '.join(problems)}")
+    return written
 
 # %% ../nbs/08_inference.ipynb #fbec12d4
-def draw_overlay(scan, labels, card: dict, slices: int = 12):
+def draw_overlay(scan, labels, card: dict, data: Data, slices: int = 12):
     "Write `<labels>.png`: slices of a scan with the contours of its label map"
     from levit_study.figures import About, contact_sheet
     from levit_study.volumes import canonical, read_nifti, read_scan
-    volume, _ = read_scan(scan, card["intensity"], card["window"])
+    volume, _ = read_scan(scan, data.intensity, data.window)
     stored, header = read_nifti(labels)
     found = canonical(stored, header.get_best_affine())[0]
     inside = np.flatnonzero(found.any((1, 2))) if found.any() else np.arange(len(found))
     shown = inside[np.linspace(0, len(inside) - 1, min(slices, len(inside))).astype(int)]
-    sheet = contact_sheet([{"dataset": card["dataset"], "case": volume.case, "slice": int(k), "image": volume.image[k], "label": found[k],
-                            "structures": card["structures"],
+    sheet = contact_sheet([{"dataset": str(card.get("dataset")), "case": volume.case, "slice": int(k), "image": volume.image[k], "label": found[k],
+                            "structures": data.structures,
                             "spacing": volume.spacing[1:]} for k in shown], About(protocol="prediction, research use only", split="new scan"))
     with written_whole(f"{str(labels).removesuffix('.gz').removesuffix('.nii')}.png") as p: sheet.figure.savefig(p, dpi=150)

@@ -678,8 +678,6 @@ def load_weights(
     numbers = [card["num_classes"], card["in_channels"], *(card["image_size"] if isinstance(card["image_size"], list) else [None])]
     if len(numbers) != 4 or not all(isinstance(n, int) and 1 <= n <= 1024 for n in numbers):  # a stranger's card must not ask for all the memory
         raise StudyError(f"{path}: the model card's num_classes, in_channels or image_size is out of range: {numbers}")
-    if not (card.get("crop") is None or isinstance(card["crop"], float) and 0 < card["crop"] <= 1):
-        raise StudyError(f"{path}: the model card's crop is {card['crop']!r}; a share of the longer side, over 0 and up to 1, was expected")
     model = levit_unet(card["variant"], card["num_classes"], card["in_channels"], image_size=card["image_size"])
     try: model.load_state_dict(load_file(path))
     except RuntimeError as error:
