@@ -15,6 +15,7 @@ env: .venv/.ready
 	test -x .venv/bin/python || $$uv venv --quiet --python "$$(command -v $(PYTHON))" .venv; \
 	$$uv pip install --quiet --python .venv/bin/python --requirement pins.txt; \
 	$$uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
+	@$(INSIDE) levit-study plots-page .dvc/plots/page.html
 	@touch $@
 
 study: env

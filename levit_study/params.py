@@ -114,6 +114,7 @@ class Training(Part):
     augmentation: str | dict[str, Any] = "transunet"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     deterministic: bool = True
+    processes: int = Field(1, ge=1, le=1024)  # started side by side on this machine, a GPU each where there are; batch_size is per process
 
     @field_validator("batch_size")
     @classmethod

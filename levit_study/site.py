@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['READABLE', 'BAR', 'LINK', 'ALL', 'SPLITS', 'VERDICTS', 'NEEDED', 'CARDS', 'EXTENSIONS', 'THEME', 'SPHINX', 'CONFIG',
-           'IMAGES', 'SINGLE', 'mathml', 'setup', 'read_notebook', 'library_cells', 'study_cells', 'readable_outputs',
-           'without_progress', 'figure_words', 'plain', 'alternative', 'png_width', 'with_better_copy', 'is_picture',
-           'split_pictures', 'escaped', 'give_words', 'with_words', 'Page', 'data_name', 'loss_name', 'run_page',
-           'demoted', 'joined', 'title_of', 'Shelf', 'runs_of', 'study_pages', 'run_row', 'runs_overview',
-           'project_pages', 'relinked', 'read_table', 'Summary', 'tag', 'listed', 'count', 'table', 'asked',
-           'with_interval', 'data_row', 'result_rows', 'came_out', 'pretty', 'verdict_cell', 'claims_table', 'how_sure',
-           'summary', 'summary_html', 'cards', 'landing', 'toc', 'write_page', 'write_sources', 'folder_written_whole',
-           'run_book', 'build_site', 'inlined', 'build_single_page']
+           'IMAGES', 'SINGLE', 'PLOTS', 'mathml', 'setup', 'read_notebook', 'library_cells', 'study_cells',
+           'readable_outputs', 'without_progress', 'figure_words', 'plain', 'alternative', 'png_width',
+           'with_better_copy', 'is_picture', 'split_pictures', 'escaped', 'give_words', 'with_words', 'Page',
+           'data_name', 'loss_name', 'run_page', 'demoted', 'joined', 'title_of', 'Shelf', 'runs_of', 'study_pages',
+           'run_row', 'runs_overview', 'project_pages', 'relinked', 'read_table', 'Summary', 'tag', 'listed', 'count',
+           'table', 'asked', 'with_interval', 'data_row', 'result_rows', 'came_out', 'pretty', 'verdict_cell',
+           'claims_table', 'how_sure', 'summary', 'summary_html', 'cards', 'landing', 'toc', 'write_page',
+           'write_sources', 'folder_written_whole', 'run_book', 'build_site', 'inlined', 'build_single_page',
+           'plots_page']
 
 # %% ../nbs/12_site.ipynb #5d851e90
 import base64
@@ -624,3 +625,20 @@ def build_single_page(params: Params, root=".", site="reports/site", output="rep
     link = Path(os.path.relpath(root / site / "index.html", (root / output).parent)).as_posix()
     page = SINGLE.format(title=html.escape(s.title), style=style.read_text(encoding="utf-8") if style.exists() else "", site=link, body=summary_html(s) + body)
     with written_whole(root / output) as p: p.write_text(page, encoding="utf-8")
+
+# %% ../nbs/12_site.ipynb #9bce3c3c
+PLOTS = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>levit-study: plots</title>{{refresh_tag}}
+<script>{library}</script>
+<style>body {{ font-family: sans-serif; margin: 2em }} table {{ border-spacing: 15px }}</style></head>
+<body>
+{{plot_divs}}
+</body></html>
+"""
+
+def plots_page(output):
+    "Write the page that DVC fills in with plots, Vega inside; DVC's own link to the web is left out"
+    try: import vl_convert
+    except ImportError: raise StudyError(f"{output}: needs the package vl-convert-python; install levit-study[study]") from None
+    library = vl_convert.javascript_bundle().replace("</script", "<\\/script")
+    with written_whole(output) as p: p.write_text(PLOTS.format(library=library), encoding="utf-8")
