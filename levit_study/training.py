@@ -6,13 +6,13 @@
 __all__ = ['LIVE', 'make_fabric', 'set_seed', 'make_optimiser', 'moving_average', 'learning_rate_at', 'counts_by_case',
            'mean_scores', 'case_numbers', 'validate', 'save_checkpoint', 'load_checkpoint', 'provenance',
            'processor_name', 'peak_memory', 'write_json', 'write_epochs', 'summary', 'stop_for_loss', 'check_space',
-           'largest_batch', 'stop_signals', 'Stopped', 'Trainer', 'unwrapped', 'make_trainer', 'state_of', 'restore',
-           'differing_key', 'train_epoch', 'close_epoch', 'progress_bar', 'memory_hint', 'fit', 'resume',
-           'save_on_first']
+           'largest_batch', 'stop_signals', 'Stopped', 'Trainer', 'unwrapped', 'share_buffers', 'settle_norms',
+           'make_trainer', 'state_of', 'restore', 'differing_key', 'train_epoch', 'close_epoch', 'progress_bar',
+           'memory_hint', 'fit', 'resume', 'save_on_first']
 
 # %% ../nbs/07_training.ipynb #f91d02d4
 import csv, hashlib, io, json, logging, math, os, platform, signal, subprocess, sys, time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from .dataset import PreparedStore, augment, epoch_order
 from .losses import build_loss
 from .metrics import dice_from_counts, jaccard_from_counts, overlap_counts
-from .model import autocast_precision, for_training, levit_unet, save_weights
+from .model import autocast_precision, for_training, forget_biases, levit_unet, save_weights
 from .params import Run, StudyError, Training, written_whole
 
 # %% ../nbs/07_training.ipynb #b8bbb9d9
@@ -73,11 +73,10 @@ def make_optimiser(
 def moving_average(
     decay: float, # share of the average that stays at each step, once there are enough steps
 ):
-    "The update of `AveragedModel`: an exponential moving average whose decay grows as (1 + steps) / (10 + steps) up to `decay`; whole numbers are copied"
+    "The update of `AveragedModel`: an exponential moving average whose decay grows as (1 + steps) / (10 + steps) up to `decay`"
     def update(averaged, current, steps):
         now = min(decay, (1 + float(steps)) / (10 + float(steps)))
-        if torch.is_floating_point(averaged[0]): get_ema_multi_avg_fn(now)(averaged, current, steps)
-        else: torch._foreach_copy_(averaged, current)
+        get_ema_multi_avg_fn(now)(averaged, current, steps)
     return update
 
 # %% ../nbs/07_training.ipynb #d068252a
@@ -298,6 +297,34 @@ def unwrapped(model):
     while hasattr(model, "module"): model = model.module
     return model
 
+# %% ../nbs/07_training.ipynb #af4742b0
+def share_buffers(fabric: Fabric, model):
+    "Give every process the first one's running statistics"
+    if fabric.world_size > 1:
+        for buffer in model.buffers(): torch.distributed.broadcast(buffer, 0)
+
+# %% ../nbs/07_training.ipynb #5d5f87de
+@torch.no_grad()
+def settle_norms(
+    t: Trainer,
+    slices,              # the `SliceSet` of the training cases
+    batch_size: int,
+    most: int = 320,     # slices looked at, the first of the epoch's order
+):
+    "Measure the running statistics of the averaged weights on training slices as they are, without augmentation"
+    forget_biases(t.weights)   # what it spread out at the last validation is out of date
+    t.weights.eval()
+    norms = [m for m in t.weights.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None      # a plain mean over the batches
+        m.train()
+    with t.fabric.autocast():
+        for index in torch.as_tensor(epoch_order(len(slices), t.run.seed, t.epoch)[:most]).split(batch_size): t.weights(slices.batch(index, t.fabric.device)[0])
+    for m, momentum in zip(norms, momenta, strict=True): m.momentum = momentum
+    t.weights.eval()
+
 # %% ../nbs/07_training.ipynb #90e7ee07
 def make_trainer(
     run: Run,
@@ -317,7 +344,7 @@ def make_trainer(
     optimiser = make_optimiser([{"params": list(model.parameters())}, *learned], run.training, fused)
     model, optimiser = fabric.setup(model, optimiser)
     if fabric.world_size > 1 and any(True for _ in criterion.parameters()): criterion = fabric.setup_module(criterion)   # weights that a loss learns
-    average = AveragedModel(unwrapped(model), multi_avg_fn=moving_average(run.training.ema), use_buffers=True) if run.training.ema else None
+    average = AveragedModel(unwrapped(model), multi_avg_fn=moving_average(run.training.ema)) if run.training.ema else None
     identity = hashlib.sha256(json.dumps([run.record(), data_digest, str(fabric._precision.precision)]).encode()).hexdigest()
     return Trainer(run, fabric, model, criterion, optimiser, average, identity)
 
@@ -391,13 +418,14 @@ def train_epoch(
     return True
 
 # %% ../nbs/07_training.ipynb #6892af93
-def close_epoch(t: Trainer, valid, structures: dict, batch_size: int, seconds: float) -> dict:
+def close_epoch(t: Trainer, train, valid, structures: dict, batch_size: int, seconds: float) -> dict:
     "Validate, tell the loss, and return the epoch's row"
     sums, counts = t.fabric.all_reduce(t.sums, reduce_op="sum"), t.fabric.all_reduce(t.counts, reduce_op="sum")
-    model = t.average if t.average is not None else t.model
     started = time.perf_counter()
-    with t.fabric.autocast() if t.average is not None else nullcontext():
-        valid_loss, valid_counts = validate(t.fabric, model, t.criterion, valid, 1 + len(structures), batch_size)
+    if t.average is not None: settle_norms(t, train, batch_size)
+    share_buffers(t.fabric, t.weights)
+    with t.fabric.autocast():
+        valid_loss, valid_counts = validate(t.fabric, t.weights, t.criterion, valid, 1 + len(structures), batch_size)
     train_dice = torch.as_tensor(dice_from_counts(*counts.cpu().double()))
     scores = mean_scores(valid_counts, structures)
     t.criterion.update_from_training(train_dice.to(t.fabric.device))
@@ -464,7 +492,7 @@ def fit(
                 t.spent = seconds
                 save_on_first(fabric, models / "checkpoints", t)
                 raise Stopped(f"{run.dataset} {run.loss} seed {run.seed}: stopped in epoch {t.epoch} after step {t.step}; started again, it goes on from there")
-            t.history.append(row := close_epoch(t, valid, store.structures, training.valid_batch_size, seconds))
+            t.history.append(row := close_epoch(t, train, valid, store.structures, training.valid_batch_size, seconds))
             if fabric.is_global_zero:
                 best = summary(t.history)
                 if best["best_epoch"] == t.epoch: save_weights(models / "best.safetensors", t.weights, **card, epoch=t.epoch,

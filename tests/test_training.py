@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 from safetensors.torch import load_file
 from toy import toy_run, toy_store
@@ -91,6 +92,57 @@ def test_two_processes_train(whole, environment):
                           env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((whole / "two" / "run.json").read_text())["processes"] == 2 and len(pd.read_csv(whole / "two" / "epochs.csv")) == 4
+
+
+@pytest.fixture
+def several(whole, tmp_path):
+    "A folder like the project's, whose params.yaml asks for two processes"
+    training = {"epochs": 2, "batch_size": 2, "precision": "fp32", "processes": 2}
+    params = {"study": {"datasets": ["toy"], "losses": ["baseline"], "seeds": [0]}, "losses": {"baseline": {"kind": "baseline"}},
+              "datasets": {"toy": {"title": "Toys", "data": {"folder": "raw", "structures": {"disc": 1, "square": 2}, "size": 32},
+                                   "model": {"variant": "128s"}, "training": training}}, "compute": {"device": "cpu"}}
+    (tmp_path / "params.yaml").write_text(json.dumps(params))
+    (tmp_path / "data" / "prepared").mkdir(parents=True)
+    shutil.copy(whole / "toy.h5", tmp_path / "data" / "prepared" / "toy.h5")
+    return tmp_path
+
+
+def notebook_training(root, folder, environment):
+    command = ["levit-study", "notebook", root / "nbs/study/train.ipynb", folder / "done.ipynb", "-p", "dataset", "toy", "-p", "loss", "baseline"]
+    return subprocess.Popen([*command, "-p", "seed", "0"], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_the_notebook_trains_in_several_processes_and_shows_what_they_say(root, several, environment):
+    process = notebook_training(root, several, environment)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-3000:]
+    run = several / "reports/runs/toy/baseline/seed0"
+    assert json.loads((run / "run.json").read_text())["processes"] == 2 and len(pd.read_csv(run / "epochs.csv")) == 2
+    shown = (several / "done.ipynb").read_text()
+    assert "epoch 2/2, train loss" in shown and "error" not in shown.lower()
+
+
+def test_processes_end_with_what_started_them(root, several, environment):
+    mine = lambda: [p for p in psutil.process_iter(["cmdline", "cwd"]) if p.info["cwd"] == str(several) and "train" in (p.info["cmdline"] or [])]
+    process = notebook_training(root, several, environment)
+    kernels = []
+    for _ in range(1200):
+        if len(mine()) >= 3: kernels = psutil.Process(process.pid).children(recursive=True); break   # torchrun and its two
+        if process.poll() is not None: break
+        time.sleep(0.1)
+    assert kernels, "the processes never came up"
+    process.kill()
+    for kernel in (k for k in kernels if "ipykernel_launcher" in " ".join(k.cmdline())): kernel.kill()
+    gone = time.monotonic() + 60
+    while mine() and time.monotonic() < gone: time.sleep(0.2)
+    assert not mine()
+
+
+def test_a_wrong_number_of_processes_is_one_line(several, environment):
+    done = subprocess.run(["levit-study", "train", "toy", "baseline"], cwd=several, env={**environment, "WORLD_SIZE": "3"}, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 1 and done.stderr.strip().endswith("processes = 2, but 3 processes were started; make them equal")
+
 
 
 STATEFUL = [{"kind": "tvmf_dice"}, {"kind": "dice_weighted", "of": {"kind": "cross_entropy"}},
