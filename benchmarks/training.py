@@ -110,7 +110,7 @@ class Ours:
         train_epoch(t, few, BATCH, self.bar, [], Path())
         t.epoch += 1
 
-    def validate(self): close_epoch(self.trainer, self.valid, self.store.structures, self.run.training.valid_batch_size, 1.0)
+    def validate(self): close_epoch(self.trainer, self.training, self.valid, self.store.structures, self.run.training.valid_batch_size, 1.0)
 
     def data(self, steps):
         for step in range(steps):
