@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -129,6 +130,44 @@ def test_one_parameter_reruns_its_part_alone(study, environment):
     assert stages == ["train@phantom_ct-focal-0", "evaluate@phantom_ct-focal-0", "report", "site"]
     assert (study / "reports/runs/phantom_ct/baseline/seed0/epochs.csv").read_bytes() == before
     assert json.loads((study / "reports/runs/phantom_ct/focal/seed0/metrics.json").read_text())["parameters"]["loss_settings"]["gamma"] == 1.0
+
+
+def test_dvc_shows_few_columns(study, environment):
+    def shown(*arguments):
+        done = subprocess.run(["dvc", *arguments], cwd=study, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+    found = shown("metrics", "show", "--json")[""]["data"]
+    assert {Path(name).name for name in found} == {"training.json", "scores.json"} and len(found) == 2 * len(LOSSES)
+    columns = set().union(*(file["data"] for file in found.values()))
+    assert columns == {"epochs", "train_loss", "valid_loss", "valid_dice", "best_dice", "best_epoch", "test_dice", "test_hd95", "valid_native_dice",
+                       "valid_native_hd95"}
+
+
+def test_the_page_of_plots_needs_no_network(study, environment, browser):
+    subprocess.run(["levit-study", "plots-page", ".dvc/plots/page.html"], cwd=study, env=environment, check=True)
+    subprocess.run(["dvc", "plots", "show"], cwd=study, env=environment, check=True, capture_output=True, timeout=300)
+    page, asked, errors = browser.new_page(), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.goto((study / "dvc_plots/index.html").as_uri())
+    page.wait_for_selector("canvas, svg.marks", timeout=60_000)
+    page.wait_for_timeout(1000)
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == [] and errors == []
+    assert page.locator("canvas, svg.marks").count() == 2 + len(LOSSES)   # all trainings, structures, and each training's own curve
+    page.close()
+
+
+def test_a_run_with_missing_files_is_named_and_the_rest_reported(study, environment, tmp_path):
+    path = study / "reports/runs/phantom_ct/focal/seed0/cases.csv"
+    before = path.read_bytes()
+    path.unlink()
+    try: done = command(study, environment, "notebook", "nbs/study/report.ipynb", str(tmp_path / "report.ipynb"), "-p", "reports", str(tmp_path))
+    finally: path.write_bytes(before)
+    assert done.returncode == 0, done.stderr
+    assert "left out: reports/runs/phantom_ct/focal/seed0: cases.csv missing" in (tmp_path / "report.ipynb").read_text()
+    with open(tmp_path / "organs.csv") as file: assert {row["loss"] for row in csv.DictReader(file)} == {"baseline", "focal_tversky"}
 
 
 @pytest.mark.parametrize("edit, said", [

@@ -113,20 +113,6 @@ def study(root, tmp_path_factory):
     return folder, said, sum(spent)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None: pytest.skip("no Chromium on this machine; install it with: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as p:
-        opened = p.chromium.launch(executable_path=program, args=FLAGS)
-        yield opened
-        opened.close()
-
-
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
-
-
 class Reader:
     "A browser window that keeps an account of what goes wrong"
 
