@@ -4,7 +4,7 @@ PYTHON ?= python3
 INSIDE = PATH="$(CURDIR)/.venv/bin:$$PATH" VIRTUAL_ENV="$(CURDIR)/.venv"
 
 .PHONY: env study test lab site clean
-env: .venv/.ready
+env: .venv/.ready .dvc/plots/page.html
 
 # uv from the machine if it is there, else in a small environment of its own.
 .venv/.ready: pins.txt pyproject.toml
@@ -15,8 +15,11 @@ env: .venv/.ready
 	test -x .venv/bin/python || $$uv venv --quiet --python "$$(command -v $(PYTHON))" .venv; \
 	$$uv pip install --quiet --python .venv/bin/python --requirement pins.txt; \
 	$$uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
-	@$(INSIDE) levit-study plots-page .dvc/plots/page.html
 	@touch $@
+
+# What `dvc plots show` draws into, so that it needs no network.
+.dvc/plots/page.html: .venv/.ready
+	@$(INSIDE) levit-study plots-page $@
 
 study: env
 	$(INSIDE) dvc repro

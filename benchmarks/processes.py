@@ -54,6 +54,7 @@ def main():
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--output", default="bench_processes.csv")
     args = parser.parse_args()
+    if args.batch % args.processes: parser.error(f"--batch {args.batch} cannot be shared evenly by {args.processes} processes")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         train = project(Path(folder), args)

@@ -3,7 +3,7 @@
     python benchmarks/time_by_kind.py [--variants 128s 384] [--tasks train infer] [--batch 8] [--size 224] [--output bench_kinds.csv]
 
 The study's default path on this machine (`bf16` where it pays), measured with torch's profiler. Convolutions and products multiply; everything else moves
-memory. A kind that multiplies is also given as a rate; `limit` is the rate of the machine's best convolution in the same precision (benchmarks/model.py).
+memory. `rate` is what the whole step multiplies and adds per second, in 10^9; `limit` what the machine's best convolution does in that precision.
 """
 import argparse
 from collections import Counter

@@ -8,7 +8,7 @@ __all__ = ['notebook_code', 'write_code', 'parameter_names', 'run_notebook', 'fo
            'add_export', 'add_notebook', 'add_code', 'add_plots_page', 'main', 'script']
 
 # %% ../nbs/11_commands.ipynb #e678b062
-import argparse, ctypes, json, os, signal, subprocess, sys
+import argparse, codecs, ctypes, json, os, signal, subprocess, sys
 from pathlib import Path
 
 # %% ../nbs/11_commands.ipynb #59a1dc48
@@ -86,16 +86,18 @@ def launch(
     "Run a command in several processes under torchrun and print what they say as it comes; they end when this process does"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--no-python",
                str(Path(sys.executable).with_name("levit-study")), *arguments]
-    environment = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // processes, 1)), **os.environ}
-    with_parent = lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM)   # PR_SET_PDEATHSIG: two sets of processes must never write one run
+    environment = {"OMP_NUM_THREADS": str(max(os.cpu_count() // processes, 1)), **os.environ}
+    library, decoder, said = ctypes.CDLL(None), codecs.getincrementaldecoder("utf-8")("replace"), ""
+    # PR_SET_PDEATHSIG: two sets of processes must never write one run
+    with_parent = (lambda: library.prctl(1, signal.SIGTERM)) if sys.platform == "linux" else None
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, preexec_fn=with_parent) as process:
         try:
-            said = ""
             for piece in iter(lambda: process.stdout.read1(8192), b""):
-                print(text := piece.decode(errors="replace"), end="", flush=True)
+                print(text := decoder.decode(piece), end="", flush=True)
                 said = (said + text)[-20_000:]
         except BaseException:
-            process.terminate()   # the processes save their state
+            process.terminate()
+            process.communicate()   # the processes save their state and say so; only then may others start
             raise
     errors = [line.split("error: ", 1)[1] for line in said.splitlines() if line.startswith("levit-study: error: ")]
     if process.returncode: raise StudyError(errors[0] if errors else f"{processes} processes ended with status {process.returncode}; what they said is above")
@@ -115,7 +117,7 @@ def train(
     if not store.exists(): raise StudyError(f"{store}: not found; prepare the data first: dvc repro prepare@{dataset}")
     reports, models = run_folders(dataset, loss, seed)
     device, wanted, started = device or settings.compute.device, run.training.processes, int(os.environ.get("WORLD_SIZE", 0))
-    if wanted > 1 and started not in (0, wanted):
+    if started not in (0, wanted):
         raise StudyError(f"{params}: datasets.{dataset}.training.processes = {wanted}, but {started} processes were started; make them equal")
     if wanted == 1 or started: return fit(run, store, reports, models, device, synthetic=settings.datasets[dataset].synthetic)
     launch(["train", dataset, loss, "--seed", str(seed), "--params", str(params), "--device", device], wanted)
@@ -125,10 +127,12 @@ def train(
 def list_runs(root="."):
     "A table of all runs under `reports/runs`: data set, loss, seed, best and last numbers, device, hours, revision"
     import pandas as pd
+    from levit_study.results import FILES, read_csv
     rows = []
     for path in sorted(Path(root, "reports", "runs").glob("*/*/seed*/epochs.csv")):
         dataset, loss, seed = path.parent.parts[-3:]
-        epochs, record = pd.read_csv(path), {}
+        epochs, record = read_csv(path, FILES["epochs.csv"]), {}
+        if epochs.valid_dice.isna().all(): continue
         best = epochs.loc[epochs.valid_dice.idxmax()]
         if (path.parent / "run.json").exists(): record = json.loads((path.parent / "run.json").read_text())
         rows.append({"dataset": dataset, "loss": loss, "seed": seed.removeprefix("seed"), "epochs": len(epochs),
@@ -168,8 +172,9 @@ def add_predict(commands):
     c.add_argument("--largest-regions", action="store_true", help="keep the largest region of each structure alone")
     c.add_argument("--overlay", action="store_true", help="write a picture with contours, too")
     c.add_argument("--volumes", help="CSV to write: volume of each structure per scan, in ml")
-    c.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    c.add_argument("--keep", action="store_true", help="leave label maps that exist, and segment the rest")
+    existing = c.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    existing.add_argument("--keep", action="store_true", help="leave label maps that exist, and segment the rest")
     c.add_argument("--assume-axes", action="store_true", help="take NIfTI's default axes where a header gives none")
     c.add_argument("--device", default="auto"); c.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     def run(a):
@@ -184,7 +189,10 @@ def add_train(commands):
     c = commands.add_parser("train", help="train one run of the study on its prepared data (torchrun starts this on several GPUs)")
     c.add_argument("dataset"); c.add_argument("loss"); c.add_argument("--seed", type=int, default=0)
     c.add_argument("--params", default="params.yaml"); c.add_argument("--device", help="auto, cpu, cuda, mps; default: compute.device")
-    c.set_defaults(run=lambda a: print(json.dumps(train(a.dataset, a.loss, a.seed, a.params, a.device), indent=1)))
+    def run(a):
+        result = train(a.dataset, a.loss, a.seed, a.params, a.device)
+        if int(os.environ.get("RANK", 0)) == 0: print(json.dumps(result, indent=1))
+    c.set_defaults(run=run)
 
 # %% ../nbs/11_commands.ipynb #9479052f
 def add_runs(commands):

@@ -67,6 +67,7 @@ def margins(
     "Return how many pixels to add on each side of a slice to see what the network sees; negative ones are cut off"
     if crop is None: return 0, 0, 0, 0
     side = max(round(crop * max(shape)), 1)
+    if side**2 > 2**26: raise StudyError(f"slices of {shape[0]} x {shape[1]} pixels: a crop of {crop} would pad them to {side} x {side}; cut the scan first")
     above, left = ((side - length) // 2 for length in shape)
     return left, side - shape[1] - left, above, side - shape[0] - above
 
@@ -78,7 +79,7 @@ def to_square(
 ): # (N,size,size) float32 tensor in [0, 1]
     "Bring images to what the network sees"
     images = torch.as_tensor(images, dtype=torch.float32)
-    return resize_images(F.pad(images, margins(images.shape[1:], crop)), size)
+    return resize_images(images if crop is None else F.pad(images, margins(images.shape[1:], crop)), size)
 
 # %% ../nbs/03_dataset.ipynb #7ff2fde7
 def labels_to_square(
@@ -87,7 +88,7 @@ def labels_to_square(
     crop,   # see `margins`
 ): # (N,size,size) uint8 array
     "Bring label maps to what the network sees"
-    return resize_labels(F.pad(torch.from_numpy(labels), margins(labels.shape[1:], crop)).numpy(), size)
+    return resize_labels(labels if crop is None else F.pad(torch.from_numpy(labels), margins(labels.shape[1:], crop)).numpy(), size)
 
 # %% ../nbs/03_dataset.ipynb #ead20803
 def from_square(
@@ -197,6 +198,7 @@ def check_crop(
     crop,  # see `margins`
 ): # list of text
     "Say how much of the structures a crop leaves out"
+    if crop is None: return []
     seen = np.count_nonzero(F.pad(torch.from_numpy(label), margins(label.shape[1:], crop)).numpy())
     every = np.count_nonzero(label)
     return [f"the crop leaves out {every - seen} of {every} labelled voxels: choose a larger data.crop"] if seen < every else []

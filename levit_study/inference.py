@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'load_model', 'class_probabilities', 'predict_volume', 'largest_regions', 'reliability_counts',
-           'evaluate_case', 'evaluate', 'mean_metrics', 'card_data', 'side_file', 'segment_scan', 'scans_and_outputs',
-           'check_free', 'predict', 'draw_overlay']
+           'evaluate_case', 'evaluate', 'mean_metrics', 'card_data', 'side_file', 'model_of', 'kept_volumes',
+           'segment_scan', 'scans_and_outputs', 'check_free', 'predict', 'draw_overlay']
 
 # %% ../nbs/08_inference.ipynb #8a86d9ba
 import json, sys
@@ -123,6 +123,9 @@ def evaluate(
     model, card = load_model(weights, device, precision)
     if card["structures"] != store.structures:
         raise StudyError(f"{weights}: knows {', '.join(card['structures'])}; the data {store.path} have {', '.join(store.structures)}; train anew")
+    if (card["image_size"][0], card.get("crop")) != (store.size, store.crop):
+        raise StudyError(f"{weights}: was trained at size {card['image_size'][0]}, crop {card.get('crop')}; {store.path} has {store.size}, {store.crop}; "
+                         "train anew")
     rows, counts = [], {}
     cases = [(split, case) for split in splits for case in store.split(split)]
     with written_whole(predictions) as partial, h5py.File(partial, "w") as file:
@@ -155,14 +158,28 @@ def card_data(
     told = {key: card[key] for key in ("structures", "intensity", "window", "crop") if key in card}
     try: data = Data(folder="", size=card["image_size"][0], **told)
     except ValidationError as error: raise StudyError(as_line(error, f"{weights}: model card")) from None
+    if len(set(card["image_size"])) > 1 or card.get("in_channels", 1) != 1:
+        raise StudyError(f"{weights}: is for images of {card['image_size']} pixels and {card.get('in_channels')} channels; "
+                         "square ones of one channel are read here")
+    if card["num_classes"] > 256: raise StudyError(f"{weights}: has {card['num_classes']} classes; a label map holds 256")
     if len(data.structures) + 1 != card["num_classes"]:
         raise StudyError(f"{weights}: its card names {len(data.structures)} structures, its network has {card['num_classes']} classes with the background")
     return data
 
 # %% ../nbs/08_inference.ipynb #dd804bce
-def side_file(output) -> Path:
-    "The JSON beside a label map"
-    return Path(f"{str(output).removesuffix('.gz').removesuffix('.nii')}.json")
+def side_file(output, ending=".json") -> Path:
+    "The JSON (or the picture, `.png`) beside a label map"
+    return Path(f"{str(output).removesuffix('.gz').removesuffix('.nii')}{ending}")
+
+def model_of(card: dict) -> dict: return {key: card.get(key) for key in ("dataset", "loss", "seed", "variant", "synthetic")}
+
+def kept_volumes(output, card: dict) -> dict: # volumes in ml by structure
+    "The volumes of a label map that is there already; raises `StudyError` unless it is these weights'"
+    try: told = json.loads(side_file(output).read_text(encoding="utf-8"))
+    except (OSError, ValueError): told = None
+    if not isinstance(told, dict) or not isinstance(told.get("volumes_ml"), dict) or told.get("model") != model_of(card):
+        raise StudyError(f"{output}: kept, but {side_file(output).name} does not say that it comes from these weights; --overwrite it, or move it away")
+    return told["volumes_ml"]
 
 # %% ../nbs/08_inference.ipynb #ca2c0e66
 def segment_scan(
@@ -178,13 +195,12 @@ def segment_scan(
         raise StudyError(f"{scan}: its header gives no orientation (no affine); mend it, or take NIfTI's default axes with --assume-axes")
     labels = predict_volume(model, volume.image, data.size, flips=flips, crop=data.crop, progress=progress)
     if regions: labels = largest_regions(labels)
-    write_label_map(output, labels, header)
     millilitres = float(np.prod(volume.spacing)) / 1000
     volumes = {name: float((labels == value).sum() * millilitres) for name, value in data.structures.items()}
-    model_of = {key: card.get(key) for key in ("dataset", "loss", "seed", "variant", "synthetic")}
     with written_whole(side_file(output)) as p:
-        p.write_text(json.dumps({"labels": {"background": 0, **data.structures}, "volumes_ml": volumes, "model": model_of, "notes": volume.notes,
+        p.write_text(json.dumps({"labels": {"background": 0, **data.structures}, "volumes_ml": volumes, "model": model_of(card), "notes": volume.notes,
                                  "use": "For research only, not for clinical decisions."}, indent=1) + "\n")
+    write_label_map(output, labels, header)   # last: where it is, its scan is done
     return volumes
 
 # %% ../nbs/08_inference.ipynb #30ef2968
@@ -192,7 +208,9 @@ def scans_and_outputs(scans, output) -> list[tuple[Path, Path]]:
     "Pair each scan (a NIfTI file, or a folder of them) with the file it is written to"
     scans, output = Path(scans), Path(output)
     if scans.is_dir():
-        found = sorted(p for p in scans.iterdir() if p.name.endswith((".nii", ".nii.gz")))
+        found = sorted(p for p in scans.iterdir() if p.name.endswith((".nii", ".nii.gz")) and not p.name.startswith(".") and p.is_file())
+        same = [p for p in found if p.name.endswith(".nii") and p.with_name(f"{p.name}.gz") in found]
+        if same: raise StudyError(f"{same[0]}: lies there as .nii.gz, too; keep one")
         if not found: raise StudyError(f"{scans}: holds no .nii or .nii.gz file")
         if output.suffix in (".nii", ".gz"): raise StudyError(f"{output}: {scans} is a folder, so --output must be one, too")
         if output.resolve() == scans.resolve(): raise StudyError(f"{output}: is the folder of the scans themselves; choose another --output")
@@ -227,22 +245,22 @@ def predict(
     import pandas as pd
     from tqdm import tqdm
     pairs = scans_and_outputs(scans, output)
-    check_free([file for _, target in pairs for file in (target, side_file(target))] + ([Path(volumes)] if volumes else []), overwrite, keep)
+    beside = lambda target: [side_file(target)] + ([side_file(target, ".png")] if overlay else [])
+    check_free([file for _, target in pairs for file in (target, *beside(target))] + ([Path(volumes)] if volumes else []), overwrite, keep)
     model, card = load_model(weights, device, precision)
     data = card_data(card, weights)
     rows, written, problems, single = [], [], [], len(pairs) == 1
     for scan, target in tqdm(pairs, unit="scan", desc="predict", disable=not progress or single, file=sys.stderr, ncols=100):
+        done = keep and target.exists()
         try:
-            done = keep and target.exists() and side_file(target).exists()
-            found = json.loads(side_file(target).read_text())["volumes_ml"] if done else segment_scan(
-                model, card, data, scan, target, flips, regions, assume_axes, progress and single)
-            if overlay and not done: draw_overlay(scan, target, card, data)
-        except StudyError as error: problems.append(str(error)); continue
-        rows.append({"scan": scan.name, **found})
-        written.append(target)
+            found = kept_volumes(target, card) if done else segment_scan(model, card, data, scan, target, flips, regions, assume_axes, progress and single)
+            rows.append({"scan": scan.name, **found})
+            written.append(target)
+            if overlay and not (done and side_file(target, ".png").exists()): draw_overlay(scan, target, card, data)
+        except (StudyError, OSError, RuntimeError) as error: problems.append(str(error).splitlines()[0] if str(error) else repr(error))
     if volumes is not None and rows:
         with written_whole(volumes) as p: pd.DataFrame(rows).to_csv(p, index=False, float_format="%.3f", lineterminator="\n")
-    if problems: raise StudyError(problems[0] if single else f"{len(problems)} of {len(pairs)} scans could not be segmented: {'; '.join(problems)}")
+    if problems: raise StudyError(problems[0] if single else f"{len(problems)} of {len(pairs)} scans made trouble: {'; '.join(problems)}")
     return written
 
 # %% ../nbs/08_inference.ipynb #fbec12d4

@@ -36,7 +36,7 @@ def written_whole(path): # where the file shall appear; its folder is made if ne
 # %% ../nbs/00_params.ipynb #28ecdaa2
 class Part(BaseModel):
     "A section of params.yaml: unknown keys are refused, values are not converted from other types"
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 # %% ../nbs/00_params.ipynb #ef1e114f
 class Study(Part):
@@ -114,7 +114,7 @@ class Training(Part):
     augmentation: str | dict[str, Any] = "transunet"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     deterministic: bool = True
-    processes: int = Field(1, ge=1, le=1024)  # started side by side on this machine, a GPU each where there are; batch_size is per process
+    processes: int = Field(1, ge=1, le=1024)  # trained side by side, a GPU each where there are; batch_size is per process
 
     @field_validator("batch_size")
     @classmethod

@@ -6,9 +6,9 @@
 __all__ = ['LIVE', 'make_fabric', 'set_seed', 'make_optimiser', 'moving_average', 'learning_rate_at', 'counts_by_case',
            'mean_scores', 'case_numbers', 'validate', 'save_checkpoint', 'load_checkpoint', 'provenance',
            'processor_name', 'peak_memory', 'write_json', 'write_epochs', 'summary', 'stop_for_loss', 'check_space',
-           'largest_batch', 'stop_signals', 'Stopped', 'Trainer', 'unwrapped', 'share_buffers', 'settle_norms',
-           'make_trainer', 'state_of', 'restore', 'differing_key', 'train_epoch', 'close_epoch', 'progress_bar',
-           'memory_hint', 'fit', 'resume', 'save_on_first']
+           'largest_batch', 'stop_signals', 'Stopped', 'stop_wanted', 'Trainer', 'unwrapped', 'share_buffers',
+           'common_batch', 'settle_norms', 'make_trainer', 'state_of', 'restore', 'differing_key', 'train_epoch',
+           'close_epoch', 'progress_bar', 'memory_hint', 'fit', 'resume', 'save_on_first']
 
 # %% ../nbs/07_training.ipynb #f91d02d4
 import csv, hashlib, io, json, logging, math, os, platform, signal, subprocess, sys, time
@@ -39,6 +39,8 @@ def make_fabric(
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     accelerator = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator == "cuda" and not torch.cuda.is_available(): raise StudyError("compute.device = 'cuda': no such GPU is visible here; use auto or cpu")
+    if accelerator == "cuda" and local > torch.cuda.device_count():
+        raise StudyError(f"{local} processes were asked for, {torch.cuda.device_count()} GPUs are visible; set training.processes to that or fewer")
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     precision = autocast_precision(accelerator) if training.precision == "auto" else training.precision
     fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=max(world // local, 1), strategy="ddp" if world > 1 else "auto",
@@ -270,6 +272,12 @@ def stop_signals():
 class Stopped(StudyError):
     "The run was asked to stop; it goes on from its checkpoint when started again"
 
+# %% ../nbs/07_training.ipynb #1b9b3a06
+def stop_wanted(fabric: Fabric, asked: list) -> bool:
+    "Whether any process was asked to stop: all leave at the same step, none waits for one that has left"
+    if fabric.world_size == 1: return bool(asked)
+    return bool(fabric.all_reduce(torch.tensor(float(bool(asked)), device=fabric.device), reduce_op="max"))
+
 # %% ../nbs/07_training.ipynb #6c7f1e3a
 @dataclass
 class Trainer:
@@ -278,9 +286,11 @@ class Trainer:
     fabric: Fabric
     model: torch.nn.Module
     criterion: torch.nn.Module
+    plain_criterion: torch.nn.Module # the same without the wrapper that keeps learned weights equal in all processes
     optimiser: torch.optim.Optimizer
     average: AveragedModel | None
     identity: str                    # digest of all that the result depends on: a checkpoint of another run does not fit
+    batch_size: int                  # slices of a batch in each process; 0: still to be found
     epoch: int = 1
     step: int = 0                    # steps done in this epoch
     sums: torch.Tensor | None = None # running sums of this epoch: loss, slices
@@ -303,13 +313,19 @@ def share_buffers(fabric: Fabric, model):
     if fabric.world_size > 1:
         for buffer in model.buffers(): torch.distributed.broadcast(buffer, 0)
 
+# %% ../nbs/07_training.ipynb #aa643168
+def common_batch(t: Trainer, num_classes: int) -> int:
+    "The largest batch that fits in every process"
+    fits = largest_batch(t.model, t.criterion, t.run.data.size, 1, num_classes, t.fabric.device)
+    return int(t.fabric.all_gather(torch.tensor(fits, device=t.fabric.device)).min())
+
 # %% ../nbs/07_training.ipynb #5d5f87de
 @torch.no_grad()
 def settle_norms(
     t: Trainer,
-    slices,              # the `SliceSet` of the training cases
-    batch_size: int,
-    most: int = 320,     # slices looked at, the first of the epoch's order
+    slices,               # the `SliceSet` of the training cases
+    batch_size: int = 16,
+    most: int = 320,      # slices looked at, the first of the epoch's order; a smaller rest is left out
 ):
     "Measure the running statistics of the averaged weights on training slices as they are, without augmentation"
     forget_biases(t.weights)   # what it spread out at the last validation is out of date
@@ -320,8 +336,9 @@ def settle_norms(
         m.reset_running_stats()
         m.momentum = None      # a plain mean over the batches
         m.train()
+    batches = torch.as_tensor(epoch_order(len(slices), t.run.seed, t.epoch)[:most]).split(batch_size)
     with t.fabric.autocast():
-        for index in torch.as_tensor(epoch_order(len(slices), t.run.seed, t.epoch)[:most]).split(batch_size): t.weights(slices.batch(index, t.fabric.device)[0])
+        for index in batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches: t.weights(slices.batch(index, t.fabric.device)[0])
     for m, momentum in zip(norms, momenta, strict=True): m.momentum = momentum
     t.weights.eval()
 
@@ -343,16 +360,18 @@ def make_trainer(
     learned = [{"params": list(criterion.parameters()), "weight_decay": 0.0}] if any(True for _ in criterion.parameters()) else []
     optimiser = make_optimiser([{"params": list(model.parameters())}, *learned], run.training, fused)
     model, optimiser = fabric.setup(model, optimiser)
+    plain = criterion
     if fabric.world_size > 1 and any(True for _ in criterion.parameters()): criterion = fabric.setup_module(criterion)   # weights that a loss learns
     average = AveragedModel(unwrapped(model), multi_avg_fn=moving_average(run.training.ema)) if run.training.ema else None
     identity = hashlib.sha256(json.dumps([run.record(), data_digest, str(fabric._precision.precision)]).encode()).hexdigest()
-    return Trainer(run, fabric, model, criterion, optimiser, average, identity)
+    batch_size = 0 if run.training.batch_size == "auto" else run.training.batch_size
+    return Trainer(run, fabric, model, criterion, plain, optimiser, average, identity, batch_size)
 
 # %% ../nbs/07_training.ipynb #4661c750
 def state_of(t: Trainer) -> dict:
     "All that the rest of the run depends on, as tensors and plain values"
     return {"identity": t.identity, "processes": t.fabric.world_size, "run": json.dumps(t.run.record()), "epoch": t.epoch, "step": t.step, "sums": t.sums,
-            "counts": t.counts, "spent": t.spent,
+            "counts": t.counts, "spent": t.spent, "batch_size": t.batch_size,
             "history": json.dumps(t.history), "model": unwrapped(t.model).state_dict(), "criterion": t.criterion.state_dict(),
             "optimiser": t.optimiser.state_dict(),
             "average": t.average.state_dict() if t.average is not None else None,
@@ -368,7 +387,7 @@ def restore(t: Trainer, state: dict):
     if t.average is not None: t.average.load_state_dict(state["average"])
     to_device = lambda x: None if x is None else x.to(t.fabric.device)
     t.epoch, t.step, t.sums, t.counts, t.spent = state["epoch"], state["step"], to_device(state["sums"]), to_device(state["counts"]), state["spent"]
-    t.history = json.loads(state["history"])
+    t.history, t.batch_size = json.loads(state["history"]), state["batch_size"]
     torch.set_rng_state(state["random"].view(-1, state["random"].shape[-1])[t.fabric.global_rank])
     if state["random_cuda"] is not None and t.fabric.device.type == "cuda": torch.cuda.set_rng_state(state["random_cuda"])
 
@@ -414,7 +433,7 @@ def train_epoch(
         if t.average is not None: t.average.update_parameters(unwrapped(t.model))
         t.step = step + 1
         bar.update(sum(map(len, group_of)) * fabric.world_size)
-        if asked_to_stop: return False
+        if stop_wanted(fabric, asked_to_stop): return False
     return True
 
 # %% ../nbs/07_training.ipynb #6892af93
@@ -422,10 +441,10 @@ def close_epoch(t: Trainer, train, valid, structures: dict, batch_size: int, sec
     "Validate, tell the loss, and return the epoch's row"
     sums, counts = t.fabric.all_reduce(t.sums, reduce_op="sum"), t.fabric.all_reduce(t.counts, reduce_op="sum")
     started = time.perf_counter()
-    if t.average is not None: settle_norms(t, train, batch_size)
+    if t.average is not None: settle_norms(t, train)
     share_buffers(t.fabric, t.weights)
     with t.fabric.autocast():
-        valid_loss, valid_counts = validate(t.fabric, t.weights, t.criterion, valid, 1 + len(structures), batch_size)
+        valid_loss, valid_counts = validate(t.fabric, t.weights, t.plain_criterion, valid, 1 + len(structures), batch_size)
     train_dice = torch.as_tensor(dice_from_counts(*counts.cpu().double()))
     scores = mean_scores(valid_counts, structures)
     t.criterion.update_from_training(train_dice.to(t.fabric.device))
@@ -437,7 +456,7 @@ def close_epoch(t: Trainer, train, valid, structures: dict, batch_size: int, sec
 # %% ../nbs/07_training.ipynb #84b4a570
 def progress_bar(run: Run, t: Trainer, slices: int, shown: bool = True):
     "A bar over all slices of the run: what is trained, epoch, rate, time left"
-    done = (t.epoch - 1) * slices + t.step * (run.training.batch_size if run.training.batch_size != "auto" else 8) * run.training.accumulate
+    done = (t.epoch - 1) * slices + t.step * t.batch_size * run.training.accumulate * t.fabric.world_size
     return tqdm(total=run.training.epochs * slices, initial=min(done, run.training.epochs * slices), desc=f"{run.dataset} {run.loss} seed {run.seed}",
                 unit="img", file=sys.stderr,
                 mininterval=0.5 if os.environ.get("LEVIT_STUDY_TERMINAL") else 15, dynamic_ncols=False, ncols=110,
@@ -472,10 +491,9 @@ def fit(
     digest = str(store.attributes["manifest"])
     t = make_trainer(run, fabric, store.num_classes, store.voxel_shares("train"), digest)
     check_space(models, t.model)
+    if not t.batch_size: t.batch_size = common_batch(t, store.num_classes)   # before the checkpoint, which then says what the run began with
     resume(t, models, say)
     training = run.training
-    batch_size = training.batch_size if training.batch_size != "auto" else largest_batch(t.model, t.criterion, run.data.size, 1, store.num_classes,
-                                                                                         fabric.device)
     card = {"dataset": run.dataset, "loss": run.loss, "seed": run.seed, "synthetic": synthetic, "structures": store.structures,
             "intensity": run.data.intensity, "window": run.data.window, "crop": run.data.crop, "parameters": run.record()}
     with stop_signals() as asked, progress_bar(run, t, len(train), progress) as bar:
@@ -485,8 +503,8 @@ def fit(
             if t.step == 0:
                 t.sums = torch.zeros(2, dtype=torch.float64, device=fabric.device)
                 t.counts = torch.zeros(3, store.num_classes, dtype=torch.int64, device=fabric.device)
-            try: done = train_epoch(t, train, batch_size, bar, asked, models)
-            except torch.OutOfMemoryError: raise StudyError(memory_hint(run, batch_size, fabric)) from None
+            try: done = train_epoch(t, train, t.batch_size, bar, asked, models)
+            except torch.OutOfMemoryError: raise StudyError(memory_hint(run, t.batch_size, fabric)) from None
             seconds = t.spent + time.perf_counter() - started
             if not done:
                 t.spent = seconds
@@ -509,7 +527,7 @@ def fit(
         write_epochs(reports / "epochs.csv", t.history)
         write_json(reports / "training.json", {key: result[key] for key in LIVE})
         write_json(reports / "run.json", {"parameters": run.record(), "data_digest": digest, "processes": fabric.world_size, "device": str(fabric.device),
-                   "precision": str(fabric._precision.precision), "batch_size": batch_size, "threads": torch.get_num_threads(), "seconds": result["seconds"],
+                   "precision": str(fabric._precision.precision), "batch_size": t.batch_size, "threads": torch.get_num_threads(), "seconds": result["seconds"],
                    "peak_memory_mib": peak_memory(fabric.device), **provenance()})
     fabric.barrier()
     return result

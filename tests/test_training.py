@@ -97,7 +97,7 @@ def test_two_processes_train(whole, environment):
 @pytest.fixture
 def several(whole, tmp_path):
     "A folder like the project's, whose params.yaml asks for two processes"
-    training = {"epochs": 2, "batch_size": 2, "precision": "fp32", "processes": 2}
+    training = {"epochs": 2, "batch_size": 2, "precision": "fp32", "valid_batch_size": 3, "processes": 2}
     params = {"study": {"datasets": ["toy"], "losses": ["baseline"], "seeds": [0]}, "losses": {"baseline": {"kind": "baseline"}},
               "datasets": {"toy": {"title": "Toys", "data": {"folder": "raw", "structures": {"disc": 1, "square": 2}, "size": 32},
                                    "model": {"variant": "128s"}, "training": training}}, "compute": {"device": "cpu"}}
@@ -124,6 +124,9 @@ def test_the_notebook_trains_in_several_processes_and_shows_what_they_say(root, 
 
 def test_processes_end_with_what_started_them(root, several, environment):
     mine = lambda: [p for p in psutil.process_iter(["cmdline", "cwd"]) if p.info["cwd"] == str(several) and "train" in (p.info["cmdline"] or [])]
+    endless = json.loads((several / "params.yaml").read_text())
+    endless["datasets"]["toy"]["training"]["epochs"] = 100_000
+    (several / "params.yaml").write_text(json.dumps(endless))
     process = notebook_training(root, several, environment)
     kernels = []
     for _ in range(1200):
