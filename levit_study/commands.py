@@ -169,6 +169,7 @@ def add_predict(commands):
     c.add_argument("--weights", required=True, help="best.safetensors of a run, under models/")
     c.add_argument("--output", required=True, help="label map to write (a folder for a folder)")
     c.add_argument("--flips", action="store_true", help="average over mirrored slices")
+    c.add_argument("--zooms", nargs="+", type=float, default=[1.0], help="average over views that show more (below 1) or less of the slice")
     c.add_argument("--largest-regions", action="store_true", help="keep the largest region of each structure alone")
     c.add_argument("--overlay", action="store_true", help="write a picture with contours, too")
     c.add_argument("--volumes", help="CSV to write: volume of each structure per scan, in ml")
@@ -179,8 +180,8 @@ def add_predict(commands):
     c.add_argument("--device", default="auto"); c.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     def run(a):
         from levit_study.inference import predict
-        for path in predict(a.scan, a.weights, a.output, a.flips, a.largest_regions, a.overwrite, a.keep, a.overlay, a.volumes, a.assume_axes, a.device,
-                            a.precision): print(path)
+        for path in predict(a.scan, a.weights, a.output, a.flips, a.zooms, a.largest_regions, a.overwrite, a.keep, a.overlay, a.volumes, a.assume_axes,
+                            a.device, a.precision): print(path)
     c.set_defaults(run=run)
 
 # %% ../nbs/11_commands.ipynb #1b484e69

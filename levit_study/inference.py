@@ -44,23 +44,30 @@ def class_probabilities(
     batch_size: int = 16, # slices
     flips: bool = False,  # average over mirrored copies
     crop: float | None = None, # part of a slice that it was trained on, see `dataset.margins`
+    zooms=(1.0,),         # views to average: above 1 a smaller part of the slice fills the square, below 1 a larger one; needs `crop`
 ):
     "Yield (first slice, probabilities float32 (B,classes,rows,columns)) batch by batch, on the image's own grid"
+    if not all(0.5 <= zoom <= 2 for zoom in zooms): raise StudyError(f"zooms {list(zooms)}: factors from 0.5 to 2 are needed")
+    if crop is None and tuple(zooms) != (1.0,): raise StudyError(f"evaluation.zooms = {list(zooms)}: needs data.crop, a part of the slice to enlarge or reduce")
     device = next(model.parameters()).device
+    parts = [None if crop is None else min(crop / zoom, 1.0) for zoom in zooms]
     for first in range(0, len(image), batch_size):
         batch = torch.as_tensor(image[first:first + batch_size], dtype=torch.float32)
-        slices = to_square(batch, size, crop)[:, None].to(device)
-        views = [(), (-1,), (-2,), (-2, -1)] if flips else [()]
-        logits = sum(torch.flip(model(torch.flip(slices, v)).float(), v) for v in views) / len(views)
-        yield first, from_square(logits, tuple(batch.shape[1:]), crop)
+        probabilities = 0
+        for part in parts:
+            slices = to_square(batch, size, part)[:, None].to(device)
+            views = [(), (-1,), (-2,), (-2, -1)] if flips else [()]
+            logits = sum(torch.flip(model(torch.flip(slices, v)).float(), v) for v in views) / len(views)
+            probabilities = probabilities + from_square(logits, tuple(batch.shape[1:]), part)
+        yield first, probabilities / len(parts)
 
 # %% ../nbs/08_inference.ipynb #d20d25ab
-def predict_volume(model, image, size, batch_size=16, flips=False, crop=None, progress=False) -> np.ndarray: # (slices, rows, columns) uint8
+def predict_volume(model, image, size, batch_size=16, flips=False, crop=None, zooms=(1.0,), progress=False) -> np.ndarray: # (slices, rows, columns) uint8
     "The label map of a volume on its own grid; arguments as in `class_probabilities`"
     from tqdm import tqdm
     labels = []
     with tqdm(total=len(image), unit="slice", desc="predict", disable=not progress, file=sys.stderr, ncols=100) as bar:
-        for _, p in class_probabilities(model, image, size, batch_size, flips, crop):
+        for _, p in class_probabilities(model, image, size, batch_size, flips, crop, zooms):
             labels.append(p.argmax(1).to(torch.uint8).cpu().numpy())
             bar.update(len(p))
     return np.concatenate(labels)
@@ -96,12 +103,13 @@ def evaluate_case(
     tolerance=None, # of the normalised surface Dice, mm or voxels
     batch_size=16,
     crop=None,      # see `class_probabilities`
+    zooms=(1.0,),
     regions=False,  # keep the largest region of each structure alone
 ) -> tuple[list[dict], np.ndarray, np.ndarray]: # rows of cases.csv, reliability counts, label map
     "Segment one case and measure it"
     from levit_study.metrics import case_metrics
     reliability, labels = 0, []
-    for first, p in class_probabilities(model, volume.image, size, batch_size, flips, crop):
+    for first, p in class_probabilities(model, volume.image, size, batch_size, flips, crop, zooms):
         reference = torch.as_tensor(volume.label[first:first + len(p)], dtype=torch.int64, device=p.device)
         reliability = reliability + reliability_counts(p, reference)
         labels.append(p.argmax(1).to(torch.uint8).cpu().numpy())
@@ -115,7 +123,7 @@ def evaluate(
     weights,         # safetensors file of the best epoch
     predictions,     # HDF5 file that the label maps go to
     splits=("valid", "test"),
-    flips=False, tolerance=None, device="auto", precision="auto", progress=True, regions=False,
+    flips=False, tolerance=None, device="auto", precision="auto", progress=True, zooms=(1.0,), regions=False,
 ):                   # (table of cases.csv, table of reliability per split: confidence, accuracy, pixels)
     "Evaluate a run's best weights on all cases of `splits`"
     import h5py, pandas as pd
@@ -132,7 +140,7 @@ def evaluate(
         for split, case in tqdm(cases, unit="case", desc=f"evaluate {card['dataset']} {card['loss']} seed {card['seed']}", disable=not progress,
                                 file=sys.stderr, ncols=100):
             found, reliability, labels = evaluate_case(model, store.volume(case), store.structures, store.size, flips, tolerance, crop=store.crop,
-                                                       regions=regions)
+                                                       zooms=zooms, regions=regions)
             rows += [{"split": split, "case": case, **row} for row in found]
             counts[split] = counts.get(split, 0) + reliability
             file.create_dataset(case, data=labels, compression="gzip", compression_opts=1, chunks=(1, *labels.shape[1:]))
@@ -186,14 +194,14 @@ def segment_scan(
     model, card: dict,    # from `load_model`
     data: Data,           # from `card_data`
     scan, output,         # NIfTI files
-    flips=False, regions=False, assume_axes=False, progress=False,
+    flips=False, zooms=(1.0,), regions=False, assume_axes=False, progress=False,
 ) -> dict:                # volumes in ml by structure
     "Segment one NIfTI file and write the label map and `<output>.json` with the labels' names"
     from levit_study.volumes import read_scan, write_label_map
     volume, header = read_scan(scan, data.intensity, data.window)
     if header["sform_code"] == 0 and header["qform_code"] == 0 and not assume_axes:
         raise StudyError(f"{scan}: its header gives no orientation (no affine); mend it, or take NIfTI's default axes with --assume-axes")
-    labels = predict_volume(model, volume.image, data.size, flips=flips, crop=data.crop, progress=progress)
+    labels = predict_volume(model, volume.image, data.size, flips=flips, crop=data.crop, zooms=zooms, progress=progress)
     if regions: labels = largest_regions(labels)
     millilitres = float(np.prod(volume.spacing)) / 1000
     volumes = {name: float((labels == value).sum() * millilitres) for name, value in data.structures.items()}
@@ -233,6 +241,7 @@ def predict(
     weights,                # safetensors file of this study
     output,                 # the label map to write, or a folder for a folder
     flips=False,            # average over mirrored slices: slower, often a little better
+    zooms=(1.0,),           # average over views, see `class_probabilities`
     regions=False,          # keep the largest region of each structure alone
     overwrite=False,        # replace label maps that exist
     keep=False,             # leave them, and segment the rest
@@ -253,7 +262,8 @@ def predict(
     for scan, target in tqdm(pairs, unit="scan", desc="predict", disable=not progress or single, file=sys.stderr, ncols=100):
         done = keep and target.exists()
         try:
-            found = kept_volumes(target, card) if done else segment_scan(model, card, data, scan, target, flips, regions, assume_axes, progress and single)
+            found = kept_volumes(target, card) if done else segment_scan(
+                model, card, data, scan, target, flips, zooms, regions, assume_axes, progress and single)
             rows.append({"scan": scan.name, **found})
             written.append(target)
             if overlay and not (done and side_file(target, ".png").exists()): draw_overlay(scan, target, card, data)
