@@ -140,8 +140,8 @@ def test_dvc_shows_few_columns(study, environment):
     found = shown("metrics", "show", "--json")[""]["data"]
     assert {Path(name).name for name in found} == {"training.json", "scores.json"} and len(found) == 2 * len(LOSSES)
     columns = set().union(*(file["data"] for file in found.values()))
-    assert columns == {"epochs", "train_loss", "valid_loss", "valid_dice", "best_dice", "best_epoch", "test_dice", "test_hd95", "valid_native_dice",
-                       "valid_native_hd95"}
+    always = {"epochs", "train_loss", "valid_loss", "valid_dice", "best_dice", "best_epoch", "test_dice", "valid_native_dice"}
+    assert always <= columns <= always | {"test_hd95", "valid_native_hd95"}   # no distance where nothing was found
 
 
 def test_the_page_of_plots_needs_no_network(study, environment, browser):
