@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'ALL', 'TESTED', 'MEASURES', 'TABLE1', 'CLAIMS', 'SMALL', 'SEED_SD', 'ONE_TRAINING', 'to_markdown',
            'patient_of', 'Interval', 'bootstrap_interval', 'paired_differences', 'difference_interval', 'holm',
-           'rank_biserial', 'paired_tests', 'organ_table', 'optimism', 'convergence', 'run_summary', 'table1', 'Claim',
-           'judge', 'seed_interval', 'allow_for_training', 'claims_ledger', 'jaccard_bounds', 'least_spread',
-           'paper_consistency']
+           'rank_biserial', 'paired_tests', 'organ_table', 'headline', 'optimism', 'convergence', 'run_summary',
+           'table1', 'Claim', 'judge', 'seed_interval', 'allow_for_training', 'claims_ledger', 'jaccard_bounds',
+           'least_spread', 'paper_consistency']
 
 # %% ../nbs/09_statistics.ipynb #bec8b502
 from itertools import combinations, product
@@ -263,6 +263,19 @@ def organ_table(
     return pd.DataFrame([
         {"dataset": dataset, "structure": structure, "loss": loss, "split": split, "protocol": PROTOCOLS[split]} | _structure_row(own, confidence, resamples)
         for (dataset, loss, split), part in parts for structure, own in _by_structure(part)])
+
+# %% ../nbs/09_statistics.ipynb #545c0a91
+def headline(
+    organs,           # of organ_table
+) -> dict: # {data set: {loss: {"test_dice": 0 to 1, "test_hd95": in the table's unit}}}; valid_ where a data set has no test cases
+    "Dice and HD95, means over structures, for DVC to compare; a distance that no case has is left out"
+    found = {}
+    for dataset, part in organs.groupby("dataset", sort=False):
+        if part.structure.nunique() > 1: part = part[part.structure == ALL]
+        split = "test" if (part.split == "test").any() else "valid"
+        for row in part[part.split == split].itertuples():
+            found.setdefault(dataset, {})[row.loss] = {f"{split}_{name}": round(value, 4) for name in ("dice", "hd95") if pd.notna(value := getattr(row, name))}
+    return found
 
 # %% ../nbs/09_statistics.ipynb #4f73eab9
 def _optimism_row(part, confidence, resamples):

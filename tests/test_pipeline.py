@@ -132,16 +132,22 @@ def test_one_parameter_reruns_its_part_alone(study, environment):
     assert json.loads((study / "reports/runs/phantom_ct/focal/seed0/metrics.json").read_text())["parameters"]["loss_settings"]["gamma"] == 1.0
 
 
-def test_dvc_shows_few_columns(study, environment):
+def test_dvc_compares_one_number_a_column(study, environment):
     def shown(*arguments):
         done = subprocess.run(["dvc", *arguments], cwd=study, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-    found = shown("metrics", "show", "--json")[""]["data"]
-    assert {Path(name).name for name in found} == {"training.json", "scores.json"} and len(found) == 2 * len(LOSSES)
-    columns = set().union(*(file["data"] for file in found.values()))
-    always = {"epochs", "train_loss", "valid_loss", "valid_dice", "best_dice", "best_epoch", "test_dice", "valid_native_dice"}
-    assert always <= columns <= always | {"test_hd95", "valid_native_hd95"}   # no distance where nothing was found
+        return done.stdout
+    found = json.loads(shown("metrics", "show", "--json"))[""]["data"]
+    assert set(found) == {"reports/summary.json"}
+    scores = found["reports/summary.json"]["data"]["phantom_ct"]
+    assert list(scores) == LOSSES and all("test_dice" in score for score in scores.values())
+    for loss, score in scores.items():
+        metrics = json.loads((study / "reports/runs/phantom_ct" / loss / "seed0/metrics.json").read_text())
+        assert score["test_dice"] == pytest.approx(metrics["test_dice"], abs=6e-5)
+    header = shown("exp", "show", "--csv", "--drop", ".*/").splitlines()[0].split(",")
+    assert [f"phantom_ct.{loss}.test_dice" for loss in LOSSES] == [name for name in header if name.endswith("test_dice")]
+    live = shown("metrics", "show", "--md", *(f"reports/runs/phantom_ct/{loss}/seed0/training.json" for loss in LOSSES))
+    assert "best_dice" in live and all(loss in live for loss in LOSSES)
 
 
 def test_the_page_of_plots_needs_no_network(study, environment, browser):
