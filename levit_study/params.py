@@ -166,6 +166,8 @@ class Params(Part):
                 if name not in known: raise ValueError(f"study.{section} names '{name}', which {section}: does not define (it has {', '.join(known)})")
         for name, settings in self.losses.items():
             if not isinstance(settings.get("kind"), str): raise ValueError(f"losses.{name}.kind is missing: name the loss, as in kind: focal")
+            try: Training.model_validate(settings.get("training", {}))
+            except ValidationError as e: raise ValueError(as_line(e, f"losses.{name}.training", ("datasets", name, "training"))) from None
         return self
 
 # %% ../nbs/00_params.ipynb #11662628
@@ -177,13 +179,17 @@ def check_names(params: Params):
                 raise StudyError(f"params.yaml: {section}.{name}: a name may hold letters, digits and underscores only; rename it")
 
 # %% ../nbs/00_params.ipynb #87237280
-def as_line(error: ValidationError, path) -> str: # one line for the first of pydantic's errors
+def as_line(
+    error: ValidationError,
+    path,      # what to name first: the file
+    place=(),  # the keys that lead to the section that was checked, where it was not the whole file
+) -> str:
     "The first problem of a `ValidationError` as one line: file, key, value, what is allowed"
     first = error.errors()[0]
     key = ".".join(str(p) for p in first["loc"] if p not in ("int", "str", "bool", "float") and not str(p).startswith(("literal[", "dict[")))
     said = first["msg"].removeprefix("Value error, ")
     value = first["input"]
-    if first["type"] == "extra_forbidden": said = "unknown key; known here: " + ", ".join(known_keys(first["loc"][:-1]))
+    if first["type"] == "extra_forbidden": said = "unknown key; known here: " + ", ".join(known_keys((*place, *first["loc"][:-1])))
     elif first["type"] == "missing": return f"{path}: {key}: is missing"
     shown = f" = {value!r}" if key and isinstance(value, (str, int, float, bool, list, type(None))) else ""
     more = len(error.errors()) - 1
@@ -233,11 +239,12 @@ class Run(Part):
 
 # %% ../nbs/00_params.ipynb #e1a80432
 def pick_run(params: Params, dataset: str, loss: str, seed: int) -> Run:
-    "The run of `loss` on `dataset` with `seed`; raises `StudyError` for a name that params.yaml does not define"
+    "The run of `loss` on `dataset` with `seed`, trained as the data set says, but for what the loss's own `training` says"
     for section, name in (("datasets", dataset), ("losses", loss)):
         if name not in (known := getattr(params, section)): raise StudyError(f"params.yaml: {section} has no '{name}' (it has {', '.join(known)})")
-    d = params.datasets[dataset]
-    return Run(dataset=dataset, loss=loss, seed=seed, data=d.data, model=d.model, training=d.training, loss_settings=params.losses[loss])
+    d, settings = params.datasets[dataset], dict(params.losses[loss])
+    training = Training.model_validate(d.training.model_dump() | settings.pop("training", {}))
+    return Run(dataset=dataset, loss=loss, seed=seed, data=d.data, model=d.model, training=training, loss_settings=settings)
 
 # %% ../nbs/00_params.ipynb #2962afab
 def run_folders(dataset: str, loss: str, seed: int, root=".") -> tuple[Path, Path]: # (results that people read, weights and checkpoints)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'TEXT', 'flat', 'check_record', 'read_csv', 'read_json', 'read_run', 'Results', 'collect', 'with_names',
-           'typical_cases', 'telling_slice', 'examples']
+           'own_training', 'typical_cases', 'telling_slice', 'examples']
 
 # %% ../nbs/08a_results.ipynb #0b6c1332
 import json
@@ -96,6 +96,12 @@ def with_names(table, dataset, loss, seed):
     "The table with the run's names in front"
     return pd.concat([pd.DataFrame({"dataset": dataset, "loss": loss, "seed": seed}, index=table.index), table.drop(columns=["dataset", "loss", "seed"],
             errors="ignore")], axis=1)
+
+# %% ../nbs/08a_results.ipynb #31754f1e
+def own_training(params: Params) -> list[str]: # as "focal: learning_rate 0.0005"
+    "The study's losses that are trained otherwise than their data set says, and how"
+    own = {loss: params.losses[loss].get("training", {}) for loss in params.study.losses}
+    return [f"{loss}: " + ", ".join(f"{key} {value}" for key, value in changed.items()) for loss, changed in own.items() if changed]
 
 # %% ../nbs/08a_results.ipynb #96cb91b8
 def typical_cases(

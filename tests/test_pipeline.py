@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -125,11 +124,13 @@ def test_a_foreign_run_is_refused(study, environment, tmp_path):
 
 def test_one_parameter_reruns_its_part_alone(study, environment):
     before = (study / "reports/runs/phantom_ct/baseline/seed0/epochs.csv").read_bytes()
-    change(study, lambda c: c["losses"]["focal"].update(gamma=1.0))
+    change(study, lambda c: c["losses"]["focal"].update(gamma=1.0, training={"learning_rate": 0.001}))
     stages, _ = repro(study, environment)
     assert stages == ["train@phantom_ct-focal-0", "evaluate@phantom_ct-focal-0", "report", "site"]
     assert (study / "reports/runs/phantom_ct/baseline/seed0/epochs.csv").read_bytes() == before
-    assert json.loads((study / "reports/runs/phantom_ct/focal/seed0/metrics.json").read_text())["parameters"]["loss_settings"]["gamma"] == 1.0
+    used = json.loads((study / "reports/runs/phantom_ct/focal/seed0/metrics.json").read_text())["parameters"]
+    assert used["loss_settings"]["gamma"] == 1.0 and used["training"]["learning_rate"] == 0.001
+    assert "focal: learning_rate 0.001" in (study / "reports/report.ipynb").read_text()
 
 
 def test_dvc_compares_one_number_a_column(study, environment):
