@@ -232,6 +232,18 @@ def test_single_page_stands_alone(study, browser, tmp_path):
     assert 'href="site/index.html"' in alone.read_text(encoding="utf-8")
 
 
+def test_single_page_prints_whole(study, browser):
+    page = browser.new_page(viewport={"width": 703, "height": 1000})   # the width of an A4 page between its margins
+    page.goto((study[0] / "reports" / "index.html").as_uri())
+    page.emulate_media(media="print")
+    wide = """[...document.querySelectorAll("main *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1
+                                                                    || (getComputedStyle(e).overflowX != "visible" && e.scrollWidth > e.clientWidth + 1))
+              .map(e => e.tagName + " " + e.textContent.slice(0, 60))"""
+    assert page.evaluate(wide) == []
+    assert page.pdf()[:4] == b"%PDF"
+    page.close()
+
+
 def test_figures_are_sharp_and_carry_their_words(study):
     text = (study[0] / "reports" / "site" / "report.html").read_text(encoding="utf-8")
     assert 'alt="Best Dice: the line rises from 0.2 to 0.6."' in text and "<figcaption>" in text
