@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LIVE', 'make_fabric', 'set_seed', 'make_optimiser', 'moving_average', 'learning_rate_at', 'counts_by_case',
            'mean_scores', 'case_numbers', 'validate', 'save_checkpoint', 'load_checkpoint', 'provenance',
-           'processor_name', 'peak_memory', 'write_json', 'write_epochs', 'summary', 'stop_for_loss', 'check_space',
-           'largest_batch', 'stop_signals', 'Stopped', 'stop_wanted', 'Trainer', 'unwrapped', 'share_buffers',
-           'common_batch', 'settle_norms', 'make_trainer', 'state_of', 'restore', 'differing_key', 'train_epoch',
-           'close_epoch', 'progress_bar', 'memory_hint', 'fit', 'resume', 'save_on_first']
+           'processor_name', 'peak_memory', 'write_epochs', 'summary', 'stop_for_loss', 'check_space', 'largest_batch',
+           'stop_signals', 'Stopped', 'stop_wanted', 'Trainer', 'unwrapped', 'share_buffers', 'common_batch',
+           'settle_norms', 'make_trainer', 'state_of', 'restore', 'differing_key', 'train_epoch', 'close_epoch',
+           'progress_bar', 'memory_hint', 'fit', 'resume', 'save_on_first']
 
 # %% ../nbs/07_training.ipynb #f91d02d4
 import csv, hashlib, io, json, logging, math, os, platform, signal, subprocess, sys, time
@@ -28,7 +28,7 @@ from .dataset import PreparedStore, augment, epoch_order
 from .losses import build_loss
 from .metrics import dice_from_counts, jaccard_from_counts, overlap_counts
 from .model import autocast_precision, for_training, forget_biases, levit_unet, save_weights
-from .params import Run, StudyError, Training, written_whole
+from .params import Run, StudyError, Training, write_json, written_whole
 
 # %% ../nbs/07_training.ipynb #b8bbb9d9
 def make_fabric(
@@ -189,15 +189,6 @@ def peak_memory(device) -> int: # MiB
     import resource
     if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated() >> 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (10 if sys.platform != "darwin" else 20)
-
-# %% ../nbs/07_training.ipynb #3cdec7ca
-def write_json(path, content: dict):
-    "Write `content` as JSON, whole or not at all; a number that is not finite becomes null"
-    def plain(x):
-        if isinstance(x, dict): return {k: plain(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple)): return [plain(v) for v in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-    with written_whole(path) as p: p.write_text(json.dumps(plain(content), indent=1) + "\n")
 
 # %% ../nbs/07_training.ipynb #88e3cd63
 def write_epochs(path, history: list[dict]):
