@@ -253,7 +253,7 @@ class Run(Part):
 
 # %% ../nbs/00_params.ipynb #e1a80432
 def pick_run(params: Params, dataset: str, loss: str, seed: int) -> Run:
-    "The run of `loss` on `dataset` with `seed`, trained as the data set says, but for what the loss's own `training` says"
+    "The run of `loss` on `dataset` with `seed`, trained as its data set and then the loss's `training` say; raises `StudyError` for an unknown name"
     for section, name in (("datasets", dataset), ("losses", loss)):
         if name not in (known := getattr(params, section)): raise StudyError(f"params.yaml: {section} has no '{name}' (it has {', '.join(known)})")
     d, settings = params.datasets[dataset], dict(params.losses[loss])

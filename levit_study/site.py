@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from .params import Params, StudyError, run_folders, written_whole
+from .results import own_training
 
 # %% ../nbs/12_site.ipynb #3f94a144
 def mathml(
@@ -370,7 +371,8 @@ def asked(params: Params) -> str:
         settings = params.datasets[name]
         data.append(f"{tag('b', html.escape(data_name(params, name)))} (LeViT-UNet-{settings.model.variant}, {count(settings.training.epochs, 'epoch')})")
     parts = [count(len(study.datasets), "data set"), count(len(losses), "loss function"), count(len(study.seeds), "seed")]
-    return tag("p", question) + tag("p", f"Data: {listed(data)}. {count(len(runs_of(params)), 'training')}: {' × '.join(parts)}.")
+    own = "".join(f" Trained on terms of its own: {html.escape(terms)}." for terms in own_training(params))
+    return tag("p", question) + tag("p", f"Data: {listed(data)}. {count(len(runs_of(params)), 'training')}: {' × '.join(parts)}.{own}")
 
 # %% ../nbs/12_site.ipynb #251905de
 def with_interval(row, name, digits): # row: a mapping
