@@ -122,6 +122,12 @@ def test_the_notebook_trains_in_several_processes_and_shows_what_they_say(root, 
     assert "epoch 2/2, train loss" in shown and "error" not in shown.lower()
 
 
+def is_kernel(process):
+    "Of a notebook; asked of a process that has ended meanwhile, such as a shell's short-lived child, it is none"
+    try: return "ipykernel_launcher" in " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess): return False
+
+
 def test_processes_end_with_what_started_them(root, several, environment):
     mine = lambda: [p for p in psutil.process_iter(["cmdline", "cwd"]) if p.info["cwd"] == str(several) and "train" in (p.info["cmdline"] or [])]
     endless = json.loads((several / "params.yaml").read_text())
@@ -130,12 +136,12 @@ def test_processes_end_with_what_started_them(root, several, environment):
     process = notebook_training(root, several, environment)
     kernels = []
     for _ in range(1200):
-        if len(mine()) >= 3: kernels = psutil.Process(process.pid).children(recursive=True); break   # torchrun and its two
+        if len(mine()) >= 3: kernels = [p for p in psutil.Process(process.pid).children(recursive=True) if is_kernel(p)]; break   # torchrun and its two
         if process.poll() is not None: break
         time.sleep(0.1)
     assert kernels, "the processes never came up"
     process.kill()
-    for kernel in (k for k in kernels if "ipykernel_launcher" in " ".join(k.cmdline())): kernel.kill()
+    for kernel in kernels: kernel.kill()
     gone = time.monotonic() + 60
     while mine() and time.monotonic() < gone: time.sleep(0.2)
     assert not mine()
