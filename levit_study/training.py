@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIVE', 'make_fabric', 'set_seed', 'make_optimiser', 'moving_average', 'learning_rate_at', 'counts_by_case',
-           'mean_scores', 'case_numbers', 'validate', 'save_checkpoint', 'load_checkpoint', 'provenance',
+           'mean_scores', 'case_numbers', 'validate', 'save_checkpoint', 'load_checkpoint', 'hard_link', 'provenance',
            'processor_name', 'peak_memory', 'write_epochs', 'summary', 'stop_for_loss', 'check_space', 'largest_batch',
            'stop_signals', 'Stopped', 'stop_wanted', 'Trainer', 'unwrapped', 'share_buffers', 'common_batch',
            'settle_norms', 'make_trainer', 'state_of', 'restore', 'differing_key', 'train_epoch', 'close_epoch',
@@ -158,9 +158,18 @@ def load_checkpoint(folder: Path, say=print) -> dict | None:
     "The newest checkpoint of `folder` that is undamaged, or None"
     for path in sorted(Path(folder).glob("epoch*.pt"), reverse=True):
         if hashlib.sha256(content := path.read_bytes()).hexdigest()[:16] == path.stem.rsplit("-", 1)[1]:
-                    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         say(f"{path}: damaged, passed over for the checkpoint before it")
     return None
+
+# %% ../nbs/07_training.ipynb #0106eab1
+def hard_link(path: Path, link: Path):
+    "Let `link` name the file `path`, in place of what it named; a copy where the disk knows no links"
+    import shutil
+    with written_whole(link) as partial:
+        try: os.link(path, partial)
+        except OSError: shutil.copyfile(path, partial)
+
 
 # %% ../nbs/07_training.ipynb #ea1585a4
 def provenance() -> dict:
@@ -504,8 +513,9 @@ def fit(
             t.history.append(row := close_epoch(t, train, valid, store.structures, training.valid_batch_size, seconds))
             if fabric.is_global_zero:
                 best = summary(t.history)
-                if best["best_epoch"] == t.epoch: save_weights(models / "best.safetensors", t.weights, **card, epoch=t.epoch,
-                                                               metrics={k: row[k] for k in ("valid_dice", "valid_jaccard")})
+                if best["best_epoch"] == t.epoch:
+                    save_weights(models / "best.safetensors", t.weights, **card, epoch=t.epoch, metrics={k: row[k] for k in ("valid_dice", "valid_jaccard")})
+                    hard_link(models / "best.safetensors", models / "checkpoints" / "best.safetensors")
                 write_epochs(reports / "epochs.csv", t.history)
                 write_json(reports / "training.json", {key: best[key] for key in LIVE})
             t.epoch, t.step, t.spent = t.epoch + 1, 0, 0.0
@@ -531,15 +541,19 @@ def resume(t: Trainer, models: Path, say):
     history = json.loads(state["history"])
     complete = state["epoch"] > t.run.training.epochs
     fits = state["identity"] == t.identity and (complete or state["processes"] == t.fabric.world_size)
-    if fits and (not history or (models / "best.safetensors").exists()):
+    best, kept = models / "best.safetensors", folder / "best.safetensors"
+    if t.fabric.is_global_zero and fits and kept.exists() and not best.exists(): hard_link(kept, best)   # `dvc exp run` takes away what no run has recorded yet
+    t.fabric.barrier()
+    if fits and (not history or best.exists()):
         if complete: t.epoch, t.history = state["epoch"], history
         else: restore(t, state)
         say(f"{name}: complete already; remove {folder} to train anew" if complete else f"{name}: going on from epoch {t.epoch}, step {t.step}")
         return
-    say(f"{folder}: does not fit this run ({differing_key(json.loads(state['run']), t.run.record())}); starting anew")
+    reason = f"{best} is gone" if fits else differing_key(json.loads(state["run"]), t.run.record())
+    say(f"{folder}: does not fit this run ({reason}); starting anew")
     t.fabric.barrier()
     if t.fabric.is_global_zero:
-        for path in (models / "checkpoints").glob("epoch*.pt"): path.unlink()
+        for path in [*folder.glob("epoch*.pt"), *folder.glob("best.safetensors")]: path.unlink()
     t.fabric.barrier()
 
 # %% ../nbs/07_training.ipynb #ced28ebd

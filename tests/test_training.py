@@ -77,6 +77,20 @@ def test_a_damaged_checkpoint_falls_back(whole, environment, tmp_path):
     assert list(epochs.epoch) == [1, 2, 3, 4]
 
 
+def test_a_first_training_goes_on_where_dvc_took_its_best_weights_away(whole, tmp_path):
+    "`dvc exp run` begins with taking away the outputs that no run has recorded yet"
+    def stop_late(said):
+        if "epoch 3/" in said: os.kill(os.getpid(), signal.SIGTERM)
+    train = lambda name, say: fit(toy_run(), whole / "toy.h5", tmp_path / name, tmp_path / name, device="cpu", progress=False, say=say)
+    with pytest.raises(Stopped): train("untouched", stop_late)
+    shutil.copytree(tmp_path / "untouched", tmp_path / "taken")
+    (tmp_path / "taken" / "best.safetensors").unlink()
+    for name in ("untouched", "taken"):
+        train(name, (said := []).append)
+        assert any("going on from epoch 4" in line for line in said), said
+    same(tmp_path / "untouched", tmp_path / "taken")
+
+
 def test_validation_is_the_same_with_two_processes(whole, environment):
     for world in (1, 2):
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", "29411", TOY, "validate",
