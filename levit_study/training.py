@@ -170,7 +170,6 @@ def hard_link(path: Path, link: Path):
         try: os.link(path, partial)
         except OSError: shutil.copyfile(path, partial)
 
-
 # %% ../nbs/07_training.ipynb #ea1585a4
 def provenance() -> dict:
     "Versions, revision and hardware, so that a result can be traced to what made it"
@@ -553,7 +552,7 @@ def resume(t: Trainer, models: Path, say):
     say(f"{folder}: does not fit this run ({reason}); starting anew")
     t.fabric.barrier()
     if t.fabric.is_global_zero:
-        for path in [*folder.glob("epoch*.pt"), *folder.glob("best.safetensors")]: path.unlink()
+        for path in [*folder.glob("epoch*.pt"), kept]: path.unlink(missing_ok=True)
     t.fabric.barrier()
 
 # %% ../nbs/07_training.ipynb #ced28ebd
