@@ -51,7 +51,7 @@ class SoftmaxSums(torch.autograd.Function):
     def forward(ctx, logits, labels, valid, needs):
         ctx.set_materialize_grads(False)
         ctx.logits_dtype, work, index = logits.dtype, torch.promote_types(logits.dtype, torch.float32), labels.unsqueeze(1)
-        log_true = overlap = predicted = squared = None
+        log_true = true = overlap = predicted = squared = None
         if "pixels" in needs:
             log_probability = logits.log_softmax(1, dtype=work)
             log_true = log_probability.gather(1, index).squeeze(1)
@@ -60,16 +60,17 @@ class SoftmaxSums(torch.autograd.Function):
         else: probability = logits.softmax(1, dtype=work)
         if valid is not None: probability.mul_(valid.unsqueeze(1))  # no sum and no gradient sees an ignored pixel
         if "regions" in needs:
-            overlap = sum_by_label(probability.gather(1, index).squeeze(1), labels, logits.shape[1]).to(work)
+            true = probability.gather(1, index).squeeze(1)
+            overlap = sum_by_label(true, labels, logits.shape[1]).to(work)
             predicted = probability.sum((2, 3))
         if "squares" in needs: squared = probability.square().sum((2, 3))
-        ctx.save_for_backward(probability, labels, valid)
+        ctx.save_for_backward(probability, labels, valid, true)
         return log_true, overlap, predicted, squared
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, by_log_true, by_overlap, by_predicted, by_squared):
-        probability, labels, valid = ctx.saved_tensors
+        probability, labels, valid, true = ctx.saved_tensors
         index = labels.unsqueeze(1)
         at_true = probability.new_zeros(labels.shape) if by_log_true is None else by_log_true if valid is None else by_log_true * valid
         if by_overlap is None and by_predicted is None and by_squared is None:  # the derivatives by log-probability sum to at_true
@@ -77,7 +78,7 @@ class SoftmaxSums(torch.autograd.Function):
         else:
             gradient = region_slopes(probability, by_predicted, by_squared)
             if by_overlap is not None:
-                at_true = at_true + probability.gather(1, index).squeeze(1) * by_overlap.gather(1, labels.flatten(1)).view_as(labels)
+                at_true = at_true + true * by_overlap.gather(1, labels.flatten(1)).view_as(labels)
             gradient.scatter_add_(1, index, at_true.unsqueeze(1))
             gradient.addcmul_(probability, gradient.sum(1, keepdim=True), value=-1)
         return gradient.to(ctx.logits_dtype), None, None, None

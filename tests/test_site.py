@@ -2,7 +2,6 @@
 import base64
 import io
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -103,14 +102,12 @@ def write_study(project, folder):
 
 @pytest.fixture(scope="module")
 def study(root, tmp_path_factory):
-    "The made-up study with its site built: (folder, what the build said, seconds of processor time)"
+    "The made-up study with its site built: (folder, what the build said)"
     folder = tmp_path_factory.mktemp("study")
     write_study(root, folder)
-    before = os.times()
     said = build_site(settings(root), folder)
     build_single_page(settings(root), folder)
-    spent = [b - a for a, b in zip(before[:4], os.times()[:4], strict=True)]
-    return folder, said, sum(spent)
+    return folder, said
 
 
 class Reader:
@@ -141,10 +138,9 @@ class Reader:
 def pages_of(folder): return [folder / "reports" / "index.html", *sorted((folder / "reports" / "site").rglob("*.html"))]
 
 
-def test_builds_without_a_complaint_and_fast(study):
-    folder, said, seconds = study
+def test_builds_without_a_complaint(study):
+    folder, said = study
     assert said == []
-    assert seconds < 60, f"{seconds:.0f} s of processor time"
     names = {p.relative_to(folder / "reports" / "site").as_posix() for p in pages_of(folder)[1:]}
     assert {"index.html", "report.html", "data/phantom_ct.html", "runs/index.html", "runs/acdc-focal_tversky-seed0.html", "library/05_losses.html"} <= names
 
