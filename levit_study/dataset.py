@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .params import StudyError, written_whole
+from .params import StudyError, digest_of_code, written_whole
 
 # %% ../nbs/03_dataset.ipynb #c942781b
 def resize_images(
@@ -265,7 +265,7 @@ def code_digest(
 ): # 16 hexadecimal digits
     "Identify the code that prepares a case"
     files = [importlib.util.find_spec(f"levit_study.{module}").origin for module in ("volumes", "dataset")]
-    return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest()[:16]
+    return digest_of_code(*files)
 
 # %% ../nbs/03_dataset.ipynb #b65c2fa3
 def copy_chunks(

@@ -7,11 +7,11 @@ __all__ = ['LIVE', 'make_fabric', 'set_seed', 'make_optimiser', 'moving_average'
            'mean_scores', 'case_numbers', 'validate', 'save_checkpoint', 'load_checkpoint', 'hard_link', 'provenance',
            'processor_name', 'peak_memory', 'write_epochs', 'summary', 'stop_for_loss', 'check_space', 'largest_batch',
            'stop_signals', 'Stopped', 'stop_wanted', 'Trainer', 'unwrapped', 'share_buffers', 'common_batch',
-           'settle_norms', 'make_trainer', 'state_of', 'restore', 'differing_key', 'train_epoch', 'close_epoch',
-           'progress_bar', 'memory_hint', 'fit', 'resume', 'save_on_first']
+           'settle_norms', 'training_code', 'make_trainer', 'state_of', 'restore', 'differing_key', 'train_epoch',
+           'close_epoch', 'progress_bar', 'made_by', 'memory_hint', 'fit', 'resume', 'save_on_first']
 
 # %% ../nbs/07_training.ipynb #f91d02d4
-import csv, hashlib, io, json, logging, math, os, platform, signal, subprocess, sys, time
+import csv, hashlib, importlib, io, json, logging, math, os, platform, signal, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +28,7 @@ from .dataset import PreparedStore, augment, epoch_order
 from .losses import build_loss
 from .metrics import dice_from_counts, jaccard_from_counts, overlap_counts
 from .model import autocast_precision, for_training, forget_biases, levit_unet, save_weights
-from .params import Run, StudyError, Training, write_json, written_whole
+from .params import Run, StudyError, Training, digest_of_code, write_json, written_whole
 
 # %% ../nbs/07_training.ipynb #b8bbb9d9
 def make_fabric(
@@ -288,7 +288,8 @@ class Trainer:
     plain_criterion: torch.nn.Module # the same without the wrapper that keeps learned weights equal in all processes
     optimiser: torch.optim.Optimizer
     average: AveragedModel | None
-    identity: str                    # digest of all that the result depends on: a checkpoint of another run does not fit
+    record: dict                     # what the result depends on: the run's record, and digests of the code
+    identity: str                    # digest of that, the data and the precision: a checkpoint of another run does not fit
     batch_size: int                  # slices of a batch in each process; 0: still to be found
     epoch: int = 1
     step: int = 0                    # steps done in this epoch
@@ -296,6 +297,7 @@ class Trainer:
     counts: torch.Tensor | None = None
     spent: float = 0.0               # seconds of this epoch before an interruption
     history: list[dict] = field(default_factory=list)
+    made: dict = field(default_factory=dict)   # content of run.json, once the run is complete
 
     @property
     def weights(self): return unwrapped(self.average.module if self.average is not None else self.model)
@@ -341,6 +343,16 @@ def settle_norms(
     for m, momentum in zip(norms, momenta, strict=True): m.momentum = momentum
     t.weights.eval()
 
+# %% ../nbs/07_training.ipynb #e79d3632
+def training_code(
+    criterion: torch.nn.Module,
+) -> dict: # module -> digest
+    "Identify the code that decides a training's numbers"
+    ours = [f"levit_study.{name}" for name in ("dataset", "model", "losses", "metrics", "training")]
+    theirs = sorted({name for m in criterion.modules() if not (name := type(m).__module__).startswith("torch.")} - {*ours, "__main__"})
+    files = {name: getattr(importlib.import_module(name), "__file__", None) or "" for name in [*ours, *theirs]}
+    return {name.removeprefix("levit_study."): digest_of_code(file) for name, file in files.items() if file.endswith(".py")}
+
 # %% ../nbs/07_training.ipynb #90e7ee07
 def make_trainer(
     run: Run,
@@ -362,16 +374,17 @@ def make_trainer(
     plain = criterion
     if fabric.world_size > 1 and any(True for _ in criterion.parameters()): criterion = fabric.setup_module(criterion)   # weights that a loss learns
     average = AveragedModel(unwrapped(model), multi_avg_fn=moving_average(run.training.ema)) if run.training.ema else None
-    identity = hashlib.sha256(json.dumps([run.record(), data_digest, str(fabric._precision.precision)]).encode()).hexdigest()
+    record = run.record() | {"code": training_code(plain)}
+    identity = hashlib.sha256(json.dumps([record, data_digest, str(fabric._precision.precision)]).encode()).hexdigest()
     batch_size = 0 if run.training.batch_size == "auto" else run.training.batch_size
-    return Trainer(run, fabric, model, criterion, plain, optimiser, average, identity, batch_size)
+    return Trainer(run, fabric, model, criterion, plain, optimiser, average, record, identity, batch_size)
 
 # %% ../nbs/07_training.ipynb #4661c750
 def state_of(t: Trainer) -> dict:
     "All that the rest of the run depends on, as tensors and plain values"
-    return {"identity": t.identity, "processes": t.fabric.world_size, "run": json.dumps(t.run.record()), "epoch": t.epoch, "step": t.step, "sums": t.sums,
+    return {"identity": t.identity, "processes": t.fabric.world_size, "run": json.dumps(t.record), "epoch": t.epoch, "step": t.step, "sums": t.sums,
             "counts": t.counts, "spent": t.spent, "batch_size": t.batch_size,
-            "history": json.dumps(t.history), "model": unwrapped(t.model).state_dict(), "criterion": t.criterion.state_dict(),
+            "history": json.dumps(t.history), "made": json.dumps(t.made), "model": unwrapped(t.model).state_dict(), "criterion": t.criterion.state_dict(),
             "optimiser": t.optimiser.state_dict(),
             "average": t.average.state_dict() if t.average is not None else None,
             "random": t.fabric.all_gather(torch.get_rng_state().to(t.fabric.device)).cpu(),
@@ -461,6 +474,14 @@ def progress_bar(run: Run, t: Trainer, slices: int, shown: bool = True):
                 mininterval=0.5 if os.environ.get("LEVIT_STUDY_TERMINAL") else 15, dynamic_ncols=False, ncols=110,
                 disable=not (shown and t.fabric.is_global_zero))
 
+# %% ../nbs/07_training.ipynb #519a04d3
+def made_by(t: Trainer, data_digest: str) -> dict:
+    "Content of run.json: what was trained, on what, with which code, by which machine"
+    fabric = t.fabric
+    return {"parameters": t.run.record(), "data_digest": data_digest, "code": t.record["code"], "processes": fabric.world_size, "device": str(fabric.device),
+            "precision": str(fabric._precision.precision), "batch_size": t.batch_size, "threads": torch.get_num_threads(),
+            "seconds": summary(t.history)["seconds"], "peak_memory_mib": peak_memory(fabric.device), **provenance()}
+
 # %% ../nbs/07_training.ipynb #e120bdca
 def memory_hint(run: Run, batch_size: int, fabric: Fabric) -> str:
     "What to change when the GPU's memory is too small"
@@ -518,6 +539,7 @@ def fit(
                 write_epochs(reports / "epochs.csv", t.history)
                 write_json(reports / "training.json", {key: best[key] for key in LIVE})
             t.epoch, t.step, t.spent = t.epoch + 1, 0, 0.0
+            if t.epoch > training.epochs: t.made = made_by(t, digest)
             save_on_first(fabric, models / "checkpoints", t, slim=t.epoch > training.epochs)
             bar.set_postfix_str(f"Dice {row['valid_dice']:.3f}, best {best['best_dice']:.3f}" if fabric.is_global_zero else "")
             say(f"{run.dataset} {run.loss} seed {run.seed}: epoch {row['epoch']}/{training.epochs}, train loss {row['train_loss']:.4f}, "
@@ -526,9 +548,7 @@ def fit(
     if fabric.is_global_zero:
         write_epochs(reports / "epochs.csv", t.history)
         write_json(reports / "training.json", {key: result[key] for key in LIVE})
-        write_json(reports / "run.json", {"parameters": run.record(), "data_digest": digest, "processes": fabric.world_size, "device": str(fabric.device),
-                   "precision": str(fabric._precision.precision), "batch_size": t.batch_size, "threads": torch.get_num_threads(), "seconds": result["seconds"],
-                   "peak_memory_mib": peak_memory(fabric.device), **provenance()})
+        write_json(reports / "run.json", t.made)
     fabric.barrier()
     return result
 
@@ -544,11 +564,11 @@ def resume(t: Trainer, models: Path, say):
     if t.fabric.is_global_zero and fits and kept.exists() and not best.exists(): hard_link(kept, best)   # `dvc exp run` takes away what no run has recorded yet
     t.fabric.barrier()
     if fits and (not history or best.exists()):
-        if complete: t.epoch, t.history = state["epoch"], history
+        if complete: t.epoch, t.history, t.made = state["epoch"], history, json.loads(state["made"])
         else: restore(t, state)
         say(f"{name}: complete already; remove {folder} to train anew" if complete else f"{name}: going on from epoch {t.epoch}, step {t.step}")
         return
-    reason = f"{best} is gone" if fits else differing_key(json.loads(state["run"]), t.run.record())
+    reason = f"{best} is gone" if fits else differing_key(json.loads(state["run"]), t.record)
     say(f"{folder}: does not fit this run ({reason}); starting anew")
     t.fabric.barrier()
     if t.fabric.is_global_zero:

@@ -109,6 +109,25 @@ def test_code_changes_what_depends_on_it(study, environment, module, stages):
     assert set(changed) == stages
 
 
+def test_changed_code_trains_anew_and_words_do_not(study, environment):
+    path, stage = study / "levit_study/losses.py", "train@phantom_ct-focal-0"
+    run = study / "reports/runs/phantom_ct/focal/seed0"
+    before, record = path.read_text(), (run / "run.json").read_bytes()
+    def first_loss():
+        with open(run / "epochs.csv") as file: return float(next(csv.DictReader(file))["train_loss"])
+    loss = first_loss()
+    try:
+        path.write_text(before + "\n# reworded\n")
+        stages, said = repro(study, environment, stage)
+        assert stage in stages and (run / "run.json").read_bytes() == record
+        path.write_text(before + "\nFocalLoss.value = lambda self, comparison: 2 * PixelLoss.value(self, comparison)\n")
+        stages, said = repro(study, environment, stage)
+        assert first_loss() == pytest.approx(2 * loss, rel=.02) and (run / "run.json").read_bytes() != record
+    finally: path.write_text(before)
+    repro(study, environment)
+    assert first_loss() == loss
+
+
 def test_a_foreign_run_is_refused(study, environment, tmp_path):
     path = study / "reports/runs/phantom_ct/focal/seed0/metrics.json"
     before = path.read_text()
