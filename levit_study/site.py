@@ -438,19 +438,19 @@ def claims_table(claims, params: Params) -> str:
 # %% ../nbs/12_site.ipynb #6959f730
 def how_sure(organs, claims, params: Params) -> str: # organs, claims: tables or None
     "What limits the numbers, as a list in HTML"
-    points = []
-    if claims is not None:
-        n = claims.verdict.value_counts()
-        parts = [tag("b", f"{n.get(verdict, 0)} {word}") for verdict, word in VERDICTS.items()]
-        points.append(f"{count(len(claims), 'test')} of the paper's claims: {', '.join(parts)}.")
+    points, synthetic = [], [d for d in params.study.datasets if params.datasets[d].synthetic]
+    made_up = claims is not None and claims.dataset.isin(synthetic)
+    for judged, where in [] if claims is None else [(claims[~made_up], ""), (claims[made_up], ", rehearsed on synthetic scans")]:
+        parts = [tag("b", f"{(judged.verdict == verdict).sum()} {word}") for verdict, word in VERDICTS.items()]
+        if len(judged): points.append(f"{count(len(judged), 'test')} of the paper's claims{where}: {', '.join(parts)}.")
     seeds = len(params.study.seeds)
     points.append(f"{seeds} trainings per loss: the intervals hold the chance of training, too." if seeds > 1 else
-                  "<b>One training per loss</b>: how far two trainings differ by chance is not known, so claims about trainings stay open.")
+                  "<b>One training per loss</b>: how far two trainings differ by chance is not known. Verdicts assume it, or stay open.")
     least = organs.groupby("dataset").patients.min() if organs is not None else {}
     few = [f"{data_name(params, d)} {int(least[d])}" for d in params.study.datasets if d in least and least[d] < 20]
     if few: points.append(f"<b>Few patients</b> in the smallest set: {html.escape(listed(few))}.")
-    synthetic = [data_name(params, d) for d in params.study.datasets if params.datasets[d].synthetic]
-    if synthetic: points.append(f"{html.escape(listed(synthetic))}: <b>synthetic</b>. Such results show that the study works, not what a loss does.")
+    names = [data_name(params, d) for d in synthetic]
+    if names: points.append(f"{html.escape(listed(names))}: <b>synthetic</b>. They show that the study works and decide nothing about a loss or a claim.")
     return tag("ul", *(tag("li", point) for point in points))
 
 # %% ../nbs/12_site.ipynb #6f315440
