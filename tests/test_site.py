@@ -203,7 +203,8 @@ def test_landing_page_answers_on_one_screen(study, browser):
     with Reader(browser) as reader:
         page = reader.open(study[0] / "reports" / "site" / "index.html")
         text = page.inner_text("article")
-        for words in ("synthetic", "0.740", "6 trainings", "6 supported, 6 contradicted, 6 open", "One training per loss"): assert words in text, words
+        for words in ("synthetic", "0.740", "6 trainings", "9 tests of the paper's claims: 3 supported, 3 contradicted, 3 open",
+                      "9 tests of the paper's claims, rehearsed on synthetic scans: 3 supported", "One training per loss"): assert words in text, words
         for heading in ("What was asked", "What came out", "How sure"): assert page.get_by_role("heading", name=heading).bounding_box()["y"] < 500
         assert all(page.locator(table).bounding_box()["y"] < 500 for table in (".results", ".claims"))
 
