@@ -125,18 +125,22 @@ def examples(
     split: str, # whose cases
     root=".",
 ) -> list[dict]: # what figures.fig4 draws
-    "Slices of the typical, best and worst case with each loss's prediction (first seed)"
+    "Slices of the typical, best and worst case with each loss's prediction (its first seed that has one; `StudyError` if none has)"
     import h5py
     from levit_study.dataset import PreparedStore
     store = PreparedStore(Path(root, "data", "prepared", f"{dataset}.h5"))
     mine = results.cases[(results.cases.dataset == dataset) & (results.cases.split == split)]
-    found = []
+    found, kept = [], {}
+    for (loss, seed), _ in mine.groupby(["loss", "seed"]):
+        if (path := run_folders(dataset, loss, seed, root)[1] / "predictions.h5").exists(): kept.setdefault(loss, path)
+    for loss in mine.loss.unique():
+        if loss in kept: continue
+        raise StudyError(f"{run_folders(dataset, loss, mine.seed.min(), root)[1]}/predictions.h5: missing; run dvc repro evaluate, or dvc pull")
     for role, case in typical_cases(mine).items():
         volume, predictions = store.volume(case), {}
         number = telling_slice(volume.label)
-        for loss in dict.fromkeys(mine.loss):
-            seed = mine.loc[mine.loss == loss, "seed"].min()
-            with h5py.File(run_folders(dataset, loss, seed, root)[1] / "predictions.h5") as f: predictions[loss] = f[case][number]
+        for loss in mine.loss.unique():
+            with h5py.File(kept[loss]) as f: predictions[loss] = f[case][number]
         found.append({"dataset": dataset, "case": case, "slice": number, "role": role, "image": volume.image[number], "reference": volume.label[number],
                       "predictions": predictions, "structures": store.structures, "spacing": volume.spacing[1:] if volume.spacing else None})
     return found

@@ -187,12 +187,18 @@ def test_the_page_of_plots_needs_no_network(study, environment, browser):
 
 def test_a_run_with_missing_files_is_named_and_the_rest_reported(study, environment, tmp_path):
     path = study / "reports/runs/phantom_ct/focal/seed0/cases.csv"
+    predictions = study / "models/phantom_ct/baseline/seed0/predictions.h5"
     before = path.read_bytes()
     path.unlink()
+    predictions.rename(predictions.with_suffix(".aside"))
     try: done = command(study, environment, "notebook", "nbs/study/report.ipynb", str(tmp_path / "report.ipynb"), "-p", "reports", str(tmp_path))
-    finally: path.write_bytes(before)
+    finally:
+        path.write_bytes(before)
+        predictions.with_suffix(".aside").rename(predictions)
     assert done.returncode == 0, done.stderr
-    assert "left out: reports/runs/phantom_ct/focal/seed0: cases.csv missing" in (tmp_path / "report.ipynb").read_text()
+    said = (tmp_path / "report.ipynb").read_text()
+    assert "left out: reports/runs/phantom_ct/focal/seed0: cases.csv missing" in said
+    assert "left out: models/phantom_ct/baseline/seed0/predictions.h5: missing" in said and not (tmp_path / "figures/fig4.png").exists()
     with open(tmp_path / "organs.csv") as file: assert {row["loss"] for row in csv.DictReader(file)} == {"baseline", "focal_tversky"}
 
 
