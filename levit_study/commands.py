@@ -79,15 +79,16 @@ def joined_streams(outputs: list) -> list:
         else: joined.append(output)
     return joined
 
-# %% ../nbs/11_commands.ipynb #9e7dac38
+# %% ../nbs/11_commands.ipynb #c4d1a0e7
 PR_SET_PDEATHSIG = 1   # of Linux's prctl: a signal when the parent ends
 
 def end_with_torchrun():
     "Let a process that torchrun started end with it, also where torchrun ended while it was starting it"
     if "LOCAL_RANK" not in os.environ or sys.platform != "linux": return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1: raise StudyError("torchrun, which started this process, has ended")
+    if "LEVIT_STUDY_LAUNCHED" in os.environ and os.getppid() == 1: raise StudyError("torchrun, which started this process, has ended")
 
+# %% ../nbs/11_commands.ipynb #9e7dac38
 def launch(
     arguments: list[str], # of `levit-study`
     processes: int,       # on this machine
@@ -95,7 +96,7 @@ def launch(
     "Run a command in several processes under torchrun and print what they say as it comes; they end when this process does"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--no-python",
                str(Path(sys.executable).with_name("levit-study")), *arguments]
-    environment = {"OMP_NUM_THREADS": str(max(os.cpu_count() // processes, 1)), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(max(os.cpu_count() // processes, 1)), **os.environ, "LEVIT_STUDY_LAUNCHED": "1"}  # so never by process 1
     library, decoder, said = ctypes.CDLL(None), codecs.getincrementaldecoder("utf-8")("replace"), ""
     # two sets of processes must never write one run
     with_parent = (lambda: library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)) if sys.platform == "linux" else None

@@ -131,16 +131,15 @@ def examples(
     store = PreparedStore(Path(root, "data", "prepared", f"{dataset}.h5"))
     mine = results.cases[(results.cases.dataset == dataset) & (results.cases.split == split)]
     found, kept = [], {}
-    for (loss, seed), _ in mine.groupby(["loss", "seed"]):
+    for (loss, seed), _ in mine.groupby(["loss", "seed"], sort=False):
         if (path := run_folders(dataset, loss, seed, root)[1] / "predictions.h5").exists(): kept.setdefault(loss, path)
-    for loss in mine.loss.unique():
-        if loss in kept: continue
-        raise StudyError(f"{run_folders(dataset, loss, mine.seed.min(), root)[1]}/predictions.h5: missing; run dvc repro evaluate, or dvc pull")
+    lost = [loss for loss in mine.loss.unique() if loss not in kept]
+    if lost: raise StudyError(f"{run_folders(dataset, lost[0], mine.seed.min(), root)[1]}/predictions.h5: missing; run dvc repro evaluate, or dvc pull")
     for role, case in typical_cases(mine).items():
         volume, predictions = store.volume(case), {}
         number = telling_slice(volume.label)
-        for loss in mine.loss.unique():
-            with h5py.File(kept[loss]) as f: predictions[loss] = f[case][number]
+        for loss, path in kept.items():
+            with h5py.File(path) as f: predictions[loss] = f[case][number]
         found.append({"dataset": dataset, "case": case, "slice": number, "role": role, "image": volume.image[number], "reference": volume.label[number],
                       "predictions": predictions, "structures": store.structures, "spacing": volume.spacing[1:] if volume.spacing else None})
     return found
