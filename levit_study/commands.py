@@ -13,7 +13,7 @@ import argparse, codecs, ctypes, json, os, signal, subprocess, sys
 from pathlib import Path
 
 # %% ../nbs/11_commands.ipynb #59a1dc48
-from .params import StudyError, load_params, pick_run, run_folders, written_whole
+from .params import StudyError, load_params, pick_evaluation, pick_run, run_folders, written_whole
 
 # %% ../nbs/11_commands.ipynb #643ad6c1
 def notebook_code(
@@ -130,7 +130,8 @@ def train(
     device, wanted, started = device or settings.compute.device, run.training.processes, int(os.environ.get("WORLD_SIZE", 0))
     if started not in (0, wanted):
         raise StudyError(f"{params}: datasets.{dataset}.training.processes = {wanted}, but {started} processes were started; make them equal")
-    if wanted == 1 or started: return fit(run, store, reports, models, device, synthetic=settings.datasets[dataset].synthetic)
+    way = pick_evaluation(settings, dataset).model_dump(include={"flips", "zooms", "largest_regions"})
+    if wanted == 1 or started: return fit(run, store, reports, models, device, synthetic=settings.datasets[dataset].synthetic, evaluation=way)
     launch(["train", dataset, loss, "--seed", str(seed), "--params", str(params), "--device", device], wanted)
     return summary(pd.read_csv(reports / "epochs.csv").to_dict("records"))
 
@@ -179,9 +180,10 @@ def add_predict(commands):
     c.add_argument("scan", help=".nii or .nii.gz, or a folder of them")
     c.add_argument("--weights", required=True, help="best.safetensors of a run, under models/")
     c.add_argument("--output", required=True, help="label map to write (a folder for a folder)")
-    c.add_argument("--flips", action="store_true", help="average over mirrored slices")
-    c.add_argument("--zooms", nargs="+", type=float, default=[1.0], help="average over views that show more (below 1) or less of the slice")
-    c.add_argument("--largest-regions", action="store_true", help="keep the largest region of each structure alone")
+    either = argparse.BooleanOptionalAction   # left out: as the weights were evaluated
+    c.add_argument("--flips", action=either, help="average over mirrored slices; this and the next two, left out: as the weights were evaluated")
+    c.add_argument("--zooms", nargs="+", type=float, help="average over views that show more (below 1) or less of the slice; 1 for none")
+    c.add_argument("--largest-regions", action=either, help="keep the largest region of each structure alone")
     c.add_argument("--overlay", action="store_true", help="write a picture with contours, too")
     c.add_argument("--volumes", help="CSV to write: volume of each structure per scan, in ml")
     existing = c.add_mutually_exclusive_group()

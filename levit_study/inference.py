@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'load_model', 'class_probabilities', 'predict_volume', 'largest_regions', 'reliability_counts',
-           'evaluate_case', 'evaluate', 'mean_metrics', 'card_data', 'side_file', 'model_of', 'kept_volumes',
-           'segment_scan', 'scans_and_outputs', 'check_free', 'predict', 'draw_overlay']
+           'evaluate_case', 'evaluate', 'mean_metrics', 'card_data', 'way_of', 'as_words', 'side_file', 'model_of',
+           'kept_volumes', 'segment_scan', 'scans_and_outputs', 'check_free', 'predict', 'draw_overlay']
 
 # %% ../nbs/08_inference.ipynb #8a86d9ba
 import json, sys
@@ -15,7 +15,7 @@ import numpy as np, torch
 # %% ../nbs/08_inference.ipynb #1ef9f5e1
 from .dataset import from_square, to_square
 from .model import for_inference, load_weights
-from .params import Data, StudyError, ValidationError, as_line, written_whole
+from .params import Data, Measurement, StudyError, ValidationError, as_line, written_whole
 
 # %% ../nbs/08_inference.ipynb #e5d9a173
 def pick_device(device: str = "auto") -> torch.device:
@@ -174,6 +174,23 @@ def card_data(
         raise StudyError(f"{weights}: its card names {len(data.structures)} structures, its network has {card['num_classes']} classes with the background")
     return data
 
+# %% ../nbs/08_inference.ipynb #8195754b
+def way_of(
+    card: dict, # of a weight file
+    weights,    # the file, for messages
+    **asked,    # flips, zooms, largest_regions; None where the card decides
+) -> dict:      # those three
+    "How to predict with these weights; raises `StudyError` for a value that `params.yaml` would not take either"
+    try: way = Measurement.model_validate(card.get("evaluation", {}))
+    except ValidationError as error: raise StudyError(as_line(error, f"{weights}: model card, evaluation")) from None
+    told = way.model_dump(include={"flips", "zooms", "largest_regions"})
+    return told | {key: list(value) if key == "zooms" else value for key, value in asked.items() if value is not None}
+
+def as_words(way: dict) -> str:
+    "A way of predicting, for people"
+    zooms = "zooms " + ", ".join(f"{zoom:g}" for zoom in way["zooms"]) if way["zooms"] != [1.0] else ""
+    return ", ".join(part for part in (zooms, "mirrored slices" * way["flips"], "largest regions" * way["largest_regions"]) if part) or "each slice once"
+
 # %% ../nbs/08_inference.ipynb #dd804bce
 def side_file(output, ending=".json") -> Path:
     "The JSON (or the picture, `.png`) beside a label map"
@@ -181,12 +198,13 @@ def side_file(output, ending=".json") -> Path:
 
 def model_of(card: dict) -> dict: return {key: card.get(key) for key in ("dataset", "loss", "seed", "variant", "synthetic")}
 
-def kept_volumes(output, card: dict) -> dict: # volumes in ml by structure
-    "The volumes of a label map that is there already; raises `StudyError` unless it is these weights'"
+def kept_volumes(output, card: dict, way: dict) -> dict: # volumes in ml by structure
+    "The volumes of a label map that is there already; raises `StudyError` unless it is these weights', predicted in this way"
     try: told = json.loads(side_file(output).read_text(encoding="utf-8"))
     except (OSError, ValueError): told = None
-    if not isinstance(told, dict) or not isinstance(told.get("volumes_ml"), dict) or told.get("model") != model_of(card):
-        raise StudyError(f"{output}: kept, but {side_file(output).name} does not say that it comes from these weights; --overwrite it, or move it away")
+    if not isinstance(told, dict) or not isinstance(told.get("volumes_ml"), dict) or (told.get("model"), told.get("predicted")) != (model_of(card), way):
+        raise StudyError(f"{output}: kept, but {side_file(output).name} does not say that it comes from these weights, predicted with {as_words(way)}; "
+                         "--overwrite it, or move it away")
     return told["volumes_ml"]
 
 # %% ../nbs/08_inference.ipynb #ca2c0e66
@@ -194,20 +212,21 @@ def segment_scan(
     model, card: dict,    # from `load_model`
     data: Data,           # from `card_data`
     scan, output,         # NIfTI files
-    flips=False, zooms=(1.0,), regions=False, assume_axes=False, progress=False,
+    way: dict,            # from `way_of`
+    assume_axes=False, progress=False,
 ) -> dict:                # volumes in ml by structure
     "Segment one NIfTI file and write the label map and `<output>.json` with the labels' names"
     from levit_study.volumes import read_scan, write_label_map
     volume, header = read_scan(scan, data.intensity, data.window)
     if header["sform_code"] == 0 and header["qform_code"] == 0 and not assume_axes:
         raise StudyError(f"{scan}: its header gives no orientation (no affine); mend it, or take NIfTI's default axes with --assume-axes")
-    labels = predict_volume(model, volume.image, data.size, flips=flips, crop=data.crop, zooms=zooms, progress=progress)
-    if regions: labels = largest_regions(labels)
+    labels = predict_volume(model, volume.image, data.size, flips=way["flips"], crop=data.crop, zooms=way["zooms"], progress=progress)
+    if way["largest_regions"]: labels = largest_regions(labels)
     millilitres = float(np.prod(volume.spacing)) / 1000
     volumes = {name: float((labels == value).sum() * millilitres) for name, value in data.structures.items()}
     with written_whole(side_file(output)) as p:
-        p.write_text(json.dumps({"labels": {"background": 0, **data.structures}, "volumes_ml": volumes, "model": model_of(card), "notes": volume.notes,
-                                 "use": "For research only, not for clinical decisions."}, indent=1) + "\n")
+        p.write_text(json.dumps({"labels": {"background": 0, **data.structures}, "volumes_ml": volumes, "model": model_of(card), "predicted": way,
+                                 "notes": volume.notes, "use": "For research only, not for clinical decisions."}, indent=1) + "\n")
     write_label_map(output, labels, header)   # last: where it is, its scan is done
     return volumes
 
@@ -240,9 +259,9 @@ def predict(
     scans,                  # a NIfTI file or a folder of them
     weights,                # safetensors file of this study
     output,                 # the label map to write, or a folder for a folder
-    flips=False,            # average over mirrored slices: slower, often a little better
-    zooms=(1.0,),           # average over views, see `class_probabilities`
-    regions=False,          # keep the largest region of each structure alone
+    flips=None,             # average over mirrored slices; None, here and below: as the weights' card says
+    zooms=None,             # average over views, see `class_probabilities`
+    regions=None,           # keep the largest region of each structure alone
     overwrite=False,        # replace label maps that exist
     keep=False,             # leave them, and segment the rest
     overlay=False,          # a picture with contours beside each label map
@@ -257,13 +276,14 @@ def predict(
     beside = lambda target: [side_file(target)] + ([side_file(target, ".png")] if overlay else [])
     check_free([file for _, target in pairs for file in (target, *beside(target))] + ([Path(volumes)] if volumes else []), overwrite, keep)
     model, card = load_model(weights, device, precision)
-    data = card_data(card, weights)
+    data, way = card_data(card, weights), way_of(card, weights, flips=flips, zooms=zooms, largest_regions=regions)
+    print(f"predicting with {as_words(way)}", file=sys.stderr)
     rows, written, problems, single = [], [], [], len(pairs) == 1
     for scan, target in tqdm(pairs, unit="scan", desc="predict", disable=not progress or single, file=sys.stderr, ncols=100):
         done = keep and target.exists()
         try:
-            found = kept_volumes(target, card) if done else segment_scan(
-                model, card, data, scan, target, flips, zooms, regions, assume_axes, progress and single)
+            found = kept_volumes(target, card, way) if done else segment_scan(
+                model, card, data, scan, target, way, assume_axes, progress and single)
             rows.append({"scan": scan.name, **found})
             written.append(target)
             if overlay and not (done and side_file(target, ".png").exists()): draw_overlay(scan, target, card, data)

@@ -149,7 +149,7 @@ class Measurement(Part):
     "What is measured on the best weights, and how; a data set may say it for itself"
     surface_tolerance: float = Field(2.0, gt=0)             # mm (voxels where the spacing is unknown), for the normalised surface Dice
     flips: bool = False                                     # average over mirrored copies of each slice
-    zooms: list[Annotated[float, Field(ge=0.5, le=2)]] = Field([1.0], min_length=1)  # average over views that show more (below 1) or less of the slice
+    zooms: list[Annotated[float, Field(ge=0.5, le=2)]] = Field([1.0], min_length=1, max_length=16)  # averaged: views that show more (below 1) or less
     largest_regions: bool = False                           # keep of each structure its largest connected region alone
     seed_sd: float = Field(0.02, ge=0, le=0.5)              # assumed run-to-run standard deviation of mean Dice where a loss was trained once
 

@@ -233,7 +233,8 @@ def stop_for_loss(loss, logits, images, labels, cases, model, criterion, run, ep
 def check_space(folder, model, checkpoints: int = 3):
     "Raise `StudyError` before the run when the disk cannot hold its weights and checkpoints"
     import shutil
-    needed = sum(p.numel() * p.element_size() for p in model.parameters()) * (1 + 3 * checkpoints)   # Adam keeps two moments per weight
+    needed = sum(p.numel() * p.element_size() for p in model.parameters()) * (2 + 4 * checkpoints)
+    # a checkpoint: weights, Adam's two moments, perhaps an averaged copy; beside them the best weights, twice on a disk without hard links
     Path(folder).mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -498,6 +499,7 @@ def fit(
     models: Path,            # best.safetensors and the folder checkpoints/ go here
     device: str = "auto",
     synthetic: bool = False, # noted in the weights' card
+    evaluation: dict | None = None, # flips, zooms, largest_regions: how these weights will be measured, and used by who gets the file; noted there, too
     say=print,
     progress: bool = True,
 ) -> dict:                   # the numbers of Table 1
@@ -515,7 +517,7 @@ def fit(
     resume(t, models, say)
     training = run.training
     card = {"dataset": run.dataset, "loss": run.loss, "seed": run.seed, "synthetic": synthetic, "structures": store.structures,
-            "intensity": run.data.intensity, "window": run.data.window, "crop": run.data.crop, "parameters": run.record()}
+            "intensity": run.data.intensity, "window": run.data.window, "crop": run.data.crop, "parameters": run.record(), "evaluation": evaluation or {}}
     with stop_signals() as asked, progress_bar(run, t, len(train), progress) as bar:
         while t.epoch <= training.epochs:
             started = time.perf_counter()

@@ -5,9 +5,18 @@ import re
 import shutil
 import subprocess
 
+import h5py
 import nbformat
+import nibabel as nib
+import numpy as np
 import pytest
+import torch
 from ruamel.yaml import YAML
+
+from levit_study.dataset import PreparedStore
+from levit_study.inference import evaluate
+from levit_study.model import levit_unet, load_weights, save_weights
+from levit_study.volumes import canonical
 
 LOSSES = ["baseline", "focal", "focal_tversky"]
 
@@ -25,6 +34,7 @@ def tiny(content):
     phantom = content["datasets"]["phantom_ct"]
     phantom["data"].update(size=32, phantom={"kind": "ct", "cases": 8, "shape": [6, 48, 48], "seed": 0})
     phantom["training"].update(epochs=1, batch_size=8)
+    phantom["evaluation"].update(flips=True, largest_regions=True)
     content["evaluation"]["bootstrap"] = 100
 
 
@@ -68,6 +78,30 @@ def test_every_result_is_there(study):
         assert (study / "reports" / name).stat().st_size > 100, name
     with open(study / "reports/claims.csv") as file: assert {r["verdict"] for r in csv.DictReader(file)} <= {"supported", "contradicted", "inconclusive"}
     assert "ynthetic" in (study / "reports/table1.md").read_text()
+
+
+def test_a_new_scan_is_segmented_as_the_weights_were_evaluated(study, environment, tmp_path):
+    store = PreparedStore(study / "data/prepared/phantom_ct.h5")
+    _, card = load_weights(study / "models/phantom_ct/baseline/seed0/best.safetensors")
+    assert card["evaluation"] == {"flips": True, "zooms": [1.0], "largest_regions": True}
+    torch.manual_seed(0)   # one epoch finds nothing but background; a random network's labels differ from view to view
+    told = {key: card[key] for key in ("dataset", "loss", "seed", "synthetic", "structures", "intensity", "window", "crop", "evaluation")}
+    save_weights(weights := tmp_path / "random.safetensors", levit_unet("128s", store.num_classes, image_size=store.size), **told)
+    evaluate(store, weights, tmp_path / "predictions.h5", ("test",), flips=True, regions=True, progress=False)
+    case = store.split("test")[0]
+    with h5py.File(tmp_path / "predictions.h5") as file: evaluated = file[case][:]
+    scan = next((study / "data/raw/phantom_ct").rglob(f"img{case[-4:]}.nii.gz"))
+
+    def segmented(name, *options):
+        done = command(study, environment, "predict", str(scan), "--weights", str(weights), "--output", str(tmp_path / name), *options)
+        assert done.returncode == 0, done.stderr
+        image = nib.load(tmp_path / name)
+        return canonical(np.asarray(image.dataobj), image.affine)[0], done.stderr
+    found, said = segmented("as_evaluated.nii.gz")
+    assert len(np.unique(found)) > 2 and np.array_equal(found, evaluated) and "predicting with mirrored slices, largest regions" in said
+    plain, said = segmented("plain.nii.gz", "--no-flips", "--no-largest-regions")
+    assert not np.array_equal(plain, evaluated) and "predicting with each slice once" in said
+    assert json.loads((tmp_path / "plain.json").read_text())["predicted"] == {"flips": False, "zooms": [1.0], "largest_regions": False}
 
 
 def test_no_half_written_files(study):
