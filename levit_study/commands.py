@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PR_SET_PDEATHSIG', 'notebook_code', 'write_code', 'parameter_names', 'run_notebook', 'fold_progress',
-           'joined_streams', 'end_with_torchrun', 'launch', 'train', 'list_runs', 'parser', 'package_version',
-           'add_predict', 'add_train', 'add_runs', 'add_bench', 'run_bench', 'add_export', 'add_notebook', 'add_code',
-           'add_plots_page', 'main', 'script']
+           'joined_streams', 'end_with_torchrun', 'launch', 'check_trainings', 'train', 'list_runs', 'parser',
+           'package_version', 'add_predict', 'add_train', 'add_runs', 'add_bench', 'run_bench', 'add_export',
+           'add_notebook', 'add_code', 'add_plots_page', 'main', 'script']
 
 # %% ../nbs/11_commands.ipynb #e678b062
 import argparse, codecs, ctypes, json, os, signal, subprocess, sys
@@ -45,6 +45,7 @@ def run_notebook(
 ):
     "Execute a notebook from the project's folder. Raises `StudyError` naming the cell that failed"
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     unknown = set(parameters) - set(parameter_names(notebook))
     if unknown: raise StudyError(f"{notebook}: has no parameter {', '.join(sorted(unknown))}")
@@ -53,6 +54,9 @@ def run_notebook(
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")   # a library asks for widgets that nothing here needs
     try: papermill.execute_notebook(notebook, output, parameters=parameters, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
                                     kernel_name="python3", language="python", extra_arguments=["--log-level=40"])
+    except DeadKernelError:
+        raise StudyError(f"{notebook}: its process was killed, most likely for lack of memory; free some, lower batch_size or compute.workers, and start it "
+                         "again: it goes on where it was") from None
     except PapermillExecutionError as e:
         why = e.evalue if e.ename in ("StudyError", "Stopped") else f"{e.ename}: {e.evalue}"
         raise StudyError(f"{notebook}, cell {e.exec_count}: {why} (all of it in {output})") from None
@@ -112,6 +116,19 @@ def launch(
     errors = [line.split("error: ", 1)[1] for line in said.splitlines() if line.startswith("levit-study: error: ")]
     if process.returncode: raise StudyError(errors[0] if errors else f"{processes} processes ended with status {process.returncode}; what they said is above")
 
+# %% ../nbs/11_commands.ipynb #33c2bf5e
+def check_trainings(params):
+    "Raise `StudyError` if a loss or an augmentation of the study cannot be built"
+    from levit_study.dataset import augmentation
+    from levit_study.losses import build_loss
+    for loss in params.study.losses:
+        for dataset in params.study.datasets:
+            run = pick_run(params, dataset, loss, 0)
+            for place, build in ((f"losses.{loss}", lambda run=run: build_loss(**run.loss_settings)),
+                                 (f"datasets.{dataset}.training", lambda run=run: augmentation(run.training.augmentation))):
+                try: build()
+                except StudyError as error: raise StudyError(f"params.yaml: {place}: {error}") from None
+
 # %% ../nbs/11_commands.ipynb #23ebf693
 def train(
     dataset: str, loss: str, seed: int,
@@ -130,6 +147,7 @@ def train(
     device, wanted, started = device or settings.compute.device, run.training.processes, int(os.environ.get("WORLD_SIZE", 0))
     if started not in (0, wanted):
         raise StudyError(f"{params}: datasets.{dataset}.training.processes = {wanted}, but {started} processes were started; make them equal")
+    check_trainings(settings)
     way = pick_evaluation(settings, dataset).model_dump(include={"flips", "zooms", "largest_regions"})
     if wanted == 1 or started: return fit(run, store, reports, models, device, synthetic=settings.datasets[dataset].synthetic, evaluation=way)
     launch(["train", dataset, loss, "--seed", str(seed), "--params", str(params), "--device", device], wanted)

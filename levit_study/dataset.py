@@ -8,10 +8,10 @@ __all__ = ['STORE_FORMAT', 'SPLITS', 'BINS', 'RECIPES', 'DRAWS', 'MIRRORINGS', '
            'write_volume', 'write_slices', 'check_values', 'check_crop', 'prepare_case', 'source_files', 'hash_file',
            'case_key', 'code_digest', 'copy_chunks', 'case_columns', 'join_cases', 'default_workers', 'start_worker',
            'run_cases', 'prepared_rows', 'duplicate_warnings', 'Job', 'plan_case', 'prepare_missing', 'split_table',
-           'build_manifest', 'check_plan', 'write_errors', 'write_results', 'prepare', 'open_store', 'PreparedStore',
-           'SliceSet', 'epoch_order', 'export_slices', 'Augmentation', 'augmentation', 'draw', 'mirroring', 'mirrored',
-           'source_grid', 'elastic_shifts', 'warp', 'change_intensities', 'blurred', 'augment', 'case_table',
-           'slice_table', 'organ_table', 'share_table', 'intensity_table', 'fingerprint']
+           'linked_folders', 'build_manifest', 'check_plan', 'write_errors', 'write_results', 'prepare', 'open_store',
+           'PreparedStore', 'SliceSet', 'epoch_order', 'export_slices', 'Augmentation', 'augmentation', 'draw',
+           'mirroring', 'mirrored', 'source_grid', 'elastic_shifts', 'warp', 'change_intensities', 'blurred', 'augment',
+           'case_table', 'slice_table', 'organ_table', 'share_table', 'intensity_table', 'fingerprint']
 
 # %% ../nbs/03_dataset.ipynb #085daf27
 import dataclasses
@@ -222,9 +222,12 @@ def prepare_case(
     buffer = io.BytesIO()  # HDF5 cannot even close a file on a full disk; Python's writing can fail in peace
     with h5py.File(buffer, "w") as file:
         counts, digest = write_volume(file, volume, num_classes, keep)
-        write_slices(file, quantise(to_square(volume.image, data.size, data.crop), np.uint8), labels_to_square(volume.label, data.size, data.crop), num_classes)
+        images, labels = quantise(to_square(volume.image, data.size, data.crop), np.uint8), labels_to_square(volume.label, data.size, data.crop)
+        write_slices(file, images, labels, num_classes)
+        content = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
         spacing = np.full(3, np.nan) if volume.spacing is None else np.asarray(volume.spacing, float)
-        texts = {"name": case.name, "patient": case.patient, "group": case.group, "split": "", "key": key, "digest": digest, "warnings": "\n".join(warnings)}
+        texts = {"name": case.name, "patient": case.patient, "group": case.group, "split": "", "key": key, "digest": digest, "content": content,
+                 "warnings": "\n".join(warnings)}
         numbers = {"slices": len(volume.image), "shape": volume.image.shape, "spacing": spacing, "voxels": counts.sum(1), "histogram": counts}
         for column, value in texts.items(): file[f"cases/{column}"] = text_column([value])
         for column, value in numbers.items(): file[f"cases/{column}"] = np.array([value])
@@ -363,17 +366,16 @@ def run_cases(
 
 # %% ../nbs/03_dataset.ipynb #ff7d89fb
 def prepared_rows(
-    store,    # the store that shall be; one may be there from before
-    manifest, # its manifest
+    store, # the store that shall be; one may be there from before
 ): # dict key -> (path, row)
     "Find the cases that this code has prepared, in the store or in parts; what cannot be read counts as absent"
     import h5py
-    try: earlier = [store] if json.loads(Path(manifest).read_text())["code"] == code_digest() else []
-    except (OSError, ValueError, KeyError): earlier = []
     found = {}
-    for path in [*earlier, *sorted(Path(f"{store}.parts").glob(f"*-{code_digest()}.h5"))]:
+    for path in [store, *sorted(Path(f"{store}.parts").glob(f"*-{code_digest()}.h5"))]:
         try:
-            with h5py.File(path, "r") as file: found |= {key.decode(): (path, row) for row, key in enumerate(file["cases/key"][()])}
+            with h5py.File(path, "r") as file:
+                if path == store and file.attrs["code"] != code_digest(): continue
+                found |= {key.decode(): (path, row) for row, key in enumerate(file["cases/key"][()])}
         except (OSError, KeyError): continue
     return found
 
@@ -420,7 +422,6 @@ def plan_case(
 def prepare_missing(
     jobs,     # all `Job`s
     store,    # the store that shall be
-    manifest, # its manifest
     data,     # the data set's settings
     workers,  # processes, or None to decide by the work
     progress, # show a bar
@@ -429,7 +430,7 @@ def prepare_missing(
     from tqdm import tqdm
     parts = Path(f"{store}.parts")
     parts.mkdir(parents=True, exist_ok=True)
-    found = prepared_rows(store, manifest)
+    found = prepared_rows(store)
     missing = {job.case.name: job for job in jobs if not job.problem and job.key not in found}
     part = lambda job: parts / f"{job.key}-{code_digest()}.h5"
     arguments = [(job.case, part(job), data, job.key, job.keep) for job in missing.values()]
@@ -455,6 +456,15 @@ def split_table(
     rows.writerows([job.case.name, job.case.patient, job.case.group or "", job.split, slices[job.case.name]] for job in jobs)
     return text.getvalue()
 
+# %% ../nbs/03_dataset.ipynb #135db642
+def linked_folders(
+    folder, # of a data set
+): # list of paths in it
+    "List the folders in a data set's folder that are links"
+    folder = Path(folder)
+    return [(Path(place) / name).relative_to(folder).as_posix() for place, folders, _ in os.walk(folder) for name in sorted(folders)
+            if (Path(place) / name).is_symlink()]
+
 # %% ../nbs/03_dataset.ipynb #b72e9750
 def build_manifest(
     jobs,     # all `Job`s
@@ -469,6 +479,8 @@ def build_manifest(
     slices = {split: sum(int(column(job, "slices")) for job in done if job.split == split) for split in SPLITS}
     warnings = [(name, text.decode()) for name, own in columns.items() for text in own["cases/warnings"][0].splitlines()]
     warnings += duplicate_warnings([(job.case.name, job.case.patient, job.split, column(job, "digest")) for job in done])
+    warnings += [("", f"{path}: a linked folder, which DVC does not look into: when its scans change, prepare again with dvc repro --force")
+                 for path in linked_folders(data.folder)]
     if data.split.kind == "benchmark" and data.phantom is None:
         warnings += [("", line) for line in check_benchmark({job.case.name: int(column(job, "slices")) for job in done})]
     def entry(job):
@@ -512,6 +524,7 @@ def write_errors(
 # %% ../nbs/03_dataset.ipynb #7d8732ae
 def write_results(
     record,   # the manifest
+    contents, # digest of each case's slices
     jobs,     # all `Job`s
     found,    # dict key -> (store or part, row)
     store,    # files to write
@@ -521,9 +534,10 @@ def write_results(
     "Join the cases, write manifest and splits, put the store in place, and remove the parts"
     done = [job for job in jobs if not job.problem]
     text = json.dumps(record, indent=1) + "\n"
-    made_from = json.dumps([record["settings"], record["cases"]])  # without versions: equal content gives an equal store
+    made_from = json.dumps([record["settings"], record["cases"], contents])  # what a training depends on: the code that prepared counts by what it made
     attributes = {"format": STORE_FORMAT, "size": record["settings"]["size"], "crop": record["settings"]["crop"] or 0.0,
-        "structures": json.dumps(record["settings"]["structures"]), "manifest": hashlib.sha256(made_from.encode()).hexdigest()}
+        "structures": json.dumps(record["settings"]["structures"]), "manifest": hashlib.sha256(made_from.encode()).hexdigest(),
+        "code": code_digest()}
     parts = Path(f"{store}.parts")
     needed, free = sum(Path(path).stat().st_size for path in {found[job.key][0] for job in done}), shutil.disk_usage(parts).free
     if needed > free: raise OSError(f"{needed / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free")
@@ -551,14 +565,15 @@ def prepare(
     jobs = [plan_case(case, split.get(case.name, ""), data) for case in cases]
     check_plan(jobs, data)
     with write_errors(store):
-        found = prepare_missing(jobs, store, manifest, data, workers, progress)
+        found = prepare_missing(jobs, store, data, workers, progress)
         check_plan(jobs, data)
         done, columns = [job for job in jobs if not job.problem], {}
         for job in done:
             path, row = found[job.key]
             with h5py.File(path, "r") as file: columns[job.case.name] = case_columns(file, row)[1]
         record = build_manifest(jobs, columns, data)
-        write_results(record, jobs, found, store, manifest, splits or Path(manifest).with_name("splits.csv"))
+        contents = [columns[job.case.name]["cases/content"][0].decode() for job in done]
+        write_results(record, contents, jobs, found, store, manifest, splits or Path(manifest).with_name("splits.csv"))
     return record
 
 # %% ../nbs/03_dataset.ipynb #c2b45cc4

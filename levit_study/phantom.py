@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['reference_ml', 'ct_field', 'abdomen', 'hounsfield', 'codes', 'organ_of_code', 'mr_field', 'mr_shares', 'groups',
-           'signal', 'mr_codes', 'label_of_mr_code', 'profile', 'right_profile', 'benchmark_numbers', 'Part', 'Warp',
-           'random_warp', 'rotation', 'capsule', 'paint', 'vary', 'around', 'ribs', 'inside_organs', 'draw_abdomen',
-           'by_code', 'blurred_noise', 'enhance', 'ct_case', 'Heart', 'random_heart', 'heart_slice', 'draw_chest',
-           'mr_case', 'as_nifti', 'write_ct', 'write_mr', 'make_phantom', 'make_patient']
+           'signal', 'mr_codes', 'label_of_mr_code', 'profile', 'right_profile', 'benchmark_numbers', 'marker', 'Part',
+           'Warp', 'random_warp', 'rotation', 'capsule', 'paint', 'vary', 'around', 'ribs', 'inside_organs',
+           'draw_abdomen', 'by_code', 'blurred_noise', 'enhance', 'ct_case', 'Heart', 'random_heart', 'heart_slice',
+           'draw_chest', 'mr_case', 'as_nifti', 'ct_files', 'mr_files', 'patient_files', 'claim', 'made_before',
+           'write_file', 'remove', 'make_phantom']
 
 # %% ../nbs/02_phantom.ipynb #1f13f7fd
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
-from .params import StudyError, written_whole
+from .params import StudyError, write_json, written_whole
 from .volumes import benchmark_slices, benchmark_valid, write_nifti
 
 # %% ../nbs/02_phantom.ipynb #dc2f4911
@@ -338,21 +341,62 @@ def as_nifti(array, spacing, stored):
     return image
 
 # %% ../nbs/02_phantom.ipynb #6914c338
-def write_ct(folder, number, image, label, spacing):
-    "Write a case of `phantom_ct` in the layout of BTCV"
-    base = Path(folder)/"RawData/Training"
-    write_nifti(base/f"img/img{number:04d}.nii.gz", as_nifti(image, spacing, "LAS"), 1)
-    write_nifti(base/f"label/label{number:04d}.nii.gz", as_nifti(label, spacing, "LAS"))
+def ct_files(number, image, label, spacing):
+    "Return {name: NIfTI image} of a case of `phantom_ct` in the layout of BTCV"
+    return {f"RawData/Training/{kind}/{kind}{number:04d}.nii.gz": as_nifti(array, spacing, "LAS") for kind, array in (("img", image), ("label", label))}
 
-def write_mr(folder, number, frame, image, label, spacing):
-    "Write a frame of `phantom_mr` in the layout of ACDC"
-    base = Path(folder)/f"training/patient{number:03d}/patient{number:03d}_frame{frame:02d}"
-    write_nifti(f"{base}.nii.gz", as_nifti(image, spacing, "LPS"), 1)
-    write_nifti(f"{base}_gt.nii.gz", as_nifti(label, spacing, "LPS"))
+def mr_files(number, frame, image, label, spacing):
+    "Return {name: NIfTI image} of a frame of `phantom_mr` in the layout of ACDC"
+    base = f"training/patient{number:03d}/patient{number:03d}_frame{frame:02d}"
+    return {f"{base}{end}.nii.gz": as_nifti(array, spacing, "LPS") for end, array in (("", image), ("_gt", label))}
+
+def patient_files(n, shape, spacing, rng, contrast, noise, imbalance, variation):
+    "Return {name: NIfTI image or text} of the n-th patient of `phantom_mr`, two frames and Info.cfg; groups take turns"
+    group = list(groups)[n % len(groups)]
+    heart, warp = random_heart(rng, group, shape[0], variation, imbalance), random_warp(rng, 3*variation, (120, 260))
+    frames, files = {"ED": 1, "ES": int(rng.integers(8, 14))}, {}
+    for phase, frame in frames.items(): files |= mr_files(n + 1, frame, *mr_case(heart, phase, shape, spacing, rng, warp, contrast, noise, variation), spacing)
+    lines = [f"ED: {frames['ED']}", f"ES: {frames['ES']}", f"Group: {group}", "NbFrame: 30"]
+    return files | {f"training/patient{n + 1:03d}/Info.cfg": "\n".join(lines) + "\n"}
+
+# %% ../nbs/02_phantom.ipynb #7fcc8035
+marker = "phantom.json"
+
+def claim(folder, names):
+    "Note which files of a folder are a phantom's"
+    write_json(folder/marker, {"about": "synthetic scans made by levit_study.phantom, which may replace and remove these files", "files": sorted(names)})
+
+def made_before(folder):
+    "Return the names of a phantom's files in a folder; `StudyError` if it holds other scans, or links to elsewhere"
+    try: listed = set(json.loads((folder/marker).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError): listed = set()
+    found = set()
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place)/name for name in (*(name for name in folders if (Path(place)/name).is_symlink()), *files)):
+            name = path.relative_to(folder).as_posix()
+            if name in (marker, "README.md") or path.name.startswith("."): continue
+            if name not in listed or path.is_symlink():
+                raise StudyError(f"{path}: is none of the synthetic scans that {folder/marker} lists, and they would be mixed with it: move it away, "
+                                 "give the phantom another folder, or, for real scans, take `phantom:` out of the data set's `data:`")
+            found.add(name)
+    return found
+
+# %% ../nbs/02_phantom.ipynb #7e8317e4
+def write_file(path, content):
+    "Write a NIfTI image or a text, whole or not at all; label maps as small as they get, images quickly"
+    if not isinstance(content, str): return write_nifti(path, content, 6 if content.get_data_dtype() == np.uint8 else 1)
+    with written_whole(path) as partial: partial.write_text(content)
+
+def remove(folder, name):
+    "Remove a file of a folder, and the folders that this leaves empty"
+    (folder/name).unlink(missing_ok=True)
+    for place in (folder/name).parents:
+        if place == folder or any(place.iterdir()): break
+        place.rmdir()
 
 # %% ../nbs/02_phantom.ipynb #7c1edfb5
 def make_phantom(
-    folder,         # the data set's folder; files in it are replaced
+    folder,         # the data set's folder; what an earlier call made there is replaced, anything else stops it
     kind="ct",      # 'ct' or 'mr'
     cases=12,       # scans of ct, patients (two frames each) of mr
     shape=None,     # slices, rows, columns; None: (24, 128, 128) for ct, (10, 128, 128) for mr
@@ -371,19 +415,16 @@ def make_phantom(
     for name, (value, low, high) in limits.items():
         if not low <= value <= high: raise StudyError(f"phantom {name}: {value} is out of range: choose from {low} to {high}")
     spacing = tuple(spacing or (field/n for field, n in zip(ct_field if kind == "ct" else mr_field, shape, strict=True)))
+    folder = Path(folder)
+    before, written = made_before(folder), set()
     for n in range(cases):
         rng = np.random.default_rng([seed, n, kind == "ct"])
         if kind == "ct":
             number = benchmark_numbers[n] if n < len(benchmark_numbers) else 100 + n
-            write_ct(folder, number, *ct_case(shape, spacing, rng, contrast, noise, imbalance, variation), spacing)
-        else: make_patient(folder, n, shape, spacing, rng, contrast, noise, imbalance, variation)
-
-# %% ../nbs/02_phantom.ipynb #2598fd77
-def make_patient(folder, n, shape, spacing, rng, contrast, noise, imbalance, variation):
-    "Write the two frames and Info.cfg of the n-th patient of `phantom_mr`; groups take turns"
-    group = list(groups)[n % len(groups)]
-    heart, warp = random_heart(rng, group, shape[0], variation, imbalance), random_warp(rng, 3*variation, (120, 260))
-    frames = {"ED": 1, "ES": int(rng.integers(8, 14))}
-    for phase, frame in frames.items(): write_mr(folder, n + 1, frame, *mr_case(heart, phase, shape, spacing, rng, warp, contrast, noise, variation), spacing)
-    lines = [f"ED: {frames['ED']}", f"ES: {frames['ES']}", f"Group: {group}", "NbFrame: 30"]
-    with written_whole(Path(folder)/f"training/patient{n + 1:03d}/Info.cfg") as partial: partial.write_text("\n".join(lines) + "\n")
+            files = ct_files(number, *ct_case(shape, spacing, rng, contrast, noise, imbalance, variation), spacing)
+        else: files = patient_files(n, shape, spacing, rng, contrast, noise, imbalance, variation)
+        written |= files.keys()
+        claim(folder, before | written)   # before they are there: stopped in between, the next call knows them
+        for name, content in files.items(): write_file(folder/name, content)
+    for name in before - written: remove(folder, name)
+    claim(folder, written)

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['max_voxels', 'study_axes', 'array_names', 'synapse_structures', 'acdc_structures', 'numberings', 'how_to_get',
            'same_heart', 'layouts', 'benchmark_valid', 'benchmark_slices', 'benchmark_totals', 'benchmark', 'Volume',
-           'Case', 'check_shape', 'read_bytes', 'read_header', 'read_nifti', 'check_affine', 'canonical', 'as_stored',
-           'header_notes', 'first_line', 'pick_key', 'read_hdf5_array', 'read_hdf5', 'read_npz_array', 'read_npz',
-           'check_hounsfield', 'scale_intensity', 'label_table', 'map_labels', 'check_sides', 'text_shape',
+           'Case', 'check_shape', 'read_bytes', 'read_header', 'read_nifti', 'check_affine', 'stored_axes', 'canonical',
+           'as_stored', 'header_notes', 'first_line', 'pick_key', 'read_hdf5_array', 'read_hdf5', 'read_npz_array',
+           'read_npz', 'check_hounsfield', 'scale_intensity', 'label_table', 'map_labels', 'check_sides', 'text_shape',
            'check_grids', 'read_nifti_pair', 'read_slices', 'centre', 'orient_by_organs', 'turn', 'read_arrays',
-           'read_volume', 'matching', 'pair', 'by_number', 'find_btcv', 'read_info', 'find_patient', 'find_acdc',
-           'read_list', 'grouped_slices', 'split_of', 'listed_cases', 'find_ssl4mis', 'transunet_volume',
-           'find_transunet', 'read_json', 'decathlon_structures', 'find_decathlon', 'find_cases', 'check_patients',
-           'check_benchmark', 'every_so_many', 'split_by_fraction', 'nested_split', 'split_cases', 'digest',
-           'count_holes', 'check_volume', 'read_scan', 'write_nifti', 'write_label_map']
+           'read_volume', 'matching', 'pair', 'by_number', 'together', 'find_btcv', 'patient_of', 'read_info',
+           'find_patient', 'find_acdc', 'read_list', 'grouped_slices', 'split_of', 'listed_cases', 'find_ssl4mis',
+           'transunet_volume', 'find_transunet', 'read_json', 'decathlon_structures', 'by_case', 'find_decathlon',
+           'find_cases', 'check_patients', 'check_benchmark', 'every_so_many', 'split_by_fraction', 'nested_split',
+           'split_cases', 'digest', 'count_holes', 'check_volume', 'read_scan', 'write_nifti', 'write_label_map']
 
 # %% ../nbs/01_volumes.ipynb #fa830e68
 import gzip
@@ -145,16 +145,27 @@ def check_affine(path, affine):
 # %% ../nbs/01_volumes.ipynb #9f96bf67
 study_axes = ("L", "P", "S")
 
+def stored_axes(affine):
+    "Return where the stored axes run, as `nibabel.io_orientation` does, but thick slices stay slices however they lie in the body"
+    nearest, axes = io_orientation(affine), affine[:3, :3]/(size := np.linalg.norm(affine[:3, :3], axis=0))
+    thick = int(size.argmax())
+    if size[thick] <= 2*np.delete(size, thick).max() or nearest[thick, 0] == 2: return nearest
+    one, other = (k for k in range(3) if k != thick)
+    across, along = (one, other) if abs(axes[0, one]*axes[1, other]) >= abs(axes[0, other]*axes[1, one]) else (other, one)
+    found = np.zeros((3, 2))
+    for stored, axis in ((across, 0), (along, 1), (thick, 2)): found[stored] = axis, -1 if axes[axis, stored] < 0 else 1
+    return found
+
 def canonical(array, affine):
     "Return an array stored as (x, y, z) as (slice, row, column) in the study's orientation, and the affine of that index order"
-    turn = ornt_transform(io_orientation(affine), axcodes2ornt(study_axes))
+    turn = ornt_transform(stored_axes(affine), axcodes2ornt(study_axes))
     turned = affine @ inv_ornt_aff(turn, array.shape)
     return np.ascontiguousarray(apply_orientation(array, turn).transpose(2, 1, 0)), turned[:, [2, 1, 0, 3]]
 
 # %% ../nbs/01_volumes.ipynb #84d92065
 def as_stored(array, affine):
     "Undo `canonical`: a (slice, row, column) array on the axes of the file that had this `affine`"
-    return apply_orientation(array.transpose(2, 1, 0), ornt_transform(axcodes2ornt(study_axes), io_orientation(affine)))
+    return apply_orientation(array.transpose(2, 1, 0), ornt_transform(axcodes2ornt(study_axes), stored_axes(affine)))
 
 # %% ../nbs/01_volumes.ipynb #3d1bed15
 def header_notes(header):
@@ -167,7 +178,8 @@ def header_notes(header):
     tilt = np.degrees(np.arccos(min(np.abs(axes).max(axis=0).min(), 1)))
     if tilt > 5: notes.append(f"oblique by {tilt:.0f} degrees: turned to the nearest axes, not resampled")
     stored = "".join(aff2axcodes(affine))
-    if stored[2] not in "SI": notes.append(f"odd orientation {stored}: slices were not stored along the body's axis")
+    if (stored_axes(affine) != io_orientation(affine)).any(): notes.append(f"orientation {stored}: kept in its thick slices, which lie across another axis")
+    elif stored[2] not in "SI": notes.append(f"odd orientation {stored}: slices were not stored along the body's axis")
     return notes
 
 # %% ../nbs/01_volumes.ipynb #90a75460
@@ -467,17 +479,26 @@ def by_number(folder, pattern):
     for name, match in matching(folder, pattern).items(): found.setdefault(match[1], []).append(Path(folder)/name)
     return found
 
+def together(*found):
+    "Return one {key: [paths]} of several"
+    return {key: [path for one in found for path in one.get(key, ())] for key in sorted(set().union(*found))}
+
 def find_btcv(folder):
     "Return the cases of a BTCV folder: RawData/Training/img and label, or these folders further up, or all files in one folder"
     images = labels = {}
     for base in (folder/"RawData/Training", folder/"Abdomen/RawData/Training", folder/"Training", folder/"RawData", folder):
         pattern = r"(\d{4})\.nii(?:\.gz)?"
-        images, labels = (by_number(base, kind + pattern) | by_number(base/kind, kind + pattern) for kind in ("img", "label"))
+        images, labels = (together(by_number(base, kind + pattern), by_number(base/kind, kind + pattern)) for kind in ("img", "label"))
         if images or labels: break
     return [Case(f"case{key}", f"case{key}", image, label, problem=problem) for key, image, label, problem in pair(images, labels)]
 
 # %% ../nbs/01_volumes.ipynb #6d61dc64
 same_heart = {"patient076": "patient074"}
+
+def patient_of(name):
+    "Return the patient of a case: patient001_frame01, patient001_ED and patient001_frame12_ES are of patient001"
+    patient = re.split(r"_frame\d|_E[DS](?![a-zA-Z])", name)[0]
+    return same_heart.get(patient, patient)
 
 def read_info(path):
     "Return the `key: value` lines of an Info.cfg as a dict; empty if there is no such file"
@@ -553,8 +574,7 @@ def listed_cases(
         elif name not in volumes and not parts: problem = f"{image}: listed but absent: fetch it again, or take it off the list"
         elif parts and name in extra: problem = f"{extra[name]}: {extra[name].stem} is in no list, unlike the volume's other slices: add or remove it"
         elif parts and name in lacking: problem = f"{parts[0].parent/lacking[name]}: listed but absent: fetch it again, or take it off the list"
-        patient = re.split(r"_frame|_E[DS]$", name)[0]
-        cases.append(Case(name, same_heart.get(patient, patient), image, image, None, splits.get(name, folders.get(name)), parts, problem))
+        cases.append(Case(name, patient_of(name), image, image, None, splits.get(name, folders.get(name)), parts, problem))
     return cases
 
 # %% ../nbs/01_volumes.ipynb #0cf4705b
@@ -580,8 +600,12 @@ def find_transunet(folder):
             volume = transunet_volume(stem := re.sub(r"(\.npy)?\.(h5|npz)$", "", name))
             folders[volume] = "test" if place == "test" else "train" if place.startswith("train") else "valid"
             if "_slice" in stem: slices.setdefault(volume, []).append(folder/place/name)
-            else: volumes[volume] = folder/place/name
-    for files in slices.values(): files.sort(key=lambda path: int(re.search(r"(\d+)\.npz$", path.name)[1]))
+            elif volumes.setdefault(volume, folder/place/name) != folder/place/name:
+                raise StudyError(f"{folder/place/name}: a second file for case {volume}, beside {volumes[volume]}: keep one")
+    for volume, files in slices.items():
+        files.sort(key=lambda path: int(re.search(r"(\d+)\.npz$", path.name)[1]))
+        elsewhere = next((path for path in files if path.parent != files[0].parent), None)
+        if elsewhere: raise StudyError(f"{elsewhere}: slices of case {volume} lie in {files[0].parent.name}, too: keep one of the two folders")
     places = [folder, *(folder/name for name in matching(folder, r"lists_.*")), *(folder/"lists"/name for name in matching(folder/"lists", r"lists_.*"))]
     lists = {place/f"{name}.txt": split for place in places
              for name, split in (("train", "train"), ("valid", "valid"), ("val", "valid"), ("test_vol", "valid"), ("test", "test"))}
@@ -600,6 +624,15 @@ def decathlon_structures(folder):
     pairs = [(value, int(key)) if str(key).isdigit() else (key, value) for key, value in labels.items()]
     return {str(name): value for name, value in pairs if value != 0}
 
+def by_case(images, labels):
+    "Return {case: [paths]} of {stem: [paths]}: nnU-Net appends the channel's four digits, but a label map's own name may end in four digits"
+    found = {}
+    for stem, paths in images.items():
+        bare = re.sub(r"_\d{4}$", "", stem)
+        own = stem in labels or (bare not in labels and not re.search(r"_000\d$", stem))
+        found.setdefault(stem if own else bare, []).extend(paths)
+    return found
+
 def find_decathlon(folder):
     "Return the cases of a data set in Decathlon's or nnU-Net's form"
     about, folds = read_json(folder/"dataset.json"), read_json(folder/"splits_final.json")
@@ -609,15 +642,17 @@ def find_decathlon(folder):
         raise StudyError(f"{folder}/splits_final.json: no list of folds with 'train' and 'val': mend or remove it") from None
     cases = []
     for part, test in (("Tr", None), ("Ts", "test")):
-        images, labels = by_number(folder/f"images{part}", r"([^.].*?)(?:_\d{4})?\.nii(?:\.gz)?"), by_number(folder/f"labels{part}", r"([^.].*?)\.nii(?:\.gz)?")
+        labels = by_number(folder/f"labels{part}", stem := r"([^.].*?)\.nii(?:\.gz)?")
+        images = by_case(by_number(folder/f"images{part}", stem), labels)
         for key, image, label, problem in pair(images if part == "Tr" else {k: v for k, v in images.items() if k in labels}, labels):
-            channels = [path for path in images.get(key, ()) if re.search(r"_000[1-9]\.nii", path.name)]
+            channels = [path for path in images.get(key, ()) if re.search(r"_000[1-9]\.nii", path.name.removeprefix(key))]
             if channels: problem = f"{channels[0]}: case {key} has several channels, the study reads one: keep the file _0000 only"
-            patient = key.split("_frame")[0]
-            cases.append(Case(key, same_heart.get(patient, patient), image, label, None, splits.get(key, test), problem=problem))
+            cases.append(Case(key, patient_of(key), image, label, None, splits.get(key, test), problem=problem))
     named = {Path(str(entry.get("image"))).name for entry in about.get("training", ()) if isinstance(entry, dict)}
-    for path in (folder/"imagesTr"/name for name in sorted(named - {case.image.name for case in cases})):
-        cases.append(Case(path.name.split(".")[0], path.name.split(".")[0], path, problem=f"{path}: listed in dataset.json but absent: fetch it again"))
+    for name in sorted(named):   # nnU-Net's first version lists the case without the channel that its file's name ends in
+        key, path = name.split(".")[0], folder/"imagesTr"/name
+        if not {key, re.sub(r"_\d{4}$", "", key)} & {case.name for case in cases}:
+            cases.append(Case(key, patient_of(key), path, problem=f"{path}: listed in dataset.json but absent: fetch it again"))
     return cases
 
 # %% ../nbs/01_volumes.ipynb #5649f037

@@ -113,6 +113,8 @@ def test_only_what_is_new_is_prepared(raw, tmp_path, monkeypatch):
     assert run(split=every) == 10
     before = (tmp_path / "a.h5").read_bytes()
     assert run(split=every) == 0 and (tmp_path / "a.h5").read_bytes() == before
+    (tmp_path / "a.json").unlink()             # as DVC does before it runs the stage
+    assert run(split=every) == 0 and (tmp_path / "a.h5").read_bytes() == before
     os.utime(folder / "training/patient001/Info.cfg")  # a new date is no new content
     assert run(split=every) == 0
     write_scan(folder, 9)
@@ -120,6 +122,26 @@ def test_only_what_is_new_is_prepared(raw, tmp_path, monkeypatch):
     assert run(split=every, label_map={2: 1, 1: 2}) == 12
     monkeypatch.setattr(dataset, "code_digest", lambda: "another")
     assert run(split=every, label_map={2: 1, 1: 2}) == 12
+
+
+def test_other_pixels_are_other_data(raw, tmp_path, monkeypatch):
+    "What a training knows its data by changes with what was read, and not with the code that read it"
+    from levit_study import volumes
+    scaled, known = volumes.scale_intensity, []
+    for number, (code, read) in enumerate([("a", scaled), ("b", scaled), ("c", lambda *arguments: 1 - scaled(*arguments))]):
+        monkeypatch.setattr(dataset, "code_digest", lambda code=code: code)
+        monkeypatch.setattr(volumes, "scale_intensity", read)
+        prepare(settings_of(raw), tmp_path / f"{number}.h5", tmp_path / f"{number}.json", workers=1, progress=False)
+        known.append(PreparedStore(tmp_path / f"{number}.h5").attributes["manifest"])
+    assert known[0] == known[1] != known[2]
+
+
+def test_linked_folders_are_told(tmp_path):
+    for number in range(1, 5): write_scan(tmp_path / "elsewhere", number)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/training").symlink_to(tmp_path / "elsewhere/training")
+    record = prepare(settings_of(tmp_path / "raw"), tmp_path / "a.h5", tmp_path / "a.json", workers=1, progress=False)
+    assert [w["warning"].split(":")[0] for w in record["warnings"] if "linked folder" in w["warning"]] == ["training"]
 
 
 def test_a_killed_preparation_goes_on(raw, store, tmp_path):

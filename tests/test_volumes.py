@@ -1,4 +1,5 @@
 """The same scans in every layout give the same volumes; real ACDC files are read as their README says; phantoms are what they claim at any size."""
+import json
 import os
 import time
 from collections import Counter
@@ -8,6 +9,7 @@ import h5py
 import nibabel as nib
 import numpy as np
 import pytest
+from levit_study.params import StudyError
 from levit_study.phantom import ct_field, make_phantom, mr_shares
 from levit_study.volumes import (
     acdc_structures, check_sides, check_volume, digest, find_cases, label_table, map_labels, numberings, read_volume, split_cases, synapse_structures, turn,
@@ -84,6 +86,43 @@ def test_decathlon_form_reads_like_the_challenge(hearts, tmp_path):
         assert np.array_equal(a.image, b.image) and np.array_equal(a.label, b.label) and a.spacing == b.spacing
 
 
+@pytest.mark.parametrize("names, listed", [
+    (["amos_0001", "amos_0004"], ["amos_0001", "amos_0004"]),                    # four digits of the case's own name
+    (["p1_frame01_0000", "p1_frame12_0000"], ["p1_frame01", "p1_frame12"]),      # nnU-Net's channel, listed without it as its first version does
+    (["p1_ED_0000", "p1_ES_0000"], ["p1_ED_0000", "p1_ES_0000"]),                # or with it
+    (["amos_0001_0000", "amos_0004_0000"], ["amos_0001", "amos_0004"]),
+])
+def test_decathlon_names(hearts, tmp_path, names, listed):
+    about = {"labels": {"background": 0, "RV": 1}, "training": [{"image": f"./imagesTr/{name}.nii.gz"} for name in listed]}
+    (tmp_path/"dataset.json").write_text(json.dumps(about))
+    for name in ("imagesTr", "labelsTr"): (tmp_path/name).mkdir()
+    for name, case in zip(names, find_cases(hearts), strict=False):
+        (tmp_path/f"imagesTr/{name}.nii.gz").symlink_to(case.image)
+        (tmp_path/f"labelsTr/{name.removesuffix('_0000')}.nii.gz").symlink_to(case.label)
+    cases = find_cases(tmp_path)
+    assert [(case.name, case.problem) for case in cases] == [(name.removesuffix("_0000"), None) for name in names]
+    assert {case.patient for case in cases} == ({"p1"} if names[0].startswith("p1") else set(names) if "_0000" not in names[0] else {"amos_0001", "amos_0004"})
+    (tmp_path/f"imagesTr/{names[0]}.nii.gz").unlink()
+    assert [case.problem for case in find_cases(tmp_path) if case.problem]
+
+
+def test_a_second_copy_of_a_case_is_named(abdomens, tmp_path):
+    case = find_cases(abdomens)[0]
+    for place in (".", "img"):
+        (tmp_path/"btcv"/place).mkdir(parents=True, exist_ok=True)
+        (tmp_path/"btcv"/place/"img0001.nii.gz").symlink_to(case.image)
+    (tmp_path/"btcv/label0001.nii.gz").symlink_to(case.label)
+    assert "a second file for case 0001: keep one" in find_cases(tmp_path/"btcv")[0].problem
+    for place in ("train_npz", "train_npz_new"):
+        (tmp_path/"slices"/place).mkdir(parents=True)
+        for k in range(3): np.savez(tmp_path/f"slices/{place}/case0005_slice{k:03d}.npz", image=np.eye(4), label=np.eye(4))
+    with pytest.raises(StudyError, match="slices of case case0005 lie in train_npz, too"): find_cases(tmp_path/"slices")
+    for place in ("test_vol_h5", "valid"):
+        (tmp_path/"volumes"/place).mkdir(parents=True)
+        with h5py.File(tmp_path/f"volumes/{place}/case0008.npy.h5", "w") as file: file["image"] = file["label"] = np.ones((2, 4, 4))
+    with pytest.raises(StudyError, match="case0008.npy.h5: a second file for case case0008"): find_cases(tmp_path/"volumes")
+
+
 def test_patients_are_never_divided(hearts):
     cases = find_cases(hearts)
     for seed in range(20):
@@ -114,7 +153,7 @@ def test_shares_hold_whatever_the_grid(tmp_path):
 
 def test_phantom_cases_do_not_depend_on_their_number(tmp_path):
     for cases in (2, 3): make_phantom(tmp_path/str(cases), "mr", cases=cases, shape=(6, 48, 48))
-    files = [path.relative_to(tmp_path/"2") for path in (tmp_path/"2").rglob("*") if path.is_file()]
+    files = [path.relative_to(tmp_path/"2") for path in (tmp_path/"2/training").rglob("*") if path.is_file()]
     assert len(files) == 10 and all((tmp_path/"2"/file).read_bytes() == (tmp_path/"3"/file).read_bytes() for file in files)
 
 
