@@ -137,9 +137,9 @@ def sample_of(table, dataset, about):
     "Say the size of the sample behind one data set's part of `table`, as in '20 cases, 3 seeds'"
     part = table[table["dataset"] == dataset]
     cases = part["case"].nunique() if "case" in part else about.cases.get(dataset)
-    seeds = part["seed"].nunique() if "seed" in part else None
-    counts = [(cases, "case"), (seeds, "seed")]
-    return "n = " + ", ".join(f"{n} {word}{'' if n == 1 else 's'}" for n, word in counts if n) if cases or seeds else ""
+    seeds = sorted(set(part.groupby("loss")["seed"].nunique() if "loss" in part else [part["seed"].nunique()])) if "seed" in part else []
+    counts = [(cases, "case"), (" to ".join(map(str, {seeds[0]: 0, seeds[-1]: 0})) if seeds and seeds[-1] else None, "seed")]
+    return "n = " + ", ".join(f"{n} {word}{'' if str(n) == '1' else 's'}" for n, word in counts if n) if cases or seeds else ""
 
 def titled(title, table, about):
     "Add to `title` which of the data sets of `table` are synthetic"

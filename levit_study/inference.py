@@ -134,14 +134,19 @@ def evaluate(
     if (card["image_size"][0], card.get("crop")) != (store.size, store.crop):
         raise StudyError(f"{weights}: was trained at size {card['image_size'][0]}, crop {card.get('crop')}; {store.path} has {store.size}, {store.crop}; "
                          "train anew")
+    used, told = {"flips": flips, "zooms": list(zooms), "largest_regions": regions}, way_of(card, weights)
+    if "evaluation" in card and used != told:
+        print(f"evaluated with {as_words(used)}; levit-study predict goes by the weights' card, which says {as_words(told)}: give it the options",
+              file=sys.stderr)
     rows, counts = [], {}
+    patient = dict(zip(store.cases, store.text("cases/patient"), strict=True))
     cases = [(split, case) for split in splits for case in store.split(split)]
     with written_whole(predictions) as partial, h5py.File(partial, "w") as file:
         for split, case in tqdm(cases, unit="case", desc=f"evaluate {card['dataset']} {card['loss']} seed {card['seed']}", disable=not progress,
                                 file=sys.stderr, ncols=100):
             found, reliability, labels = evaluate_case(model, store.volume(case), store.structures, store.size, flips, tolerance, crop=store.crop,
                                                        zooms=zooms, regions=regions)
-            rows += [{"split": split, "case": case, **row} for row in found]
+            rows += [{"split": split, "case": case, "patient": patient[case], **row} for row in found]
             counts[split] = counts.get(split, 0) + reliability
             file.create_dataset(case, data=labels, compression="gzip", compression_opts=1, chunks=(1, *labels.shape[1:]))
     table = [pd.DataFrame({"split": split, "bin": range(len(c)), "pixels": c[:, 0].astype(int), "confidence": c[:, 1] / np.maximum(c[:, 0], 1),

@@ -836,7 +836,10 @@ class FrequencyWeightedLoss(ClassWeightedLoss):
 
     def set_class_frequency(self, voxel_shares):
         super().set_class_frequency(voxel_shares)
-        self.set_weights(as_vector(voxel_shares).clamp(min=1e-9) ** -self.power)
+        shares = as_vector(voxel_shares)
+        weights = shares.clamp(min=1e-9) ** -self.power
+        if (seen := shares > 0).any(): weights = weights.where(seen, weights[seen].max())   # an absent class counts as the rarest that is there
+        self.set_weights(weights)
 
 # %% ../nbs/05_losses.ipynb #00a33d3e
 @loss("dice_weighted")
@@ -863,7 +866,7 @@ class DiceWeightedLoss(ClassWeightedLoss):
         if self.source == "validation": self.adapt(as_vector(dice))
 
     def adapt(self, dice):
-        dice = kept_where_undefined(dice, self.running_dice, start=0.0)
+        dice = kept_where_undefined(dice, self.running_dice, start=dice.nanmean().nan_to_num())   # a class that is nowhere weighs as much as the mean
         self.running_dice = dice if self.running_dice is None else self.momentum * self.running_dice.to(dice) + (1 - self.momentum) * dice
         self.set_weights((1 - self.running_dice).clamp(min=1e-3) ** self.power)
 

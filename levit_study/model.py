@@ -7,10 +7,10 @@ __all__ = ['VARIANTS', 'STRIDE', 'PARTS', 'HANDED_ACROSS', 'BENCH_MODES', 'FORMS
            'conv_norm_relu', 'DecoderBlock', 'resize_along', 'Head', 'LevitUNet', 'halved', 'doubled', 'grids_to',
            'resize_biases', 'attentions', 'forget_biases', 'set_grid', 'attention_grid', 'resize_attention',
            'levit_unet', 'shifted_resize', 'tapped_resize', 'spread', 'spread_backward', 'Spread', 'upsampled_conv',
-           'bf16_gain', 'autocast_precision', 'keep_memory', 'by_tap', 'for_training', 'fold_norms', 'for_inference',
-           'outline', 'draw_network', 'bench_network', 'bench_step', 'timed', 'process_memory', 'added_memory',
-           'bench_model', 'versions', 'machine', 'write_bench', 'model_card', 'save_weights', 'read_card',
-           'load_weights', 'export_onnx', 'block_prefixes', 'public_names', 'public_state', 'read_tensors',
+           'bf16_hardware', 'bf16_gain', 'autocast_precision', 'keep_memory', 'by_tap', 'for_training', 'fold_norms',
+           'for_inference', 'outline', 'draw_network', 'bench_network', 'bench_step', 'timed', 'process_memory',
+           'added_memory', 'bench_model', 'versions', 'machine', 'write_bench', 'model_card', 'save_weights',
+           'read_card', 'load_weights', 'export_onnx', 'block_prefixes', 'public_names', 'public_state', 'read_tensors',
            'hub_tensors', 'fit_first_conv', 'LoadReport', 'form_of', 'fit_tensor', 'load_pretrained', 'check_fit']
 
 # %% ../nbs/04_model.ipynb #9e56ea2c
@@ -345,6 +345,11 @@ def upsampled_conv(
     return result.permute(0, 3, 1, 2)
 
 # %% ../nbs/04_model.ipynb #8d44b214
+def bf16_hardware():
+    "Whether this CPU has instructions for bf16 (AVX-512 or AMX); what the processor says does not change with its load, as a measurement does"
+    try: return bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()))
+    except OSError: return False
+
 @lru_cache
 def bf16_gain(
     side=512,   # of the square matrices
@@ -367,10 +372,10 @@ def bf16_gain(
 def autocast_precision(
     device="cpu",
 ):                 # "bf16" or "fp32"
-    "Choose the precision for this device: bf16 where it is clearly faster"
+    "Choose the precision for this device: bf16 where the hardware is built for it"
     device = torch.device(device)
     if device.type == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and bf16_gain() > 1.5 else "fp32"
+    return "bf16" if device.type == "cpu" and bf16_hardware() else "fp32"
 
 # %% ../nbs/04_model.ipynb #bdb04e7d
 def keep_memory(

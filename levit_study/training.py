@@ -7,8 +7,9 @@ __all__ = ['LIVE', 'make_fabric', 'set_seed', 'make_optimiser', 'moving_average'
            'mean_scores', 'case_numbers', 'validate', 'save_checkpoint', 'load_checkpoint', 'hard_link', 'provenance',
            'processor_name', 'peak_memory', 'write_epochs', 'summary', 'stop_for_loss', 'check_space', 'largest_batch',
            'stop_signals', 'Stopped', 'stop_wanted', 'Trainer', 'unwrapped', 'share_buffers', 'common_batch',
-           'settle_norms', 'training_code', 'make_trainer', 'state_of', 'restore', 'differing_key', 'train_epoch',
-           'close_epoch', 'progress_bar', 'made_by', 'memory_hint', 'fit', 'resume', 'save_on_first']
+           'settle_norms', 'training_code', 'starting_weights', 'make_trainer', 'state_of', 'restore', 'differing_key',
+           'batches_of', 'train_epoch', 'close_epoch', 'progress_bar', 'made_by', 'memory_hint', 'fit', 'resume',
+           'save_on_first']
 
 # %% ../nbs/07_training.ipynb #f91d02d4
 import csv, hashlib, importlib, io, json, logging, math, os, platform, signal, subprocess, sys, time
@@ -252,7 +253,7 @@ def largest_batch(model, criterion, size: int, channels: int, num_classes: int, 
             criterion(logits, torch.zeros(2 * fits, size, size, dtype=torch.int64, device=device)).backward()
         except torch.OutOfMemoryError: break
         finally:
-            model.zero_grad(set_to_none=True)
+            for part in (model, criterion): part.zero_grad(set_to_none=True)   # a loss may learn weights
             torch.cuda.empty_cache()
         fits *= 2
     return max(fits // 2, 1)
@@ -354,6 +355,14 @@ def training_code(
     files = {name: getattr(importlib.import_module(name), "__file__", None) or "" for name in [*ours, *theirs]}
     return {name.removeprefix("levit_study."): digest_of_code(file) for name, file in files.items() if file.endswith(".py")}
 
+# %% ../nbs/07_training.ipynb #e94b2c07
+def starting_weights(run: Run) -> dict:
+    "What a file that the network starts from holds: its name alone would not tell when it is replaced"
+    if not isinstance(run.model.pretrained, str): return {}
+    try:
+        with open(run.model.pretrained, "rb") as file: return {"pretrained": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError as error: raise StudyError(f"datasets.{run.dataset}.model.pretrained: {run.model.pretrained}: cannot be read ({error.strerror})") from None
+
 # %% ../nbs/07_training.ipynb #90e7ee07
 def make_trainer(
     run: Run,
@@ -375,7 +384,7 @@ def make_trainer(
     plain = criterion
     if fabric.world_size > 1 and any(True for _ in criterion.parameters()): criterion = fabric.setup_module(criterion)   # weights that a loss learns
     average = AveragedModel(unwrapped(model), multi_avg_fn=moving_average(run.training.ema)) if run.training.ema else None
-    record = run.record() | {"code": training_code(plain)}
+    record = run.record() | {"code": training_code(plain)} | starting_weights(run)
     identity = hashlib.sha256(json.dumps([record, data_digest, str(fabric._precision.precision)]).encode()).hexdigest()
     batch_size = 0 if run.training.batch_size == "auto" else run.training.batch_size
     return Trainer(run, fabric, model, criterion, plain, optimiser, average, record, identity, batch_size)
@@ -412,6 +421,17 @@ def differing_key(then: dict, now: dict, place="") -> str:
         if a != b: return differing_key(a, b, f"{place}{key}.") if isinstance(a, dict) and isinstance(b, dict) else f"{place}{key}: {b!r}, was {a!r}"
     return "data, precision or number of processes"
 
+# %% ../nbs/07_training.ipynb #0786d458
+def batches_of(order: torch.Tensor, batch_size: int, run: Run) -> tuple: # of index tensors
+    "Cut an epoch's order into batches; `StudyError` if a batch norm would see a single value"
+    batches = order.split(batch_size)
+    if run.data.size > 64: return batches
+    # up to 64 pixels the encoder's last grid is 1 x 1: a slice alone has no variance
+    if len(batches) > 1 and len(batches[-1]) == 1: batches = (*batches[:-2], torch.cat(batches[-2:]))
+    if min(map(len, batches)) == 1:
+        raise StudyError(f"datasets.{run.dataset}.training.batch_size = {batch_size}: slices of {run.data.size} pixels need 2 or more in a batch")
+    return batches
+
 # %% ../nbs/07_training.ipynb #ae4fa6c5
 def train_epoch(
     t: Trainer,
@@ -422,7 +442,7 @@ def train_epoch(
     "Train until the end of the epoch, from the step where it was left"
     fabric, training = t.fabric, t.run.training
     order = torch.as_tensor(epoch_order(len(slices), t.run.seed, t.epoch, fabric.global_rank, fabric.world_size))
-    batches = order.split(batch_size)
+    batches = batches_of(order, batch_size, t.run)
     steps = math.ceil(len(batches) / training.accumulate)
     for step in range(t.step, steps):
         rate = learning_rate_at(training, t.epoch - 1 + step / steps)

@@ -9,6 +9,7 @@ import h5py
 import nbformat
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from ruamel.yaml import YAML
@@ -234,6 +235,34 @@ def test_a_run_with_missing_files_is_named_and_the_rest_reported(study, environm
     assert "left out: reports/runs/phantom_ct/focal/seed0: cases.csv missing" in said
     assert "left out: models/phantom_ct/baseline/seed0/predictions.h5: missing" in said and not (tmp_path / "figures/fig4.png").exists()
     with open(tmp_path / "organs.csv") as file: assert {row["loss"] for row in csv.DictReader(file)} == {"baseline", "focal_tversky"}
+
+
+def test_data_sets_with_and_without_test_cases_are_reported_together(study, environment, tmp_path):
+    second = study / "reports/runs/second"
+    before = (study / "params.yaml").read_text()
+    def edit(content):
+        content["datasets"]["second"] = dict(content["datasets"]["phantom_ct"], title="Another data set")
+        content["study"].update(datasets=["second", "phantom_ct"], losses=["focal", "baseline", "focal_tversky"])
+    change(study, edit)
+    shutil.copytree(study / "reports/runs/phantom_ct", second)
+    for loss in LOSSES:   # the same runs as of a data set that has validation cases alone
+        metrics = json.loads((second / loss / "seed0/metrics.json").read_text())
+        metrics["parameters"]["dataset"] = "second"
+        (second / loss / "seed0/metrics.json").write_text(json.dumps(metrics))
+        for name in ("cases.csv", "reliability.csv"):
+            table = pd.read_csv(second / loss / "seed0" / name)
+            table[table.split == "valid"].to_csv(second / loss / "seed0" / name, index=False)
+    try: done = command(study, environment, "notebook", "nbs/study/report.ipynb", str(tmp_path / "report.ipynb"), "-p", "reports", str(tmp_path))
+    finally:
+        (study / "params.yaml").write_text(before)
+        shutil.rmtree(second)
+    assert done.returncode == 0, done.stderr
+    for name in ("forest", "dice_against_size", "reliability", "convention_shift"):
+        for ending, title in (("", "phantom"), ("_validation", "Another data set")):
+            caption = (tmp_path / f"figures/{name}{ending}.json").read_text()
+            assert title in caption and "focal" in caption, name
+    with open(tmp_path / "tests.csv") as file: tests = list(csv.DictReader(file))
+    assert {(row["dataset"], row["split"]) for row in tests} == {("second", "valid"), ("phantom_ct", "valid"), ("phantom_ct", "test")}
 
 
 @pytest.mark.parametrize("edit, said", [
