@@ -8,7 +8,7 @@ __all__ = ['StudyError', 'written_whole', 'write_json', 'digest_of_code', 'Part'
            'known_keys', 'load_params', 'Run', 'pick_run', 'pick_evaluation', 'run_folders']
 
 # %% ../nbs/00_params.ipynb #a81b6221
-import ast, copy, hashlib, json, math, os
+import ast, copy, hashlib, json, math, os, re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -107,6 +107,7 @@ class Data(Part):
     window: list[float] | None = Field(None, min_length=2, max_length=2)
     size: int = Field(224, ge=32, le=1024, multiple_of=32)
     crop: float | None = Field(None, gt=0, le=1)   # side of the centred square that the network sees, by the longer side; None: the whole slice, stretched
+    patient: str | None = None               # regular expression whose group in a case's name is the patient; None: see `volumes.patient_of`
     split: Split = Split()
     skip_bad: bool = False
     keep_training_volumes: bool = False      # keep training cases at their native grid, too (validation and test cases always are)
@@ -117,6 +118,14 @@ class Data(Part):
     def numbered_from_one(cls, structures):
         if sorted(structures.values()) != list(range(1, len(structures) + 1)): raise ValueError("the label values must be 1, 2, 3 … without a gap")
         return structures
+
+    @field_validator("patient")
+    @classmethod
+    def has_one_group(cls, pattern):
+        try: groups = 1 if pattern is None else re.compile(pattern).groups
+        except re.error as e: raise ValueError(f"no regular expression ({e})") from None
+        if groups != 1: raise ValueError("the part of a case's name that is the patient must be in parentheses, once, as in '(sub-[0-9]+)_'")
+        return pattern
 
     @field_validator("phantom")
     @classmethod

@@ -136,6 +136,26 @@ def test_other_pixels_are_other_data(raw, tmp_path, monkeypatch):
     assert known[0] == known[1] != known[2]
 
 
+def test_two_scans_of_one_patient_stay_together(tmp_path):
+    "Names of a data set's own, such as BIDS's sessions"
+    write_scan(tmp_path / "acdc", 1)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/dataset.json").write_text(json.dumps({"labels": {"background": 0, "a": 1}}))
+    scan = tmp_path / "acdc/training/patient001/patient001_frame01"
+    for place in ("imagesTr", "labelsTr"): (tmp_path / "raw" / place).mkdir()
+    for name in (f"sub-{n}_ses-{k}" for n in range(6) for k in (1, 2)):
+        (tmp_path / f"raw/imagesTr/{name}.nii.gz").symlink_to(f"{scan}.nii.gz")
+        (tmp_path / f"raw/labelsTr/{name}.nii.gz").symlink_to(f"{scan}_gt.nii.gz")
+    def patients(**changes):
+        record = prepare(settings_of(tmp_path / "raw", **changes), tmp_path / "a.h5", tmp_path / "a.json", workers=1, progress=False)
+        splits = {}
+        for name, case in record["cases"].items(): splits.setdefault(name.split("_")[0], set()).add(case["split"])
+        return record["patients"], max(map(len, splits.values()))
+    assert patients(patient="(sub-[0-9]+)_") == ({"train": 4, "valid": 1, "test": 1}, 1)
+    assert sum(patients()[0].values()) == 12
+    with pytest.raises(StudyError, match="data.patient = .*does not match the case sub-0_ses-1 .12 of 12"): patients(patient="(pat[0-9]+)")
+
+
 def test_linked_folders_are_told(tmp_path):
     for number in range(1, 5): write_scan(tmp_path / "elsewhere", number)
     (tmp_path / "raw").mkdir()
