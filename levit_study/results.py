@@ -36,7 +36,7 @@ def check_record(record: dict, expected: dict, where):
 FILES = {"metrics.json": [], "epochs.csv": ["epoch", "train_loss", "valid_loss", "valid_dice", "valid_jaccard"],
          "cases.csv": ["split", "case", "structure", "dice", "jaccard", "hd95", "sensitivity", "specificity", "voxels"],
          "reliability.csv": ["split", "bin", "pixels", "confidence", "accuracy"]}  # file -> the columns that it must have
-TEXT = {"split", "case", "structure", "unit"}  # columns that hold words
+TEXT = {"split", "case", "patient", "structure", "unit"}  # columns that hold words
 
 # %% ../nbs/08a_results.ipynb #28124776
 def read_csv(path: Path, needed: list[str]) -> pd.DataFrame:
