@@ -55,8 +55,8 @@ def run_notebook(
     try: papermill.execute_notebook(notebook, output, parameters=parameters, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
                                     kernel_name="python3", language="python", extra_arguments=["--log-level=40"])
     except DeadKernelError:
-        raise StudyError(f"{notebook}: its process was killed, most likely for lack of memory; free some, lower batch_size or compute.workers, and start it "
-                         "again: it goes on where it was") from None
+        raise StudyError(f"{notebook}: its process was killed, most likely for lack of memory; free some (compute.workers: fewer; a training: a smaller "
+                         "batch_size, which starts it anew). Started again unchanged, it goes on where it was") from None
     except PapermillExecutionError as e:
         why = e.evalue if e.ename in ("StudyError", "Stopped") else f"{e.ename}: {e.evalue}"
         raise StudyError(f"{notebook}, cell {e.exec_count}: {why} (all of it in {output})") from None
@@ -121,13 +121,16 @@ def check_trainings(params):
     "Raise `StudyError` if a loss or an augmentation of the study cannot be built"
     from levit_study.dataset import augmentation
     from levit_study.losses import build_loss
-    for loss in params.study.losses:
+    place = ""
+    try:
         for dataset in params.study.datasets:
-            run = pick_run(params, dataset, loss, 0)
-            for place, build in ((f"losses.{loss}", lambda run=run: build_loss(**run.loss_settings)),
-                                 (f"datasets.{dataset}.training", lambda run=run: augmentation(run.training.augmentation))):
-                try: build()
-                except StudyError as error: raise StudyError(f"params.yaml: {place}: {error}") from None
+            place = f"datasets.{dataset}.training"
+            augmentation(params.datasets[dataset].training.augmentation)
+        for loss in params.study.losses:
+            settings, place = dict(params.losses[loss]), f"losses.{loss}"
+            augmentation(settings.pop("training", {}).get("augmentation", "none"))
+            build_loss(**settings)
+    except StudyError as error: raise StudyError(f"params.yaml: {place}: {error}") from None
 
 # %% ../nbs/11_commands.ipynb #23ebf693
 def train(

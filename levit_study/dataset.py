@@ -7,11 +7,11 @@ __all__ = ['STORE_FORMAT', 'SPLITS', 'BINS', 'RECIPES', 'DRAWS', 'MIRRORINGS', '
            'to_square', 'labels_to_square', 'from_square', 'quantise', 'class_names', 'text_column', 'count_slice',
            'write_volume', 'write_slices', 'check_values', 'check_crop', 'prepare_case', 'source_files', 'hash_file',
            'case_key', 'code_digest', 'copy_chunks', 'case_columns', 'join_cases', 'default_workers', 'start_worker',
-           'run_cases', 'prepared_rows', 'duplicate_warnings', 'Job', 'plan_case', 'by_patient', 'prepare_missing',
-           'split_table', 'linked_folders', 'build_manifest', 'check_plan', 'write_errors', 'write_results', 'prepare',
-           'open_store', 'PreparedStore', 'SliceSet', 'epoch_order', 'export_slices', 'Augmentation', 'augmentation',
-           'draw', 'mirroring', 'mirrored', 'source_grid', 'elastic_shifts', 'warp', 'change_intensities', 'blurred',
-           'augment', 'case_table', 'slice_table', 'organ_table', 'share_table', 'intensity_table', 'fingerprint']
+           'run_cases', 'prepared_rows', 'duplicate_warnings', 'Job', 'plan_case', 'prepare_missing', 'split_table',
+           'linked_folders', 'build_manifest', 'check_plan', 'write_errors', 'write_results', 'prepare', 'open_store',
+           'PreparedStore', 'SliceSet', 'epoch_order', 'export_slices', 'Augmentation', 'augmentation', 'draw',
+           'mirroring', 'mirrored', 'source_grid', 'elastic_shifts', 'warp', 'change_intensities', 'blurred', 'augment',
+           'case_table', 'slice_table', 'organ_table', 'share_table', 'intensity_table', 'fingerprint']
 
 # %% ../nbs/03_dataset.ipynb #085daf27
 import dataclasses
@@ -22,7 +22,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import threading
@@ -419,18 +418,6 @@ def plan_case(
     except StudyError as error: return Job(case, split, keep, [], "", str(error))
     return Job(case, split, keep, files, case_key(case, [file["sha256"] for file in files], data, keep))
 
-# %% ../nbs/03_dataset.ipynb #7eb30a9c
-def by_patient(
-    cases,   # `Case`s
-    pattern, # regular expression, its group is the patient; None: as they are
-): # `Case`s
-    "Name the patients of cases by their names; raises `StudyError` for a name that does not match"
-    if pattern is None: return cases
-    found = {case.name: re.search(pattern, case.name) for case in cases}
-    strange = [name for name, match in found.items() if not match or not match[1]]
-    if strange: raise StudyError(f"data.patient = {pattern!r}: does not match the case {strange[0]} ({len(strange)} of {len(cases)} cases); mend the pattern")
-    return [dataclasses.replace(case, patient=found[case.name][1]) for case in cases]
-
 # %% ../nbs/03_dataset.ipynb #133ec35a
 def prepare_missing(
     jobs,     # all `Job`s
@@ -572,7 +559,7 @@ def prepare(
     "Prepare a data set: find, split, read, resize, count; one store, one manifest, one table of splits. Raises `StudyError`"
     import h5py
     from levit_study.volumes import find_cases, split_cases
-    cases = by_patient(sorted(find_cases(data.folder, data.layout), key=lambda case: case.name), getattr(data, "patient", None))
+    cases = find_cases(data.folder, data.layout, patient=data.patient)
     placed = [case for case in cases if case.split or not case.problem]
     split = split_cases(placed, data.split.kind, data.split.valid, data.split.test, data.split.seed, data.split.stratify, data.split.nested)
     jobs = [plan_case(case, split.get(case.name, ""), data) for case in cases]

@@ -138,7 +138,7 @@ def sample_of(table, dataset, about):
     part = table[table["dataset"] == dataset]
     cases = part["case"].nunique() if "case" in part else about.cases.get(dataset)
     seeds = sorted(set(part.groupby("loss")["seed"].nunique() if "loss" in part else [part["seed"].nunique()])) if "seed" in part else []
-    counts = [(cases, "case"), (" to ".join(map(str, {seeds[0]: 0, seeds[-1]: 0})) if seeds and seeds[-1] else None, "seed")]
+    counts = [(cases, "case"), ((str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}") if seeds and seeds[-1] else None, "seed")]
     return "n = " + ", ".join(f"{n} {word}{'' if str(n) == '1' else 's'}" for n, word in counts if n) if cases or seeds else ""
 
 def titled(title, table, about):

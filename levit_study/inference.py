@@ -135,7 +135,7 @@ def evaluate(
         raise StudyError(f"{weights}: was trained at size {card['image_size'][0]}, crop {card.get('crop')}; {store.path} has {store.size}, {store.crop}; "
                          "train anew")
     used, told = {"flips": flips, "zooms": list(zooms), "largest_regions": regions}, way_of(card, weights)
-    if "evaluation" in card and used != told:
+    if used != told:
         print(f"evaluated with {as_words(used)}; levit-study predict goes by the weights' card, which says {as_words(told)}: give it the options",
               file=sys.stderr)
     rows, counts = [], {}
@@ -186,10 +186,14 @@ def way_of(
     **asked,    # flips, zooms, largest_regions; None where the card decides
 ) -> dict:      # those three
     "How to predict with these weights; raises `StudyError` for a value that `params.yaml` would not take either"
-    try: way = Measurement.model_validate(card.get("evaluation", {}))
-    except ValidationError as error: raise StudyError(as_line(error, f"{weights}: model card, evaluation")) from None
-    told = way.model_dump(include={"flips", "zooms", "largest_regions"})
-    return told | {key: list(value) if key == "zooms" else value for key, value in asked.items() if value is not None}
+    asked = {key: list(value) if key == "zooms" else value for key, value in asked.items() if value is not None}
+    for source, values in ((f"{weights}: model card, evaluation", card.get("evaluation", {})), ("how to predict", asked)):
+        try: way = Measurement.model_validate(values)
+        except ValidationError as error: raise StudyError(as_line(error, source)) from None
+        if way.zooms != [1.0] and card.get("crop") is None:
+            raise StudyError(f"{source}: zooms = {way.zooms}: {weights} is for whole slices, of which there is no larger or smaller part; leave them at 1")
+    told = Measurement.model_validate(card.get("evaluation", {}) | asked)
+    return told.model_dump(include={"flips", "zooms", "largest_regions"})
 
 def as_words(way: dict) -> str:
     "A way of predicting, for people"
@@ -282,7 +286,7 @@ def predict(
     check_free([file for _, target in pairs for file in (target, *beside(target))] + ([Path(volumes)] if volumes else []), overwrite, keep)
     model, card = load_model(weights, device, precision)
     data, way = card_data(card, weights), way_of(card, weights, flips=flips, zooms=zooms, largest_regions=regions)
-    print(f"predicting with {as_words(way)}", file=sys.stderr)
+    print(f"predicting with {as_words(way)}" + ("" if "evaluation" in card else " (the weights' card does not say how they were evaluated)"), file=sys.stderr)
     rows, written, problems, single = [], [], [], len(pairs) == 1
     for scan, target in tqdm(pairs, unit="scan", desc="predict", disable=not progress or single, file=sys.stderr, ncols=100):
         done = keep and target.exists()

@@ -751,7 +751,7 @@ def as_vector(
 def kept_where_undefined(
     new, # (C,), NaN where undefined
     old, # (C,) or None
-    start:float, # for classes that never had a value
+    start:float=0.0, # for classes that never had a value
 ):
     "The new values, and where they are NaN the old ones"
     return torch.where(new.isnan(), torch.full_like(new, start) if old is None else old.to(new), new)
@@ -866,9 +866,10 @@ class DiceWeightedLoss(ClassWeightedLoss):
         if self.source == "validation": self.adapt(as_vector(dice))
 
     def adapt(self, dice):
-        dice = kept_where_undefined(dice, self.running_dice, start=dice.nanmean().nan_to_num())   # a class that is nowhere weighs as much as the mean
-        self.running_dice = dice if self.running_dice is None else self.momentum * self.running_dice.to(dice) + (1 - self.momentum) * dice
-        self.set_weights((1 - self.running_dice).clamp(min=1e-3) ** self.power)
+        before = dice if self.running_dice is None else kept_where_undefined(self.running_dice.to(dice), dice)
+        self.running_dice = self.momentum * before + (1 - self.momentum) * kept_where_undefined(dice, before)
+        known = kept_where_undefined(self.running_dice, self.running_dice.nanmean().nan_to_num().expand_as(dice))   # a class that is nowhere weighs as the mean
+        self.set_weights((1 - known).clamp(min=1e-3) ** self.power)
 
 # %% ../nbs/05_losses.ipynb #6ccc4ebc
 @loss("uncertainty_weighted")

@@ -11,6 +11,7 @@ __all__ = ['reference_ml', 'ct_field', 'abdomen', 'hounsfield', 'codes', 'organ_
            'write_file', 'remove', 'make_phantom']
 
 # %% ../nbs/02_phantom.ipynb #1f13f7fd
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -362,22 +363,25 @@ def patient_files(n, shape, spacing, rng, contrast, noise, imbalance, variation)
 # %% ../nbs/02_phantom.ipynb #7fcc8035
 marker = "phantom.json"
 
-def claim(folder, names):
-    "Note which files of a folder are a phantom's"
-    write_json(folder/marker, {"about": "synthetic scans made by levit_study.phantom, which may replace and remove these files", "files": sorted(names)})
+def claim(folder, names, done=False):
+    "Note which files of a folder are a phantom's; when they are done, with digests, so that another file under their names is told from them"
+    files = {name: hashlib.sha256((folder/name).read_bytes()).hexdigest() if done else None for name in sorted(names)}
+    write_json(folder/marker, {"about": "synthetic scans made by levit_study.phantom, which may replace and remove these files", "files": files})
 
 def made_before(folder):
     "Return the names of a phantom's files in a folder; `StudyError` if it holds other scans, or links to elsewhere"
-    try: listed = set(json.loads((folder/marker).read_text())["files"])
-    except (OSError, ValueError, KeyError, TypeError): listed = set()
+    try: listed = dict(json.loads((folder/marker).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError): listed = {}
     found = set()
     for place, folders, files in os.walk(folder):
         for path in (Path(place)/name for name in (*(name for name in folders if (Path(place)/name).is_symlink()), *files)):
             name = path.relative_to(folder).as_posix()
             if name in (marker, "README.md") or path.name.startswith("."): continue
-            if name not in listed or path.is_symlink():
-                raise StudyError(f"{path}: is none of the synthetic scans that {folder/marker} lists, and they would be mixed with it: move it away, "
-                                 "give the phantom another folder, or, for real scans, take `phantom:` out of the data set's `data:`")
+            own = name in listed and not path.is_symlink() and listed[name] in (None, hashlib.sha256(path.read_bytes()).hexdigest())
+            if not own:
+                raise StudyError(f"{path}: is none of the synthetic scans that {folder/marker} lists, and would be mixed with them or lost: "
+                                 "move it away (an older phantom: remove it), give the phantom another folder, or, for real scans, take `phantom:` out of "
+                                 "the data set's `data:`")
             found.add(name)
     return found
 
@@ -427,4 +431,4 @@ def make_phantom(
         claim(folder, before | written)   # before they are there: stopped in between, the next call knows them
         for name, content in files.items(): write_file(folder/name, content)
     for name in before - written: remove(folder, name)
-    claim(folder, written)
+    claim(folder, written, done=True)

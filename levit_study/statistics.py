@@ -87,7 +87,7 @@ class Interval(NamedTuple):
     n: int          # values
     patients: int   # independent units among them
     seeds: int      # trainings
-    method: str     # 'bootstrap', 'Student t' or 'none'
+    method: str     # 'bootstrap', 'Student t' or 'none', and what was assumed
 
     def __str__(self): return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]" if np.isfinite(self.low) else f"{self.estimate:.3f} [no interval]"
 
@@ -448,7 +448,7 @@ def seed_interval(
     return Interval(mean, mean - least, mean + least, n, 0, n, f"an assumed run-to-run sd of {seed_sd:g}")
 
 # %% ../nbs/09_statistics.ipynb #0125c4cb
-SEED_SD = .02  # run-to-run standard deviation of a mean Dice, assumed where there is a single training
+SEED_SD = .02  # run-to-run standard deviation of a mean Dice, assumed at least where there are fewer than `FEW` trainings
 
 # How much more than mean Dice these differ from training to training, measured over three trainings of three losses on ACDC (reports/acdc/size128)
 SPREAD = {"imbalance": 2.1, "small": 1.3}
@@ -562,7 +562,7 @@ def claims_ledger(
     datasets=None,     # data sets in the order of the report; None: those of the tables
     confidence=.95,
     resamples=2000,
-    seed_sd=SEED_SD,   # run-to-run standard deviation of mean Dice that a verdict from a single training allows for; 0: none; or {data set: sd}
+    seed_sd=SEED_SD,   # run-to-run standard deviation of mean Dice that a verdict from one to four trainings allows for; 0: none; or {data set: sd}
 ):
     "Return claims.csv: claim, dataset, statement, evidence, verdict (supported, contradicted, inconclusive), interval, n_seeds, n_cases, protocol, test"
     datasets = list(dict.fromkeys([*epochs.dataset, *cases.dataset])) if datasets is None else datasets

@@ -10,10 +10,11 @@ __all__ = ['max_voxels', 'study_axes', 'array_names', 'synapse_structures', 'acd
            'read_npz', 'check_hounsfield', 'scale_intensity', 'label_table', 'map_labels', 'check_sides', 'text_shape',
            'check_grids', 'read_nifti_pair', 'read_slices', 'centre', 'orient_by_organs', 'turn', 'read_arrays',
            'read_volume', 'matching', 'pair', 'by_number', 'together', 'find_btcv', 'patient_of', 'read_info',
-           'find_patient', 'find_acdc', 'read_list', 'grouped_slices', 'split_of', 'listed_cases', 'find_ssl4mis',
-           'transunet_volume', 'find_transunet', 'read_json', 'decathlon_structures', 'by_case', 'find_decathlon',
-           'find_cases', 'check_patients', 'check_benchmark', 'every_so_many', 'split_by_fraction', 'nested_split',
-           'split_cases', 'digest', 'count_holes', 'check_volume', 'read_scan', 'write_nifti', 'write_label_map']
+           'find_patient', 'find_acdc', 'read_list', 'grouped_slices', 'split_of', 'listed_cases', 'check_one_place',
+           'find_ssl4mis', 'transunet_volume', 'find_transunet', 'read_json', 'decathlon_structures', 'by_case',
+           'find_decathlon', 'by_patient', 'find_cases', 'check_patients', 'check_benchmark', 'every_so_many',
+           'split_by_fraction', 'nested_split', 'split_cases', 'digest', 'count_holes', 'check_volume', 'read_scan',
+           'write_nifti', 'write_label_map']
 
 # %% ../nbs/01_volumes.ipynb #fa830e68
 import gzip
@@ -24,7 +25,7 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import h5py
@@ -151,9 +152,12 @@ def stored_axes(affine):
     thick = int(size.argmax())
     if size[thick] <= 2*np.delete(size, thick).max() or nearest[thick, 0] == 2: return nearest
     one, other = (k for k in range(3) if k != thick)
-    across, along = (one, other) if abs(axes[0, one]*axes[1, other]) >= abs(axes[0, other]*axes[1, one]) else (other, one)
     found = np.zeros((3, 2))
-    for stored, axis in ((across, 0), (along, 1), (thick, 2)): found[stored] = axis, -1 if axes[axis, stored] < 0 else 1
+    if abs(axes[2, thick]) > 0.3:   # the other two axes can be told apart as seen from the feet
+        across, along = (one, other) if abs(axes[0, one]*axes[1, other]) >= abs(axes[0, other]*axes[1, one]) else (other, one)
+        for stored, axis in ((across, 0), (along, 1), (thick, 2)): found[stored] = axis, -1 if axes[axis, stored] < 0 else 1
+    else:                           # upright slices: the axis along the body takes the place that the thick one leaves
+        for stored in range(3): found[stored] = {nearest[thick, 0]: 2, 2: nearest[thick, 0]}.get(nearest[stored, 0], nearest[stored, 0]), nearest[stored, 1]
     return found
 
 def canonical(array, affine):
@@ -497,7 +501,7 @@ same_heart = {"patient076": "patient074"}
 
 def patient_of(name):
     "Return the patient of a case: patient001_frame01, patient001_ED and patient001_frame12_ES are of patient001"
-    patient = re.split(r"_frame\d|_E[DS](?![a-zA-Z])", name)[0]
+    patient = re.split(r"_frame_?\d|_E[DS](?![a-zA-Z])", name)[0]
     return same_heart.get(patient, patient)
 
 def read_info(path):
@@ -578,11 +582,18 @@ def listed_cases(
     return cases
 
 # %% ../nbs/01_volumes.ipynb #0cf4705b
+def check_one_place(slices):
+    "Raise `StudyError` if a volume's slices lie in two folders"
+    for volume, files in slices.items():
+        elsewhere = next((path for path in files if path.parent != files[0].parent), None)
+        if elsewhere: raise StudyError(f"{elsewhere}: slices of case {volume} lie in {files[0].parent.name}, too: keep one of the two folders")
+
 def find_ssl4mis(folder):
     "Return the cases of an SSL4MIS folder: train_slices.list, train.list, val.list, test.list beside data/*.h5 (slices also in data/slices)"
     data = folder/"data" if (folder/"data").is_dir() else folder
     volumes = {name[:-3]: data/name for name in matching(data, r"patient\d+_frame\d+\.h5")}
-    slices = {name: paths for place in (data, data/"slices") for name, paths in grouped_slices(place, r"(patient\d+)(_frame\d+)_slice_(\d+)\.h5").items()}
+    slices = together(*(grouped_slices(place, r"(patient\d+)(_frame\d+)_slice_(\d+)\.h5") for place in (data, data/"slices")))
+    check_one_place(slices)
     lists = {folder/f"{name}.list": split for name, split in (("train_slices", "train"), ("train", "train"), ("val", "valid"), ("test", "test"))}
     return listed_cases(volumes, slices, lists, lambda entry: entry.split("_slice_")[0], {}) if volumes or slices else []
 
@@ -602,10 +613,8 @@ def find_transunet(folder):
             if "_slice" in stem: slices.setdefault(volume, []).append(folder/place/name)
             elif volumes.setdefault(volume, folder/place/name) != folder/place/name:
                 raise StudyError(f"{folder/place/name}: a second file for case {volume}, beside {volumes[volume]}: keep one")
-    for volume, files in slices.items():
-        files.sort(key=lambda path: int(re.search(r"(\d+)\.npz$", path.name)[1]))
-        elsewhere = next((path for path in files if path.parent != files[0].parent), None)
-        if elsewhere: raise StudyError(f"{elsewhere}: slices of case {volume} lie in {files[0].parent.name}, too: keep one of the two folders")
+    for files in slices.values(): files.sort(key=lambda path: int(re.search(r"(\d+)\.npz$", path.name)[1]))
+    check_one_place(slices)
     places = [folder, *(folder/name for name in matching(folder, r"lists_.*")), *(folder/"lists"/name for name in matching(folder/"lists", r"lists_.*"))]
     lists = {place/f"{name}.txt": split for place in places
              for name, split in (("train", "train"), ("valid", "valid"), ("val", "valid"), ("test_vol", "valid"), ("test", "test"))}
@@ -629,7 +638,7 @@ def by_case(images, labels):
     found = {}
     for stem, paths in images.items():
         bare = re.sub(r"_\d{4}$", "", stem)
-        own = stem in labels or (bare not in labels and not re.search(r"_000\d$", stem))
+        own = stem in labels or (bare not in labels and f"{bare}_0000" not in images)
         found.setdefault(stem if own else bare, []).extend(paths)
     return found
 
@@ -658,10 +667,19 @@ def find_decathlon(folder):
 # %% ../nbs/01_volumes.ipynb #5649f037
 layouts = {"btcv": find_btcv, "transunet": find_transunet, "acdc": find_acdc, "ssl4mis": find_ssl4mis, "decathlon": find_decathlon}
 
+def by_patient(cases, pattern):
+    "Return the cases with their patients named by their names; `StudyError` for a readable case whose name does not match"
+    if pattern is None: return cases
+    found = {case.name: re.search(pattern, case.name) for case in cases}
+    strange = [case.name for case in cases if not case.problem and not found[case.name]]
+    if strange: raise StudyError(f"data.patient = {pattern!r}: does not match the case {strange[0]} ({len(strange)} of {len(cases)} cases): mend the pattern")
+    return [replace(case, patient=found[case.name][1]) if found[case.name] else case for case in cases]
+
 def find_cases(
     folder,         # where the data set lies
     layout="auto",  # a key of `layouts`; 'auto' tries each
     split=None,     # only the cases of this split of the source
+    patient=None,   # regular expression whose group in a case's name is the patient; None: as the layout says
 ):
     "Return the `Case`s of a data set sorted by name; `StudyError` if there are none, no label maps, or a patient in two of the source's splits"
     folder = Path(folder)
@@ -676,6 +694,7 @@ def find_cases(
     if not any(case.label for case in cases): raise StudyError(f"{folder}: {len(cases)} images but no label maps: put there {how_to_get[next(iter(found))]}")
     doubled = [name for name, n in Counter(case.name for case in cases).items() if n > 1]
     if doubled: raise StudyError(f"{folder}: case {doubled[0]} exists twice: keep one")
+    cases = by_patient(cases, patient)
     check_patients({case.name: case.split for case in cases if case.split}, cases, folder)
     return [case for case in cases if split in (None, case.split)]
 

@@ -102,6 +102,11 @@ def test_decathlon_names(hearts, tmp_path, names, listed):
     cases = find_cases(tmp_path)
     assert [(case.name, case.problem) for case in cases] == [(name.removesuffix("_0000"), None) for name in names]
     assert {case.patient for case in cases} == ({"p1"} if names[0].startswith("p1") else set(names) if "_0000" not in names[0] else {"amos_0001", "amos_0004"})
+    drawn = tmp_path/f"labelsTr/{names[0].removesuffix('_0000')}.nii.gz"
+    kept = drawn.readlink()
+    drawn.unlink()
+    assert ["no label map for this image" in case.problem for case in find_cases(tmp_path) if case.problem] == [True]
+    drawn.symlink_to(kept)
     (tmp_path/f"imagesTr/{names[0]}.nii.gz").unlink()
     assert [case.problem for case in find_cases(tmp_path) if case.problem]
 
@@ -117,6 +122,11 @@ def test_a_second_copy_of_a_case_is_named(abdomens, tmp_path):
         (tmp_path/"slices"/place).mkdir(parents=True)
         for k in range(3): np.savez(tmp_path/f"slices/{place}/case0005_slice{k:03d}.npz", image=np.eye(4), label=np.eye(4))
     with pytest.raises(StudyError, match="slices of case case0005 lie in train_npz, too"): find_cases(tmp_path/"slices")
+    for place, numbers in (("data", (0, 1)), ("data/slices", (1, 2))):
+        (tmp_path/"ssl"/place).mkdir(parents=True)
+        for k in numbers:
+            with h5py.File(tmp_path/f"ssl/{place}/patient001_frame01_slice_{k}.h5", "w") as file: file["image"] = file["label"] = np.ones((4, 4))
+    with pytest.raises(StudyError, match="slices of case patient001_frame01 lie in data, too"): find_cases(tmp_path/"ssl")
     for place in ("test_vol_h5", "valid"):
         (tmp_path/"volumes"/place).mkdir(parents=True)
         with h5py.File(tmp_path/f"volumes/{place}/case0008.npy.h5", "w") as file: file["image"] = file["label"] = np.ones((2, 4, 4))
