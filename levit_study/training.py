@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 # %% ../nbs/07_training.ipynb #dfb63d9c
-from .dataset import PreparedStore, augment, epoch_order
+from .dataset import PreparedStore, augment, epoch_order, hash_file
 from .losses import build_loss
 from .metrics import dice_from_counts, jaccard_from_counts, overlap_counts
 from .model import autocast_precision, for_training, forget_biases, levit_unet, save_weights
@@ -358,10 +358,7 @@ def training_code(
 # %% ../nbs/07_training.ipynb #e94b2c07
 def starting_weights(run: Run) -> dict:
     "What a file that the network starts from holds: its name alone would not tell when it is replaced"
-    if not isinstance(run.model.pretrained, str): return {}
-    try:
-        with open(run.model.pretrained, "rb") as file: return {"pretrained": hashlib.file_digest(file, "sha256").hexdigest()}
-    except OSError as error: raise StudyError(f"datasets.{run.dataset}.model.pretrained: {run.model.pretrained}: cannot be read ({error.strerror})") from None
+    return {"pretrained": hash_file(run.model.pretrained)} if isinstance(run.model.pretrained, str) else {}
 
 # %% ../nbs/07_training.ipynb #90e7ee07
 def make_trainer(
