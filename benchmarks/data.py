@@ -20,10 +20,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from levit_study.dataset import PreparedStore, SliceSet, augment, prepare
+from levit_study.data.augment import augment
+from levit_study.data.dataset import PreparedStore, SliceSet
+from levit_study.data.prepare import prepare
 from levit_study.params import Data
-from levit_study.phantom import make_phantom
-from levit_study.volumes import synapse_structures
+from levit_study.data.phantom import make_phantom
+from levit_study.data.labels import synapse_structures
 from scipy import ndimage
 
 

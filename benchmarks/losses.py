@@ -1,7 +1,7 @@
 """Time and memory of the losses against MONAI's: python benchmarks/losses.py [--device cuda] [--repeats 11]"""
 import argparse
 
-from levit_study.losses import bench_losses
+from levit_study.bench import bench_losses
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

@@ -17,7 +17,8 @@ import h5py
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from levit_study.metrics import case_metrics, overlap_counts
+from levit_study.training.scores import overlap_counts
+from levit_study.evaluation.metrics import case_metrics
 
 STRUCTURES = {"right ventricle": 1, "myocardium": 2, "left ventricle": 3}
 SPACING = (10.0, 1.4, 1.4)

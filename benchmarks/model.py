@@ -18,8 +18,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from record_parity import public_model, seeded_model
 
-from levit_study.model import bench_network, bench_step, keep_memory, machine, outline, public_state, timed
-from levit_study.params import written_whole
+from levit_study.machine import timed
+from levit_study.model.weights import public_state
+from levit_study.model.build import keep_memory
+from levit_study.model.drawing import outline
+from levit_study.bench import bench_network, bench_step, machine
+from levit_study.files import written_whole
 
 
 def ceiling(dtype, channels=256, side=56, batch=4, repeats=5):

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from levit_study.dataset import prepare
-from levit_study.model import machine
-from levit_study.params import load_params, written_whole
-from levit_study.phantom import make_phantom
+from levit_study.data.prepare import prepare
+from levit_study.bench import machine
+from levit_study.files import written_whole
+from levit_study.params import load_params
+from levit_study.data.phantom import make_phantom
 
 
 def project(folder, args):

@@ -12,8 +12,10 @@ import pandas as pd
 import torch
 from model import ceiling
 
-from levit_study.model import autocast_precision, bench_network, bench_step, levit_unet, machine, outline
-from levit_study.params import written_whole
+from levit_study.model.build import autocast_precision, levit_unet
+from levit_study.model.drawing import outline
+from levit_study.bench import bench_network, bench_step, machine
+from levit_study.files import written_whole
 
 KINDS = {
     "convolutions": ("convolution", "conv2d"),

@@ -23,10 +23,16 @@ from scipy import ndimage
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from record_parity import public_model
 
-from levit_study.dataset import PreparedStore, SliceSet, augment, prepare
-from levit_study.model import autocast_precision, bench_network, bench_step, keep_memory, levit_unet, machine, timed
-from levit_study.params import Data, load_params, pick_run, written_whole
-from levit_study.training import close_epoch, make_fabric, make_trainer, train_epoch
+from levit_study.data.augment import augment
+from levit_study.data.dataset import PreparedStore, SliceSet
+from levit_study.data.prepare import prepare
+from levit_study.machine import timed
+from levit_study.model.build import autocast_precision, keep_memory, levit_unet
+from levit_study.bench import bench_network, bench_step, machine
+from levit_study.files import written_whole
+from levit_study.params import Data, load_params, pick_run
+from levit_study.training.state import make_fabric, make_trainer
+from levit_study.training.fit import close_epoch, train_epoch
 
 SIZE, BATCH = 224, 8
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import h5py
 import nibabel as nib
 import numpy as np
-from levit_study.volumes import acdc_structures, synapse_structures
+from levit_study.data.labels import acdc_structures, synapse_structures
 
 SHAPE = (12, 10, 8)                            # columns, rows, slices, as NIfTI stores them
 AFFINE = np.diag([-1.5, -2.0, 3.0, 1.0])       # nibabel's millimetres: x runs to the left, y backwards, z upwards

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from levit_study.model import levit_unet, public_names, public_state
+from levit_study.model.weights import public_names, public_state
+from levit_study.model.build import levit_unet
 
 RECORD = Path(__file__).with_name("parity.json")
 CASES = [(variant, size, training) for variant in ("128s", "192", "384") for size, training in ((224, False), (224, True))] + [("128s", 256, False)]

@@ -10,8 +10,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 from bad_files import CT, MR, corpus, ct, ct_arrays, ssl, trans
-from levit_study.params import StudyError
-from levit_study.volumes import check_volume, find_cases, label_table, map_labels, read_scan, read_volume, scale_intensity, split_cases, write_label_map
+from levit_study.files import StudyError
+from levit_study.data.nifti import write_label_map
+from levit_study.data.labels import label_table, map_labels
+from levit_study.data.volumes import check_volume, read_scan, read_volume, scale_intensity
+from levit_study.data.layouts import find_cases
+from levit_study.data.splits import split_cases
 
 MARK = Path("/tmp/levit-study-was-run")
 
@@ -120,8 +124,9 @@ def test_full_disk_leaves_nothing_half_written(tmp_path):
     "A limit on the size of files stands in for a full disk"
     code = f"""
 import resource, numpy as np
-from levit_study.params import StudyError
-from levit_study.volumes import read_scan, write_label_map
+from levit_study.files import StudyError
+from levit_study.data.nifti import write_label_map
+from levit_study.data.volumes import read_scan
 scan, header = read_scan({str(ct(tmp_path)[0])!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 try: write_label_map({str(tmp_path/'out.nii')!r}, scan.image > 0.5, header)

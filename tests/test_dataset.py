@@ -18,9 +18,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from levit_study import dataset
-from levit_study.dataset import PreparedStore, augment, augmentation, epoch_order, export_slices, fingerprint, prepare, resize_images
-from levit_study.params import Data, StudyError
+from levit_study.data import augment as augmenting, prepare as preparing
+from levit_study.data.slices import resize_images
+from levit_study.data.augment import augment, augmentation
+from levit_study.data.dataset import PreparedStore, epoch_order, export_slices
+from levit_study.data.prepare import prepare
+from levit_study.data.fingerprint import fingerprint
+from levit_study.files import StudyError
+from levit_study.params import Data
 from scipy import ndimage
 
 STRUCTURES = {"myocardium": 1, "left ventricle": 2}
@@ -97,13 +102,13 @@ def test_manifest(raw, store):
     assert sum(entry["voxels"].values()) == 5 * 48 * 54 and list(entry["voxels"]) == ["background", "myocardium", "left ventricle"]
     assert [file["path"] for file in entry["files"]] == [f"training/patient003/patient003_frame01{end}.nii.gz" for end in ("", "_gt")]
     assert str(raw.parent) not in json.dumps(record)
-    assert record["cases"]["patient003_frame01"]["files"][0]["sha256"] == dataset.hash_file(raw / "training/patient003/patient003_frame01.nii.gz")
+    assert record["cases"]["patient003_frame01"]["files"][0]["sha256"] == preparing.hash_file(raw / "training/patient003/patient003_frame01.nii.gz")
 
 
 def test_only_what_is_new_is_prepared(raw, tmp_path, monkeypatch):
     folder = tmp_path / "raw"
     for number in range(1, 6): write_scan(folder, number)
-    done, original = [], dataset.prepare_case
+    done, original = [], preparing.prepare_case
     monkeypatch.setattr(dataset, "prepare_case", lambda case, *rest: (done.append(case.name), original(case, *rest)))
     def run(**changes):
         done.clear()
@@ -126,7 +131,7 @@ def test_only_what_is_new_is_prepared(raw, tmp_path, monkeypatch):
 
 def test_other_pixels_are_other_data(raw, tmp_path, monkeypatch):
     "What a training knows its data by changes with what was read, and not with the code that read it"
-    from levit_study import volumes
+    from levit_study.data import volumes
     scaled, known = volumes.scale_intensity, []
     for number, (code, read) in enumerate([("a", scaled), ("b", scaled), ("c", lambda *arguments: 1 - scaled(*arguments))]):
         monkeypatch.setattr(dataset, "code_digest", lambda code=code: code)
@@ -168,14 +173,14 @@ def test_a_killed_preparation_goes_on(raw, store, tmp_path):
     """Killed by the operating system after the third case: no store, three parts; then only the others are prepared."""
     code = f"""
 import os, signal
-from levit_study import dataset
+from levit_study.data import augment as augmenting, prepare as preparing
 from levit_study.params import Data
-done, original = [], dataset.prepare_case
+done, original = [], preparing.prepare_case
 def counted(*job):
     if len(done) == 3: os.kill(os.getpid(), signal.SIGKILL)
     done.append(original(*job))
-dataset.prepare_case = counted
-dataset.prepare(Data(**{settings_of(raw).model_dump()!r}), {str(tmp_path / "a.h5")!r}, {str(tmp_path / "a.json")!r}, workers=1, progress=False)
+preparing.prepare_case = counted
+preparing.prepare(Data(**{settings_of(raw).model_dump()!r}), {str(tmp_path / "a.h5")!r}, {str(tmp_path / "a.json")!r}, workers=1, progress=False)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5.parts"]
@@ -207,7 +212,7 @@ def test_a_lost_process_is_reported(raw, tmp_path):
 def test_workers_end_with_their_parent(raw, tmp_path):
     """Killed outright, a preparation leaves no process behind."""
     code = f"""
-from levit_study.dataset import prepare
+from levit_study.data.prepare import prepare
 from levit_study.params import Data
 prepare(Data(**{settings_of(raw).model_dump()!r}), {str(tmp_path / "a.h5")!r}, {str(tmp_path / "a.json")!r}, workers=2, progress=False)
 """
@@ -238,7 +243,7 @@ def test_full_disk(raw, tmp_path):
 
 def test_no_room_for_the_store(raw, tmp_path, monkeypatch):
     """Room is asked for before the cases are joined, and what was prepared is kept."""
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(preparing.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(StudyError, match="MiB are needed"): prepare(settings_of(raw), tmp_path / "a.h5", tmp_path / "a.json", workers=1, progress=False)
     assert not (tmp_path / "a.h5").exists() and len(list((tmp_path / "a.h5.parts").iterdir())) == 12
 
@@ -299,7 +304,9 @@ def test_archive_of_slices(store, tmp_path):
     code = f"""
 import sys
 for name in ("h5py", "nibabel", "monai", "dvc", "pandas"): sys.modules[name] = None
-from levit_study.dataset import PreparedStore, StudyError, augment
+from levit_study.files import StudyError
+from levit_study.data.augment import augment
+from levit_study.data.dataset import PreparedStore
 store = PreparedStore({str(tmp_path / "a.npz")!r})
 slices = store.load("train")
 images, labels = slices.batch([3, 1])
@@ -399,7 +406,7 @@ def test_rotation_is_scipys():
     recipe = augmentation({"affine": 1.0, "rotation": 20})
     for number in range(5):
         image, _ = augment(images, labels, recipe, 0, 0, [number])
-        angle = 20 * (2 * dataset.draw(0, 0, [number])[0]["angle"][0] - 1)
+        angle = 20 * (2 * augmenting.draw(0, 0, [number])[0]["angle"][0] - 1)
         expected = ndimage.rotate(images[0, 0].numpy(), angle, order=1, reshape=False)
         assert np.abs(expected - image[0, 0].numpy())[16:48, 16:48].max() < 1e-4
 
@@ -452,10 +459,11 @@ def test_real_scans():
     """The public ACDC subset, where it is on this machine: slices and patients as its lists say."""
     folder = Path(os.environ.get("LEVIT_STUDY_ACDC", Path(__file__).parents[2] / "shared/data/acdc"))
     if not (folder / "train_slices.list").exists(): pytest.skip(f"no ACDC data at LEVIT_STUDY_ACDC or {folder}")
-    from levit_study.volumes import find_cases, split_cases
+    from levit_study.data.layouts import find_cases
+    from levit_study.data.splits import split_cases
     cases = find_cases(folder)
     splits = split_cases(cases, "lists")
     listed = len((folder / "train_slices.list").read_text().split())
     assert sum(len(case.parts) for case in cases if splits[case.name] == "train") == listed
     data = Data(folder=str(folder), structures={"right ventricle": 1, "myocardium": 2, "left ventricle": 3}, intensity="unit")
-    assert dataset.plan_case(cases[0], "train", data).problem == ""
+    assert preparing.plan_case(cases[0], "train", data).problem == ""

@@ -6,8 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from levit_study.losses import LOSSES, LabelCheck, bench_losses, build_loss, monai_counterparts
-from levit_study.params import StudyError, load_params
+from levit_study.losses.comparison import LabelCheck
+from levit_study.losses.interface import LOSSES, build_loss
+from levit_study.bench import bench_losses, monai_counterparts
+from levit_study.files import StudyError
+from levit_study.params import load_params
 
 CASES = {kind: {} for kind in LOSSES} | {
     "hybrid": {"terms": [{"kind": "focal_tversky", "weight": .5}, {"kind": "cross_entropy", "weight": .5}, {"kind": "lovasz_softmax", "weight": .1}]},

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from levit_study.metrics import case_metrics, dice_from_counts, jaccard_from_counts, overlap_counts, surface_distances
+from levit_study.training.scores import dice_from_counts, jaccard_from_counts, overlap_counts
+from levit_study.evaluation.metrics import case_metrics, surface_distances
 
 STRUCTURES = {"right ventricle": 1, "myocardium": 2, "left ventricle": 3}
 ACDC = Path(os.environ.get("LEVIT_STUDY_ACDC", Path(__file__).parents[2] / "shared/data/acdc"))

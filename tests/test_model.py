@@ -10,9 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from record_parity import RECORD, digest, machine, output, sample, seeded_model
 
-from levit_study.model import (VARIANTS, for_inference, for_training, levit_unet, load_pretrained, load_weights, public_names, public_state,
-                               read_card, resize_attention, save_weights, write_bench)
-from levit_study.params import StudyError
+from levit_study.model.network import VARIANTS, resize_attention
+from levit_study.model.weights import load_pretrained, public_names, public_state, read_card, save_weights
+from levit_study.model.build import for_inference, for_training, levit_unet, load_weights
+from levit_study.bench import write_bench
+from levit_study.files import StudyError
 
 PARITY = json.loads(RECORD.read_text())
 
@@ -179,7 +181,7 @@ def test_loading_weights_takes_effect_in_evaluation_mode():
 
 
 def test_onnx_computes_the_same(tmp_path):
-    from levit_study.model import export_onnx
+    from levit_study.model.export import export_onnx
 
     assert export_onnx(seeded_model("128s", 64).eval(), tmp_path / "model.onnx", dataset="phantom_ct") < 1e-4
     import onnx

@@ -4,7 +4,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from levit_study.statistics import TABLE1, paper_consistency
+from levit_study.evidence.tables import TABLE1
+from levit_study.evidence.paper import paper_consistency
 
 PAPER = Path(__file__).parents[1] / "data/paper"
 LITERATURE = pd.read_csv(PAPER / "literature.csv")

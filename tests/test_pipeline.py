@@ -14,10 +14,11 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from levit_study.dataset import PreparedStore
-from levit_study.inference import evaluate
-from levit_study.model import levit_unet, load_weights, save_weights
-from levit_study.volumes import canonical
+from levit_study.data.dataset import PreparedStore
+from levit_study.evaluation.evaluate import evaluate
+from levit_study.model.weights import save_weights
+from levit_study.model.build import levit_unet, load_weights
+from levit_study.data.nifti import canonical
 
 LOSSES = ["baseline", "focal", "focal_tversky"]
 
@@ -145,7 +146,7 @@ def test_code_changes_what_depends_on_it(study, environment, module, stages):
 
 
 def test_changed_code_trains_anew_and_words_do_not(study, environment):
-    path, stage = study / "levit_study/losses.py", "train@phantom_ct-focal-0"
+    path, stage = study / "levit_study/losses/paper.py", "train@phantom_ct-focal-0"
     run = study / "reports/runs/phantom_ct/focal/seed0"
     before, record = path.read_text(), (run / "run.json").read_bytes()
     def first_loss():

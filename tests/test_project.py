@@ -18,11 +18,11 @@ def test_notebooks_pass(root, environment):
 
 def test_package_is_what_the_notebooks_export(project, environment):
     folder = project("export")
-    before = {p.name: p.read_text() for p in (folder / "levit_study").glob("*.py")}
-    for path in (folder / "levit_study").glob("*.py"):
+    before = {str(p): p.read_text() for p in (folder / "levit_study").rglob("*.py")}
+    for path in (folder / "levit_study").rglob("*.py"):
         if path.name != "__init__.py": path.unlink()
     run(["nbdev_export"], folder, environment)
-    after = {p.name: p.read_text() for p in (folder / "levit_study").glob("*.py")}
+    after = {str(p): p.read_text() for p in (folder / "levit_study").rglob("*.py")}
     assert sorted(before) == sorted(after)
     assert [name for name in before if before[name] != after[name]] == [], "edit the notebooks, run nbdev_export, commit both"
 

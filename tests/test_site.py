@@ -11,9 +11,11 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from levit_study.figures import Picture, save_figure, study_style
-from levit_study.params import load_params, run_folders
-from levit_study.site import ALL, build_single_page, build_site
+from levit_study.report.look import Picture, save_figure, study_style
+from levit_study.files import run_folders
+from levit_study.params import load_params
+from levit_study.report.summary import ALL
+from levit_study.report.site import build_single_page, build_site
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -85,7 +87,7 @@ def write_study(project, folder):
     reports = folder / "reports"
     figures = [picture("Best Dice"), picture("Course of training", (7, 4))]
     for k, each in enumerate(figures): save_figure(each, reports / "figures", f"fig{k + 1}")
-    prose = ("# Losses for imbalanced medical image segmentation\n\nSynthetic data. See [the losses](../nbs/05_losses.ipynb) and $p_t^\\gamma$:\n\n"
+    prose = ("# Losses for imbalanced medical image segmentation\n\nSynthetic data. See [the losses](../nbs/26_losses.paper.ipynb) and $p_t^\\gamma$:\n\n"
              "$$\\frac{2TP}{2TP + FP + FN} \\quad \\text{Dice}$$")
     small = new_output("display_data", {"text/markdown": "| a | b |\n|--|--|\n| $x^2$ | 1 |", "text/plain": ""})
     widget = new_output("display_data", {"application/javascript": "fetch('https://example.org')", "text/html": "<script src='https://example.org/x.js'></script>",
@@ -266,7 +268,7 @@ def test_what_is_missing_is_noted_and_the_rest_is_shown(root, tmp_path):
 
 
 def test_a_failed_build_leaves_the_former_site(root, tmp_path, monkeypatch):
-    from levit_study import site
+    from levit_study.report import site
     (tmp_path / "reports" / "site").mkdir(parents=True)
     (tmp_path / "reports" / "site" / "index.html").write_text("former")
     monkeypatch.setitem(site.CONFIG, "sphinx", {"config": {"extensions": ["no_such_extension"]}})

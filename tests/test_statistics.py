@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from levit_study.params import load_params, pick_run, run_folders
-from levit_study.results import collect
-from levit_study.statistics import (
-    CLAIMS, bootstrap_interval, claims_ledger, convergence, holm, optimism, organ_table, paired_tests, table1, to_markdown,
-)
+from levit_study.files import run_folders
+from levit_study.params import load_params, pick_run
+from levit_study.evidence.results import collect
+from levit_study.evidence.statistics import bootstrap_interval, holm, paired_tests
+from levit_study.evidence.tables import convergence, optimism, organ_table, table1, to_markdown
+from levit_study.evidence.claims import CLAIMS, claims_ledger
 
 LOSSES, VERDICTS = ["baseline", "focal", "focal_tversky"], {"supported", "contradicted", "inconclusive"}
 

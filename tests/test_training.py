@@ -15,7 +15,8 @@ import pytest
 from safetensors.torch import load_file
 from toy import toy_run, toy_store
 
-from levit_study.training import Stopped, fit
+from levit_study.training.record import Stopped
+from levit_study.training.fit import fit
 
 TOY = Path(__file__).with_name("toy.py")
 TIMES = ["seconds", "images_per_second"]

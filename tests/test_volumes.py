@@ -9,11 +9,14 @@ import h5py
 import nibabel as nib
 import numpy as np
 import pytest
-from levit_study.params import StudyError
-from levit_study.phantom import ct_field, make_phantom, mr_shares
-from levit_study.volumes import (
-    acdc_structures, check_sides, check_volume, digest, find_cases, label_table, map_labels, numberings, read_volume, split_cases, synapse_structures, turn,
-)
+from levit_study.files import StudyError
+from levit_study.data.abdomen import ct_field
+from levit_study.data.heart import mr_shares
+from levit_study.data.phantom import make_phantom
+from levit_study.data.labels import acdc_structures, check_sides, label_table, map_labels, numberings, synapse_structures
+from levit_study.data.volumes import check_volume, digest, read_volume, turn
+from levit_study.data.layouts import find_cases
+from levit_study.data.splits import split_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 ACDC = Path(os.environ.get("LEVIT_STUDY_ACDC", ROOT.parent/"shared/data/acdc"))

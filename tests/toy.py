@@ -37,8 +37,10 @@ def toy_run(loss="baseline", **training):
 
 def main(action, store, folder):
     import torch
-    from levit_study.dataset import PreparedStore
-    from levit_study.training import fit, make_fabric, make_trainer, mean_scores, share_buffers, validate
+    from levit_study.data.dataset import PreparedStore
+    from levit_study.training.state import make_fabric, make_trainer
+    from levit_study.training.scores import mean_scores, validate
+    from levit_study.training.fit import fit, share_buffers
     torch.set_num_threads(1)
     if action == "fit": return fit(toy_run(), store, folder, folder, device="cpu", progress=False)
     run = toy_run()
