@@ -8,7 +8,7 @@ from ruamel.yaml import YAML
 from levit_study.data import store
 from levit_study.training import state
 
-PREPARE = """data.nifti data.labels data.volumes data.layouts data.splits data.shapes data.abdomen data.heart data.phantom
+PREPARE = """data.nifti data.labels data.volumes data.folders data.cases data.layouts data.splits data.shapes data.abdomen data.heart data.phantom
              data.slices data.dataset data.store data.prepare""".split()
 TRAIN = """recipes settings data.augment data.dataset model.upsampling model.network model.weights model.build
            losses.comparison losses.interface losses.paper losses.more losses.adaptive
