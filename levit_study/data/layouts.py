@@ -6,10 +6,11 @@
 __all__ = ['how_to_get', 'same_heart', 'layouts', 'Case', 'matching', 'pair', 'by_number', 'together', 'find_btcv', 'patient_of',
            'read_info', 'find_patient', 'find_acdc', 'read_list', 'grouped_slices', 'split_of', 'listed_cases',
            'check_one_place', 'find_ssl4mis', 'transunet_volume', 'find_transunet', 'read_json', 'decathlon_structures',
-           'by_case', 'find_decathlon', 'by_patient', 'find_cases', 'check_patients']
+           'by_case', 'find_decathlon', 'refuse_other_formats', 'by_patient', 'find_cases', 'check_patients']
 
 # %% ../../nbs/13_data.layouts.ipynb #68258805
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -245,6 +246,53 @@ def find_decathlon(folder):
             cases.append(Case(key, patient_of(key), path, problem=f"{path}: listed in dataset.json but absent: fetch it again"))
     return cases
 
+# %% ../../nbs/13_data.layouts.ipynb #33a164f8
+_itk = "3D Slicer, or SimpleITK: WriteImage(ReadImage('{0}'), 'scan.nii.gz')"
+_nibabel = "nib-convert {0} scan.nii.gz"
+_converters = {  # (endings): format, and what turns it into NIfTI
+    (".dcm", ".dicom", ".ima", "dicomdir"): ("DICOM", "dcm2niix -z y -o NIFTI_FOLDER DICOM_FOLDER"),
+    (".nrrd", ".nhdr"): ("NRRD", _itk),
+    (".mha", ".mhd"): ("MetaImage", _itk),
+    (".mgz", ".mgh"): ("FreeSurfer's format", _nibabel),
+    (".hdr", ".img", ".img.gz"): ("an Analyze or NIfTI pair", _nibabel),
+    (".mnc",): ("MINC", _nibabel),
+}
+
+def _other_format(path):
+    "Return the format of a file and its converter, or None; DICOM, which often has no ending, is opened"
+    name = path.name.lower()
+    for endings, known in _converters.items():
+        if name.endswith(endings): return known
+    if path.suffix and not path.suffix[1:].isdigit(): return None
+    try:
+        with path.open("rb") as file:
+            is_dicom = file.read(132)[128:] == b"DICM"
+    except OSError: return None
+    return _converters[".dcm", ".dicom", ".ima", "dicomdir"] if is_dicom else None
+
+# %% ../../nbs/13_data.layouts.ipynb #6d5831ac
+def _files_below(folder, most=2000):
+    "Yield the first files of a folder and of the folders in it, hidden ones left out"
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        for name in sorted(name for name in names if not name.startswith(".")):
+            yield Path(place)/name
+            most -= 1
+            if most == 0: return
+
+def refuse_other_formats(path):
+    """Raise `StudyError` for a scan in another format than NIfTI, or a folder that holds such scans
+    and no NIfTI; the message names a converter"""
+    path = Path(path)
+    files = list(_files_below(path)) if path.is_dir() else [path]
+    if any(re.search(r"\.nii(\.gz)?$", file.name, re.IGNORECASE) for file in files): return
+    other = ((file, _other_format(file)) for file in files)
+    file, known = next(((file, known) for file, known in other if known), (None, None))
+    if file is None: return
+    form, converter = known
+    raise StudyError(f"{file}: this is {form}, and scans are read as NIfTI (.nii or .nii.gz): "
+                     f"convert it, for instance with {converter.format(file.name)}")
+
 # %% ../../nbs/13_data.layouts.ipynb #5649f037
 layouts = {"btcv": find_btcv, "transunet": find_transunet, "acdc": find_acdc, "ssl4mis": find_ssl4mis, "decathlon": find_decathlon}
 
@@ -267,12 +315,14 @@ def find_cases(
     if layout not in ("auto", *layouts): raise StudyError(f"layout: '{layout}' is unknown: choose auto, {', '.join(layouts)}")
     found = {name: cases for name, find in layouts.items() if layout in ("auto", name) and (cases := find(folder))}
     if not found:
+        refuse_other_formats(folder)
         state = "does not exist" if not folder.exists() else "is empty" if not matching(folder, r"[^.].*") else "holds no scans that are recognised"
         if folder.exists() and not folder.is_dir(): state = "is not a folder"
         raise StudyError(f"{folder}: {state}: put there {'; or '.join(how_to_get[name] for name in ([layout] if layout in layouts else layouts))}")
     if len(found) > 1: raise StudyError(f"{folder}: holds data in the layouts {' and '.join(found)}: set layout to one of them")
     cases = sorted(next(iter(found.values())), key=lambda case: case.name)
-    if not any(case.label for case in cases): raise StudyError(f"{folder}: {len(cases)} images but no label maps: put there {how_to_get[next(iter(found))]}")
+    if not any(case.label for case in cases):
+        raise StudyError(f"{folder}: {len(cases)} images but no label maps: put there {how_to_get[next(iter(found))]}")
     doubled = [name for name, n in Counter(case.name for case in cases).items() if n > 1]
     if doubled: raise StudyError(f"{folder}: case {doubled[0]} exists twice: keep one")
     cases = by_patient(cases, patient)
