@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from levit_study.data import augment as augmenting, prepare as preparing
 from levit_study.data.slices import resize_images
-from levit_study.data.augment import augment, augmentation
+from levit_study.data.augment import augment
 from levit_study.data.dataset import PreparedStore, epoch_order, export_slices
 from levit_study.data.prepare import prepare
 from levit_study.data.fingerprint import fingerprint
 from levit_study.files import StudyError
+from levit_study.recipes import augmentation
 from levit_study.params import Data
 from scipy import ndimage
 
@@ -305,6 +306,7 @@ def test_archive_of_slices(store, tmp_path):
 import sys
 for name in ("h5py", "nibabel", "monai", "dvc", "pandas"): sys.modules[name] = None
 from levit_study.files import StudyError
+from levit_study.recipes import augmentation
 from levit_study.data.augment import augment
 from levit_study.data.dataset import PreparedStore
 store = PreparedStore({str(tmp_path / "a.npz")!r})
