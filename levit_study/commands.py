@@ -115,7 +115,7 @@ def add_export(commands):
     c = commands.add_parser("export", help="write a run's weights as ONNX, checked against the model")
     c.add_argument("weights"); c.add_argument("output", help=".onnx file")
     def run(a):
-        from levit_study.model.build import load_weights
+        from levit_study.model.inference import load_weights
         from levit_study.model.export import export_onnx
         model, card = load_weights(a.weights)
         print(f"{a.output}: largest difference to the model {export_onnx(model, a.output, **card):.2e} of the largest logit")
