@@ -10,17 +10,17 @@ from levit_study.training import state
 
 PREPARE = """data.nifti data.labels data.volumes data.folders data.cases data.layouts data.splits data.shapes data.abdomen data.heart data.phantom
              data.slices data.dataset data.store data.prepare""".split()
-TRAIN = """recipes settings data.augment data.dataset model.upsampling model.network model.weights model.build
+TRAIN = """recipes settings data.augment data.dataset model.upsampling model.grids model.network model.pretrained model.precision model.build
            losses.comparison losses.interface losses.paper losses.more losses.adaptive
            training.state training.scores training.fit""".split()
-EVALUATE = """data.slices data.dataset model.upsampling model.network model.weights model.build training.scores
+EVALUATE = """data.slices data.dataset model.upsampling model.grids model.network model.precision model.build model.inference training.scores
               evaluation.metrics evaluation.inference evaluation.evaluate""".split()
 REPORT = """data.dataset evidence.results evidence.statistics evidence.tables evidence.claims evidence.paper
             report.look report.parts report.figures report.more_figures""".split()
 SITE = "report.pages report.summary report.site".split()
 TABLE = {"prepare": PREPARE, "train": TRAIN, "evaluate": EVALUATE, "report": REPORT, "site": SITE}
 # What speaks, measures, describes, checks or starts: an edit of it makes nothing again.
-NOTHING = """files params machine pipeline bench commands losses.pictures data.fingerprint model.export model.drawing
+NOTHING = """files params machine pipeline bench commands losses.pictures data.fingerprint model.weights model.export model.drawing
              training.record training.launch evaluation.predict report.data_figures""".split()
 
 
