@@ -57,7 +57,7 @@ def _add_export(commands):
     command.set_defaults(run=_export)
 
 def _export(a):
-    from levit_study.model.build import load_weights
+    from levit_study.model.inference import load_weights
     from levit_study.model.export import export_onnx
     model, card = load_weights(a.weights)
     difference = export_onnx(model, a.output, **card)

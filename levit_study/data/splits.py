@@ -9,7 +9,7 @@ __all__ = ['benchmark_valid', 'benchmark_slices', 'check_benchmark', 'split_case
 import numpy as np
 from dataclasses import replace
 from ..files import StudyError
-from .layouts import check_patients
+from .cases import check_patients
 
 # %% ../../nbs/14_data.splits.ipynb #9906d388
 benchmark_valid = {f"case{n:04d}" for n in (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)}

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ..files import StudyError
 from ..params import Measurement, as_line
 from ..data.slices import from_square, to_square
-from ..model.build import for_inference, load_weights
+from ..model.inference import for_inference, load_weights
 
 # %% ../../nbs/41_evaluation.inference.ipynb #e5d9a173
 def pick_device(device: str = "auto") -> torch.device:
