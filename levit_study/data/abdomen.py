@@ -49,6 +49,7 @@ _hounsfield = {  # in the order of the codes
 }
 codes = {name: code for code, name in enumerate(_hounsfield)}
 
+# %% ../../nbs/15a_data.abdomen.ipynb #0b2bf58c
 def _label_of(name, code):
     "Return BTCV's label value of a tissue"
     if code <= 13: return code
@@ -86,6 +87,7 @@ def _before(rng):
         pieces.append(Piece(content, [start, *bends], list(rng.uniform(10, 17, 3))))
     return pieces
 
+# %% ../../nbs/15a_data.abdomen.ipynb #454ddd48
 def _after():
     "Return what is painted after the organs: muscles and spine"
     pieces = []
@@ -96,6 +98,7 @@ def _after():
     return pieces + [Piece(name, [(-170, back, 0), (170, back, 0)], radii)
                      for name, back, radii in spine]
 
+# %% ../../nbs/15a_data.abdomen.ipynb #cba48794
 def _ribs(deep, wide):
     "Return ribs from the spine down along an ellipse of the given half axes in mm"
     angles = np.linspace(0.35, 2.2, 8)
@@ -160,6 +163,7 @@ def _enhance(rng, look):
     level[[codes[name] for name in enhancing]] += 15*look.variation*rng.normal()
     return np.round(level, 2).astype(np.float32)
 
+# %% ../../nbs/15a_data.abdomen.ipynb #9945eee2
 def ct_case(shape, spacing, rng, look=Look()):
     """Return image (int16, HU) and label map (uint8, BTCV's 13 values) of a synthetic abdomen
 

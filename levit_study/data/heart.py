@@ -21,6 +21,7 @@ groups = {  # factors: left ventricle's radius, muscle's thickness, right ventri
     "MINF": (1.02, 0.95, 0.9, 0.84), "RV": (0.86, 0.90, 1.3, 0.72),
 }
 
+# %% ../../nbs/15b_data.heart.ipynb #511876ce
 @dataclass
 class Heart:
     "One patient's heart: mm in the plane of a slice, backwards and to the left of its centre"
@@ -61,6 +62,7 @@ _left_profile = np.interp(_levels, (0, 0.2, 0.4, 0.6, 0.8, 0.92, 1),
                           (0.9, 1, 1, 0.92, 0.74, 0.52, 0.24))
 _right_profile = np.interp(_levels, (0, 0.1, 0.9, 1), (1.0, 1.0, 0.2, 0))
 
+# %% ../../nbs/15b_data.heart.ipynb #21d98896
 def _radii(heart, phase, along):
     "Return a slice's left radius, the wall's thickness and the right half width, in mm"
     shrink = heart.systole if phase == "ES" else 1.0
@@ -79,6 +81,7 @@ _codes = {name: code for code, name in enumerate(_signal)}
 _labels = {"right ventricle": 1, "myocardium": 2, "left ventricle": 3, "papillary": 3}
 _label_of_code = np.array([_labels.get(name, 0) for name in _signal], np.uint8)
 
+# %% ../../nbs/15b_data.heart.ipynb #81e847e3
 def _outline(back, left, wobble):
     "Return each pixel's distance from the centre, over the bulges of the heart in that direction"
     distance = np.sqrt(back**2 + left**2)
@@ -139,6 +142,7 @@ def _grey(rng, look):
     level[inner] = 0.5 + look.contrast*(level[inner] - 0.5) + varied
     return np.round(level, 3)
 
+# %% ../../nbs/15b_data.heart.ipynb #77675b5c
 def mr_case(heart, phase, shape, spacing, rng, look=Look()):
     """Return image (int16) and label map (uint8, ACDC's 3 values) of one moment, 'ED' or 'ES'
 

@@ -6,7 +6,6 @@
 __all__ = ['make_phantom']
 
 # %% ../../nbs/15c_data.phantom.ipynb #1924d47d
-import hashlib
 import json
 import nibabel as nib
 import numpy as np
@@ -44,6 +43,7 @@ def _ct_files(n, shape, spacing, rng, look):
     return {f"RawData/Training/{part}/{part}{number:04d}.nii.gz": _as_nifti(array, spacing, "LAS")
             for part, array in arrays}
 
+# %% ../../nbs/15c_data.phantom.ipynb #d910b1ca
 def _mr_files(n, shape, spacing, rng, look):
     "Return {name: image or text} of the n-th patient in the layout of ACDC; groups take turns"
     group, base = list(groups)[n % len(groups)], f"training/patient{n + 1:03d}"
@@ -66,6 +66,7 @@ def _claim(folder, names, done=False):
     about = "synthetic scans made by levit_study.phantom, which may replace and remove these files"
     write_json(folder/_marker, {"about": about, "files": files})
 
+# %% ../../nbs/15c_data.phantom.ipynb #09f58ded
 def _listed(folder):
     "Return {name: digest or None} of the files that a phantom made in a folder"
     try:
@@ -73,6 +74,7 @@ def _listed(folder):
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
+# %% ../../nbs/15c_data.phantom.ipynb #482d8579
 def _made_before(folder):
     "Return the names of a phantom's files; `StudyError` for other scans, or links to elsewhere"
     listed, made = _listed(folder), set()
@@ -98,6 +100,7 @@ def _write_file(path, content):
     else:
         write_nifti(path, content, 6 if content.get_data_dtype() == np.uint8 else 1)
 
+# %% ../../nbs/15c_data.phantom.ipynb #1865cecb
 def _remove(folder, name):
     "Remove a file of a folder, and the folders that this leaves empty"
     (folder/name).unlink(missing_ok=True)
@@ -122,6 +125,7 @@ def _check(kind, shape, numbers):
             raise StudyError(f"phantom {name}: {value} is out of range: "
                              f"choose from {low} to {high}")
 
+# %% ../../nbs/15c_data.phantom.ipynb #ac9a6e6c
 def make_phantom(
     folder,         # what an earlier call made there is replaced, anything else stops it
     kind="ct",      # 'ct' or 'mr'

@@ -31,6 +31,7 @@ class Piece:
 # %% ../../nbs/15_data.shapes.ipynb #cfee46ce
 def _rounded(values): return np.round(values, 5).astype(np.float32)
 
+# %% ../../nbs/15_data.shapes.ipynb #c8094770
 @dataclass
 class Warp:
     "A smooth bending of space: each axis is shifted by a few waves over the other axes"
@@ -70,6 +71,7 @@ def _rotation(degrees):
         matrix = turn @ matrix
     return np.round(matrix, 6)
 
+# %% ../../nbs/15_data.shapes.ipynb #038fba63
 def _in_ellipsoid(points, centre, radii, tilt):
     "Return where points lie inside an ellipsoid"
     offsets = [p - c for p, c in zip(points, centre, strict=True)]
@@ -77,6 +79,7 @@ def _in_ellipsoid(points, centre, radii, tilt):
     return sum((sum(o*w for o, w in zip(offsets, row, strict=True))/r)**2
                for row, r in zip(rows, radii, strict=True)) <= 1
 
+# %% ../../nbs/15_data.shapes.ipynb #69f3b959
 def _in_capsule(points, start, end, radii):
     "Return where points lie inside a rod from `start` to `end`, radii[0] to radii[1] wide"
     along = (end - start)/max(float(((end - start)**2).sum()), 1e-6)
@@ -94,12 +97,14 @@ def _segments(piece):
         for i in range(len(centres) - 1):
             yield centres[i], centres[i + 1], radii[i:i + 2]
 
+# %% ../../nbs/15_data.shapes.ipynb #1851a825
 def _box(start, end, reach, grid, warp):
     "Return the slices of a grid that hold what is within `reach` of two points, however it is bent"
     margin = reach + (0 if warp is None else 1.5*np.abs(warp.waves[..., 4]).sum(axis=1).max())
     return tuple(slice(*np.searchsorted(g, (min(a, b) - margin, max(a, b) + margin)))
                  for g, a, b in zip(grid, start, end, strict=True))
 
+# %% ../../nbs/15_data.shapes.ipynb #94d80ce2
 def _bent(grid, warp):
     "Return the three coordinates of a grid's points, shifted by a warp"
     shifts = [0, 0, 0] if warp is None else warp.shifts(grid)
@@ -134,6 +139,7 @@ def grid_of(shape, spacing):
     "Return the mm along each axis of a scan, 0 at its centre"
     return [(np.arange(n) - (n - 1)/2)*s for n, s in zip(shape, spacing, strict=True)]
 
+# %% ../../nbs/15_data.shapes.ipynb #0ec5a90b
 def by_code(table, code):
     "Return table[code], slice by slice, because indexing widens the indices to 64 bits"
     values = np.empty(code.shape, table.dtype)
@@ -141,12 +147,14 @@ def by_code(table, code):
         target[:] = table[plane]
     return values
 
+# %% ../../nbs/15_data.shapes.ipynb #7c553187
 def blurred(image, size):
     "Return an image with its slices blurred by a Gaussian of `size` pixels"
     for axis in (1, 2):
         image = gaussian_filter1d(image, size, axis, truncate=3)
     return image
 
+# %% ../../nbs/15_data.shapes.ipynb #d5582d2d
 def blurred_noise(rng, shape, size, blur=0.6):
     "Return float32 noise of standard deviation `size`, correlated between neighbours in a slice"
     noise = rng.standard_normal(shape, np.float32)
