@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from ..files import StudyError, written_whole
-from .nifti import first_line
+from .nifti import one_problem
 from .slices import labels_to_square, margins, to_square
 from .volumes import check_volume, read_volume
 
@@ -33,21 +33,8 @@ def reading(
 ): # keyword arguments of `read_volume`
     "Return the settings that decide how a scan is read"
     names = ("intensity", "window", "label_map", "structures")
-    return {name: getattr(data, name) for name in names}
-
-def _read(case, data):
-    "Read a `Case`; any problem is a `StudyError` that names it"
-    try:
-        return read_volume(case, **reading(data))
-    except StudyError:
-        raise
-    except MemoryError as error:
-        lack = "not enough memory to read it; prepare with fewer workers"
-        raise StudyError(f"{case.image}: {lack}") from error
-    except Exception as error:  # libraries raise what they like on damaged files
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise StudyError(f"{case.image}: cannot be read ({reason}); "
-                         "fetch or convert it again") from error
+    read = {name: getattr(data, name) for name in names}
+    return read | {"orientation": getattr(data, "orientation", "auto")}
 
 # %% ../../nbs/18a_data.case.ipynb #4b98f2ea
 def _check_values(
@@ -163,14 +150,17 @@ def prepare_case(
     key,  # what identifies source and settings
     keep, # whether to store the volume on its own grid
 ): # the path written
-    "Read one case, resize and count it, and write a store of one case; `StudyError` for a bad case"
+    """Read one case, resize and count it, and write a store of one case
+
+    Whatever is wrong with the scan is a `StudyError` of one line that names it."""
     torch.set_num_threads(1)  # the cases are what runs in parallel
     num_classes = 1 + len(data.structures)
-    volume = _read(case, data)
-    _check_values(volume, num_classes)
-    warnings = check_volume(volume, data.structures) + _check_crop(volume.label, data.crop)
-    images = _quantise(to_square(volume.image, data.size, data.crop), np.uint8)
-    labels = labels_to_square(volume.label, data.size, data.crop)
+    with one_problem(case.image):
+        volume = read_volume(case, **reading(data))
+        _check_values(volume, num_classes)
+        warnings = check_volume(volume, data.structures) + _check_crop(volume.label, data.crop)
+        images = _quantise(to_square(volume.image, data.size, data.crop), np.uint8)
+        labels = labels_to_square(volume.label, data.size, data.crop)
     buffer = io.BytesIO()  # HDF5 cannot even close a file on a full disk; Python can
     with h5py.File(buffer, "w") as file:
         counts, digest = _write_volume(file, volume, num_classes, keep)

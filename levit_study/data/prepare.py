@@ -24,7 +24,7 @@ from ..files import StudyError, written_whole
 from .case import prepare_case
 from .dataset import STORE_FORMAT
 from levit_study.data.jobs import (
-    code_digest, find_prepared, plan_case, rows_of, source_files, split_jobs,
+    code_digest, find_prepared, plan_case, rows_of, share_orientation, source_files, split_jobs,
 )
 from .layouts import find_cases
 from .manifest import build_manifest, split_table
@@ -226,6 +226,7 @@ def prepare(
     errors = manifest.with_name("errors.txt")
     outputs = _Outputs(Path(store), manifest, splits, errors)
     cases = find_cases(data.folder, data.layout, patient=data.patient)
+    data = share_orientation(data, cases)
     jobs = [plan_case(case, data) for case in cases]
     name = f"prepare {outputs.store.stem}"
     with _writing(store):
