@@ -9,7 +9,7 @@ from levit_study.data import jobs
 from levit_study.training import state
 
 PREPARE = """data.nifti data.labels data.volumes data.folders data.cases data.layouts data.splits data.shapes data.abdomen data.heart data.phantom
-             data.slices data.dataset data.case data.store data.jobs data.manifest data.prepare""".split()
+             data.slices data.dataset data.voxels data.store data.jobs data.manifest data.prepare""".split()
 TRAIN = """recipes settings data.augment data.dataset model.upsampling model.grids model.network model.pretrained model.precision model.build
            losses.comparison losses.interface losses.paper losses.more losses.adaptive
            training.state training.scores training.fit""".split()

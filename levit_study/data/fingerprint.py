@@ -8,7 +8,7 @@ __all__ = ['fingerprint']
 # %% ../../nbs/19a_data.fingerprint.ipynb #3092c691
 import numpy as np
 import pandas as pd
-from .case import BINS
+from .voxels import BINS
 from .dataset import SPLITS
 
 # %% ../../nbs/19a_data.fingerprint.ipynb #d17d5521

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from ..files import StudyError, digest_of_code, hash_file
-from .case import reading
+from .voxels import reading
 from .dataset import SPLITS, STORE_FORMAT
 from .splits import benchmark_valid, split_cases
 from .volumes import shared_orientation
@@ -80,7 +80,7 @@ def plan_case(
     return Job(case, files, _case_key(case, [file["sha256"] for file in files], data))
 
 # %% ../../nbs/18d_data.jobs.ipynb #7a3b9147
-PREPARING = ("data.nifti", "data.labels", "data.volumes", "data.slices", "data.case")
+PREPARING = ("data.nifti", "data.labels", "data.volumes", "data.slices", "data.voxels")
 
 @cache
 def code_digest():

@@ -21,7 +21,7 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from tqdm import tqdm
 from ..files import StudyError, written_whole
-from .case import prepare_case
+from .voxels import prepare_case
 from .dataset import STORE_FORMAT
 from levit_study.data.jobs import (
     code_digest, find_prepared, plan_case, rows_of, share_orientation, source_files, split_jobs,

@@ -8,7 +8,7 @@ __all__ = ['case_columns', 'join_cases']
 # %% ../../nbs/18c_data.store.ipynb #befa2e01
 import h5py
 import numpy as np
-from .case import text_column
+from .voxels import text_column
 
 # %% ../../nbs/18c_data.store.ipynb #400083ba
 def _copy_chunks(
