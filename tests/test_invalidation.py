@@ -5,17 +5,17 @@ import subprocess
 import pytest
 from ruamel.yaml import YAML
 
-from levit_study.data import store
+from levit_study.data import jobs
 from levit_study.training import state
 
 PREPARE = """data.nifti data.labels data.volumes data.folders data.cases data.layouts data.splits data.shapes data.abdomen data.heart data.phantom
-             data.slices data.dataset data.store data.prepare""".split()
+             data.slices data.dataset data.voxels data.store data.jobs data.manifest data.prepare""".split()
 TRAIN = """recipes settings data.augment data.dataset model.upsampling model.grids model.network model.pretrained model.precision model.build
            losses.comparison losses.interface losses.paper losses.more losses.adaptive
            training.state training.scores training.fit""".split()
-EVALUATE = """data.slices data.dataset model.upsampling model.grids model.network model.precision model.build model.inference training.scores
+EVALUATE = """data.slices data.dataset data.native model.upsampling model.grids model.network model.precision model.build model.inference training.scores
               evaluation.metrics evaluation.inference evaluation.evaluate""".split()
-REPORT = """data.dataset evidence.results evidence.statistics evidence.tables evidence.claims evidence.paper
+REPORT = """data.dataset data.native evidence.results evidence.statistics evidence.tables evidence.claims evidence.paper
             report.look report.parts report.figures report.more_figures""".split()
 SITE = "report.pages report.summary report.site".split()
 TABLE = {"prepare": PREPARE, "train": TRAIN, "evaluate": EVALUATE, "report": REPORT, "site": SITE}
@@ -49,7 +49,7 @@ def test_a_stage_depends_on_the_rooms_that_decide_its_numbers(stages, stage):
 
 def test_prepared_cases_and_trainings_are_known_by_the_same_rooms():
     """A prepared case by what turns its file into slices; a training by its stage's rooms, its data by the prepared pixels, its loss by its classes' rooms."""
-    assert set(store.PREPARING) < set(PREPARE)
+    assert set(jobs.PREPARING) < set(PREPARE)
     losses = {"losses.paper", "losses.more", "losses.adaptive", "settings"}
     assert set(state.TRAINING) | losses | {"recipes"} == set(TRAIN) | {"recipes"}
 

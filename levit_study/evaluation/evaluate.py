@@ -10,6 +10,7 @@ import numpy as np
 import sys
 import torch
 from ..files import StudyError, written_whole
+from ..data.native import stored_volume
 from .inference import as_words, class_probabilities, largest_regions
 from .inference import load_model, way_of
 
@@ -75,7 +76,7 @@ def evaluate(
     with written_whole(predictions) as partial, h5py.File(partial, "w") as file:
         for split, case in tqdm(cases, unit="case", desc=f"evaluate {card['dataset']} {card['loss']} seed {card['seed']}", disable=not progress,
                                 file=sys.stderr, ncols=100):
-            found, reliability, labels = evaluate_case(model, store.volume(case), store.structures, store.size, flips, tolerance, crop=store.crop,
+            found, reliability, labels = evaluate_case(model, stored_volume(store, case), store.structures, store.size, flips, tolerance, crop=store.crop,
                                                        zooms=zooms, regions=regions)
             rows += [{"split": split, "case": case, "patient": patient[case], **row} for row in found]
             counts[split] = counts.get(split, 0) + reliability
