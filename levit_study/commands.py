@@ -55,8 +55,14 @@ def add_predict(commands):
     c.add_argument("--device", default="auto"); c.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     def run(a):
         from levit_study.evaluation.predict import predict
-        for path in predict(a.scan, a.weights, a.output, a.flips, a.zooms, a.largest_regions, a.overwrite, a.keep, a.overlay, a.volumes, a.assume_axes,
-                            a.device, a.precision): print(path)
+        from levit_study.evaluation.targets import Outputs, Scans
+        overlay = None
+        if a.overlay: from levit_study.report.overlay import draw_overlay as overlay
+        existing = "overwrite" if a.overwrite else "keep" if a.keep else "refuse"
+        outputs = Outputs(a.output, a.volumes, overlay, existing)
+        changes = {"flips": a.flips, "zooms": a.zooms, "largest_regions": a.largest_regions}
+        scans = Scans(a.scan, a.assume_axes)
+        for path in predict(scans, a.weights, outputs, changes, a.device, a.precision): print(path)
     c.set_defaults(run=run)
 
 # %% ../nbs/72_commands.ipynb #1b484e69

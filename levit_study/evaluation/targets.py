@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Scans', 'Outputs', 'ScanFiles', 'scan_files', 'cannot_write', 'check_targets']
 
-# %% ../../nbs/42a_evaluation.targets.ipynb #5d5839c5
+# %% ../../nbs/42a_evaluation.targets.ipynb #d0e92319
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Callable
 from ..files import StudyError
 from ..data.folders import refuse_other_formats
 
-# %% ../../nbs/42a_evaluation.targets.ipynb #66b4d41a
+# %% ../../nbs/42a_evaluation.targets.ipynb #482ef4c3
 @dataclass(frozen=True)
 class Scans:
     "What to segment"
@@ -28,7 +28,7 @@ class Outputs:
     overlay: Callable | None = None    # draws a picture beside each label map, see `predict`
     existing: str = "refuse"           # or "overwrite", or "keep": segment only the rest
 
-# %% ../../nbs/42a_evaluation.targets.ipynb #9007c007
+# %% ../../nbs/42a_evaluation.targets.ipynb #aaa0ebd6
 @dataclass(frozen=True)
 class ScanFiles:
     "A scan, and the files that are written for it"
@@ -49,7 +49,7 @@ class ScanFiles:
         name = self.labels.name.removesuffix(".gz").removesuffix(".nii")
         return self.labels.with_name(name + ending)
 
-# %% ../../nbs/42a_evaluation.targets.ipynb #bdcb5031
+# %% ../../nbs/42a_evaluation.targets.ipynb #19ec99b8
 def _is_nifti(path) -> bool:
     return path.name.lower().endswith((".nii", ".nii.gz")) and not path.name.startswith(".")
 
@@ -58,9 +58,9 @@ def _label_name(scan) -> str:
     cut = -7 if scan.name.lower().endswith(".nii.gz") else -4
     return scan.name[:cut] + scan.name[cut:].lower()
 
-# %% ../../nbs/42a_evaluation.targets.ipynb #8d95c989
+# %% ../../nbs/42a_evaluation.targets.ipynb #e4e48760
 def scan_files(scans: Scans, outputs: Outputs) -> list[ScanFiles]:
-    "Pair each scan with its files; `StudyError` where there is no scan, or the output's kind is wrong"
+    "Pair each scan with its files; `StudyError` without a scan, or for a file where a folder goes"
     source, output = Path(scans.path), Path(outputs.labels)
     pictured, is_file = outputs.overlay is not None, output.name.endswith((".nii", ".nii.gz"))
     if not source.exists(): raise StudyError(f"{source}: no such file or folder")
@@ -74,7 +74,7 @@ def scan_files(scans: Scans, outputs: Outputs) -> list[ScanFiles]:
     if not found: raise StudyError(f"{source}: holds no .nii or .nii.gz file")
     return [ScanFiles(path, output / _label_name(path), pictured) for path in found]
 
-# %% ../../nbs/42a_evaluation.targets.ipynb #d59c071f
+# %% ../../nbs/42a_evaluation.targets.ipynb #a6c62770
 def _identity(path):
     "What two names of one file share; None where there is no file"
     try: info = os.stat(path)
@@ -91,7 +91,7 @@ def _refuse_sources(targets, sources):
             problem = f"is the same file as {source}, which is read"
             raise StudyError(f"{target}: {problem}; choose another place for the result")
 
-# %% ../../nbs/42a_evaluation.targets.ipynb #fd748e83
+# %% ../../nbs/42a_evaluation.targets.ipynb #e5ad96ef
 def _refuse_doubles(files: list[ScanFiles], volumes):
     "Raise `StudyError` if two results have one name"
     place = lambda path: (os.path.realpath(path.parent), path.name)
@@ -105,7 +105,7 @@ def _refuse_doubles(files: list[ScanFiles], volumes):
     if volumes is not None and place(volumes) in owners:
         raise StudyError(f"{volumes}: a scan's result has the same name; name the table otherwise")
 
-# %% ../../nbs/42a_evaluation.targets.ipynb #821d77fb
+# %% ../../nbs/42a_evaluation.targets.ipynb #6c5644ae
 def _refuse_existing(targets, existing):
     "Raise `StudyError` if a target is no file, or is there and shall not be replaced"
     there = [target for target in targets if os.path.lexists(target)]
@@ -117,7 +117,7 @@ def _refuse_existing(targets, existing):
         remedy = "give another --output, --overwrite what is there, or --keep it and go on"
         raise StudyError(f"{there[0]}: exists already{more}; {remedy}")
 
-# %% ../../nbs/42a_evaluation.targets.ipynb #f20f1724
+# %% ../../nbs/42a_evaluation.targets.ipynb #4716ecb3
 def cannot_write(target, error: OSError) -> StudyError:
     "The one line for a result that could not be written"
     remedy = "check the name, the folder's rights and the free space"
@@ -134,7 +134,7 @@ def _try_writing(target):
         finally: probe.unlink(missing_ok=True)
     except OSError as error: raise cannot_write(target, error) from None
 
-# %% ../../nbs/42a_evaluation.targets.ipynb #8bd6b389
+# %% ../../nbs/42a_evaluation.targets.ipynb #444e2ba3
 def check_targets(files: list[ScanFiles], outputs: Outputs, sources=()):
     """Raise `StudyError` if a result would replace what is read (the scans, and `sources`) or
     another result, exists and shall not be replaced, or could not be written"""
