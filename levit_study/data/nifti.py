@@ -303,7 +303,7 @@ def _orientation_notes(affine):
         notes.append(f"odd orientation {stored}: slices were not stored along the body's axis")
     return notes
 
-# %% ../../nbs/10_data.nifti.ipynb #86580679
+# %% ../../nbs/10_data.nifti.ipynb #40f6c1b6
 labels_rounded = "the label map was saved with rounding: its values are the nearest whole numbers"
 
 def _whole_labels(label, header):
@@ -312,7 +312,7 @@ def _whole_labels(label, header):
         return label, []
     slope, _ = header.get_slope_inter()
     scaled = slope is not None and header.get_data_dtype().kind in "iu"
-    step = min(abs(slope), 0.03) if scaled else 1e-4
+    step = min(max(abs(slope), 1e-4), 0.03) if scaled else 1e-4  # single precision is 1e-4 off, too
     whole = np.rint(label)
     off = np.abs(label - whole).max()
     return (whole, [labels_rounded]) if 0 < off <= step else (label, [])

@@ -41,7 +41,7 @@ def _pick_key(path, keys, wanted):
     there = ", ".join(sorted(map(str, keys))[:8])[:80] or "nothing"
     raise StudyError(f"{path}: no array '{wanted}' (has: {there}): take a file of the right layout")
 
-# %% ../../nbs/12_data.volumes.ipynb #b2051a99
+# %% ../../nbs/12_data.volumes.ipynb #31de956d
 def _hdf5_array(path, file, wanted, dimensions):
     "Return one array of an open HDF5 file"
     key = _pick_key(path, file.keys(), wanted)
@@ -62,8 +62,8 @@ def _read_hdf5(path, dimensions, wanted):
             return [_hdf5_array(path, file, name, dimensions) for name in wanted]
     except (OSError, RuntimeError, KeyError) as problem:
         if re.search("unable to lock|already open for", str(problem)):
-            text = "another program has it open for writing, or left it so"
-            raise StudyError(f"{path}: {text}: close it there, or copy the file again") from None
+            text = "another program holds this file open (a lock, no damage)"
+            raise StudyError(f"{path}: {text}: close it there, or copy the file") from None
         reason = f"not a readable HDF5 file ({first_line(problem)})"
         raise StudyError(f"{path}: {reason}: fetch or copy it again") from None
 
