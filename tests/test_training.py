@@ -1,4 +1,4 @@
-"""What a training must survive: being killed at any moment, damaged checkpoints, several processes."""
+"""What a training must survive: being killed at any moment, damaged files, several processes."""
 import ast
 import json
 import os
@@ -31,15 +31,21 @@ SLURM = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "4", "S
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, environment):
-    "The store, and a run that nothing interrupted"
+def toys(tmp_path_factory):
+    "A folder with a prepared store"
     folder = tmp_path_factory.mktemp("toy")
     toy_store(folder / "toy.h5")
-    started = time.monotonic()
-    command = [sys.executable, TOY, "fit", folder / "toy.h5", folder / "whole"]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
-    (folder / "duration.json").write_text(json.dumps(time.monotonic() - started))
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole(toys, environment):
+    "That folder with a run that nothing interrupted, and its duration"
+    started = time.monotonic()
+    command = [sys.executable, TOY, "fit", toys / "toy.h5", toys / "whole"]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    (toys / "duration.json").write_text(json.dumps(time.monotonic() - started))
+    return toys
 
 
 def same(a, b):
@@ -68,7 +74,7 @@ def test_killed_runs_end_with_the_same_result(whole, environment, number):
         except subprocess.TimeoutExpired:
             process.send_signal(number)
             process.wait(60)
-            within += any((whole / name).rglob("*.pt"))  # killed while it trained, not while it started
+            within += any((whole / name).rglob("*.pt"))  # it trained, and did not just start
         else:
             assert process.returncode == 0
             if within: break
@@ -78,10 +84,10 @@ def test_killed_runs_end_with_the_same_result(whole, environment, number):
     same(whole / "whole", whole / name)
 
 
-def test_a_damaged_checkpoint_falls_back(whole, environment, tmp_path):
+def test_a_damaged_checkpoint_falls_back(toys, environment, tmp_path):
     def stop_late(line):
         if "epoch 3/" in line: os.kill(os.getpid(), signal.SIGTERM)
-    store = whole / "toy.h5"
+    store = toys / "toy.h5"
     with pytest.raises(Stopped):
         fit(toy_run(), store, tmp_path, tmp_path, "cpu", stop_late, progress=False)
     newest = sorted((tmp_path / "checkpoints").glob("*.pt"))[-1]
@@ -93,13 +99,13 @@ def test_a_damaged_checkpoint_falls_back(whole, environment, tmp_path):
     assert list(epochs.epoch) == [1, 2, 3, 4]
 
 
-def test_a_first_training_goes_on_where_dvc_took_its_best_weights_away(whole, tmp_path):
+def test_a_first_training_goes_on_where_dvc_took_its_best_weights_away(toys, tmp_path):
     "`dvc exp run` begins with taking away the outputs that no run has recorded yet"
     def stop_late(line):
         if "epoch 3/" in line: os.kill(os.getpid(), signal.SIGTERM)
     def train(name, say):
         folder = tmp_path / name
-        return fit(toy_run(), whole / "toy.h5", folder, folder, "cpu", say, progress=False)
+        return fit(toy_run(), toys / "toy.h5", folder, folder, "cpu", say, progress=False)
     with pytest.raises(Stopped): train("untouched", stop_late)
     shutil.copytree(tmp_path / "untouched", tmp_path / "taken")
     (tmp_path / "taken" / "best.safetensors").unlink()
@@ -109,38 +115,40 @@ def test_a_first_training_goes_on_where_dvc_took_its_best_weights_away(whole, tm
     same(tmp_path / "untouched", tmp_path / "taken")
 
 
-def test_validation_is_the_same_with_two_processes(whole, environment):
+def test_validation_is_the_same_with_two_processes(toys, environment):
     for world in (1, 2):
         torchrun = [*TORCHRUN, "--nproc_per_node", str(world), "--master_port", "29411"]
-        command = [*torchrun, TOY, "validate", whole / "toy.h5", whole]
+        command = [*torchrun, TOY, "validate", toys / "toy.h5", toys]
         subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
-    one, two = (json.loads((whole / f"scores{world}.json").read_text()) for world in (1, 2))
+    one, two = (json.loads((toys / f"scores{world}.json").read_text()) for world in (1, 2))
     assert one["counts"] == two["counts"] and one["valid_dice"] == two["valid_dice"]
     assert abs(one["loss"] - two["loss"]) < 1e-6
 
 
-def test_two_processes_train(whole, environment):
+def test_two_processes_train(toys, environment):
     torchrun = [*TORCHRUN, "--nproc_per_node", "2", "--master_port", "29412"]
-    command = [*torchrun, TOY, "fit", whole / "toy.h5", whole / "two"]
+    command = [*torchrun, TOY, "fit", toys / "toy.h5", toys / "two"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((whole / "two" / "run.json").read_text())["processes"] == 2
-    assert len(pd.read_csv(whole / "two" / "epochs.csv")) == 4
+    assert json.loads((toys / "two" / "run.json").read_text())["processes"] == 2
+    assert len(pd.read_csv(toys / "two" / "epochs.csv")) == 4
 
 
 @pytest.fixture
-def several(whole, tmp_path):
+def several(toys, tmp_path):
     "A folder like the project's, whose params.yaml asks for two processes"
-    training = {"epochs": 2, "batch_size": 2, "precision": "fp32", "valid_batch_size": 3, "processes": 2}
+    training = {"epochs": 2, "batch_size": 2, "valid_batch_size": 3, "precision": "fp32"}
+    training |= {"processes": 2}
     data = {"folder": "raw", "structures": {"disc": 1, "square": 2}, "size": 32}
     toy = {"title": "Toys", "data": data, "model": {"variant": "128s"}, "training": training}
     study = {"datasets": ["toy"], "losses": ["baseline"], "seeds": [0]}
     losses = {"baseline": {"kind": "baseline"}}
-    params = {"study": study, "losses": losses, "datasets": {"toy": toy}, "compute": {"device": "cpu"}}
+    params = {"study": study, "losses": losses, "datasets": {"toy": toy}}
+    params["compute"] = {"device": "cpu"}
     (tmp_path / "params.yaml").write_text(json.dumps(params))
     (tmp_path / "dvc.yaml").touch()
     (tmp_path / "data" / "prepared").mkdir(parents=True)
-    shutil.copy(whole / "toy.h5", tmp_path / "data" / "prepared" / "toy.h5")
+    shutil.copy(toys / "toy.h5", tmp_path / "data" / "prepared" / "toy.h5")
     return tmp_path
 
 
@@ -157,7 +165,8 @@ def notebook_training(root, folder, environment):
     return subprocess.Popen([*stage, *names], cwd=folder, env=environment, **pipes)
 
 
-def test_the_notebook_trains_in_several_processes_and_shows_what_they_say(root, several, environment):
+def test_the_notebook_trains_in_several_processes(root, several, environment):
+    "And shows what they say"
     process = notebook_training(root, several, environment)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text[-3000:]
@@ -209,7 +218,8 @@ def test_processes_end_with_what_started_them(root, several, environment):
     kernels = []
     for _ in range(1200):
         if len(training()) >= 3:  # torchrun and its two
-            kernels = [p for p in psutil.Process(process.pid).children(recursive=True) if is_kernel(p)]
+            children = psutil.Process(process.pid).children(recursive=True)
+            kernels = [p for p in children if is_kernel(p)]
             break
         if process.poll() is not None: break
         time.sleep(0.1)
@@ -237,13 +247,13 @@ STATEFUL = [
 
 
 @pytest.mark.parametrize("settings", STATEFUL, ids=lambda s: s["kind"])
-def test_a_loss_with_state_resumes(whole, tmp_path, settings):
+def test_a_loss_with_state_resumes(toys, tmp_path, settings):
     def stop(line):
         if "epoch 2/" in line: os.kill(os.getpid(), signal.SIGTERM)
     run = toy_run(epochs=3).model_copy(update={"loss": settings["kind"], "loss_settings": settings})
     def train(name, say=lambda line: None):
         folder = tmp_path / name
-        return fit(run, whole / "toy.h5", folder, folder, "cpu", say, progress=False)
+        return fit(run, toys / "toy.h5", folder, folder, "cpu", say, progress=False)
     train("whole")
     with pytest.raises(Stopped): train("stopped", stop)
     train("stopped")
@@ -262,7 +272,8 @@ def drawn_on(root, room):
 
 def test_what_decides_a_training_draws_on_nothing_that_is_not_counted(root):
     "Beside files, checked parameters, and what only records: those decide no number"
-    counted = set(TRAINING) | {"losses.paper", "losses.more", "losses.adaptive", "kinds", "settings"}
+    losses = {"losses.paper", "losses.more", "losses.adaptive", "kinds", "settings"}
+    counted = set(TRAINING) | losses
     others = {other for room in TRAINING for other in drawn_on(root, room)} - counted
     assert others == {"files", "params", "training.record"}
 
