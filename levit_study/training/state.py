@@ -23,6 +23,7 @@ from pathlib import Path
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..files import StudyError, digest_of_code, hard_link, hash_file, written_whole
 from ..params import Run, Training
+from ..settings import check_loss
 from ..model.build import for_training, levit_unet
 from ..model.precision import autocast_precision
 from ..losses.interface import build_loss
@@ -148,10 +149,13 @@ def training_code(
 
 # %% ../../nbs/30_training.state.ipynb #e94b2c07
 def _record_of(run: Run, criterion: torch.nn.Module) -> dict:
-    "Return what the numbers depend on: the run's parameters, its code, the file it starts from"
+    "Return what the numbers depend on: parameters, code, and the file that the network starts from"
     pretrained = run.model.pretrained
-    record = run.record() | {"code": training_code(criterion, bool(pretrained))}
-    return record | ({"pretrained": hash_file(pretrained)} if isinstance(pretrained, str) else {})
+    full = check_loss(run.loss_settings, run.loss)  # defaults filled in: their table may grow
+    record = run.record() | {"full_loss_settings": full}
+    record["code"] = training_code(criterion, bool(pretrained))
+    if isinstance(pretrained, str): record["pretrained"] = hash_file(pretrained)
+    return record
 
 # %% ../../nbs/30_training.state.ipynb #a0c21ca3
 def _differing_key(then: dict, now: dict, place="") -> str:
