@@ -21,7 +21,13 @@ env: .venv/.ready .dvc/plots/page.html
 .dvc/plots/page.html: .venv/.ready
 	@$(INSIDE) levit-study plots-page $@
 
-study: env
+# DVC keeps its records beside git's; said before gigabytes are installed.
+.PHONY: git
+git:
+	@git rev-parse --git-dir >/dev/null 2>&1 || grep -qs 'no_scm *= *true' .dvc/config .dvc/config.local || { \
+	echo "No git repository here: run 'git init', or work without git: 'make env && .venv/bin/dvc config --local core.no_scm true'"; exit 1; }
+
+study: git env
 	$(INSIDE) dvc repro
 	@echo "The report: reports/index.html"
 

@@ -87,7 +87,7 @@ def bare_code(text: str) -> str:
     _without_words(tree)
     return ast.unparse(tree)
 
-# %% ../nbs/00_files.ipynb #0e258459
+# %% ../nbs/00_files.ipynb #6c066016
 def digest_of_code(*files) -> str:
     "Identify what Python files do, as 16 hexadecimal digits; their words do not count"
     texts = [bare_code(Path(file).read_text(encoding="utf-8")) for file in files]
@@ -99,13 +99,13 @@ def run_folders(dataset: str, loss: str, seed: int, root=".") -> tuple[Path, Pat
     tail = Path(dataset, loss, f"seed{seed}")
     return Path(root, "reports", "runs", tail), Path(root, "models", tail)
 
-# %% ../nbs/00_files.ipynb #2fbe7199
+# %% ../nbs/00_files.ipynb #070f593e
 def project_folder(start=".") -> Path:
-    "Return the folder above `start` that holds params.yaml and dvc.yaml; `StudyError` if none does"
+    "Return the folder at or above `start` that holds params.yaml; `StudyError` if none does"
     start = Path(start).resolve()
     for folder in (start, *start.parents):
-        if (folder / "params.yaml").is_file() and (folder / "dvc.yaml").is_file(): return folder
-    raise StudyError(f"{start}: in no folder of a study (params.yaml, dvc.yaml); go to the project")
+        if (folder / "params.yaml").is_file(): return folder
+    raise StudyError(f"{start}: in no study's folder: there is no params.yaml at or above it")
 
 def enter_project():
     "Change to the project's folder, so that its relative paths hold"

@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -585,9 +587,6 @@ def constant_slice(folder):
     image[:, :, 2] = 5
     ct(folder, image)
 
-@kind("warning", "the same image as case0001")
-def volume_twice(folder): ct(folder, ct_arrays()[0])
-
 @kind("warning", "liver: encloses 4 background voxels")
 def label_with_holes(folder):
     label = ct_arrays()[1]
@@ -614,7 +613,7 @@ def no_orientation(folder):
 @kind("warning", "two affines .* disagree")
 def affines_disagree(folder):
     for path, array in zip(ct(folder), ct_arrays(), strict=True):
-        save(path, array, edit=lambda header: header.set_qform(np.diag([-3.0, -2.0, 3.0, 1.0]), 1))
+        save(path, array, edit=lambda header: header.set_qform(np.diag([1.5, -2.0, 3.0, 1.0]), 1))
 
 @kind("warning", "off the image's by 0.4 mm")
 def label_a_little_beside(folder): save(ct(folder)[1], ct_arrays()[1], AFFINE + np.array([[0, 0, 0, 0.4]] + [[0]*4]*3))
@@ -676,3 +675,123 @@ def files_that_do_not_belong(folder):
     (folder/"img/.DS_Store").write_bytes(b"x")
     (folder/"img/._img0003.nii.gz").write_bytes(b"x")
     (folder/"img/notes.txt").write_text("x")
+
+
+# --- headers that contradict themselves, and what nibabel is too strict for ----------------------------
+
+
+def edit(path, **fields):
+    "Change fields of a gzipped NIfTI file's header, whatever sense they make"
+    raw = gzip.decompress(path.read_bytes())
+    header = nib.Nifti1Header(raw[:348], check=False)
+    for name, value in fields.items(): header[name] = value
+    path.write_bytes(gzip.compress(header.binaryblock + raw[348:]))
+
+
+def odd_headers(folder, affine=AFFINE, qform=None, **fields):
+    "A good data set of which both files of the second case have these header fields"
+    for path, array in zip(ct(folder), ct_arrays(), strict=True):
+        save(path, array, affine, edit=lambda h: qform is not None and h.set_qform(qform, 1))
+        edit(path, **fields)
+
+def rows(a, b, c): return {"srow_x": [a, 0, 0, 0], "srow_y": [0, b, 0, 0], "srow_z": [0, 0, c, 0]}
+
+
+@kind("warning", "affine contradicts its voxel size .pixdim.: the size is pixdim's")
+def size_in_pixdim_alone(folder): odd_headers(folder, **rows(-1, -1, 1))
+
+@kind("warning", "sform contradicts its voxel size .pixdim.: the qform is used")
+def sform_without_size_beside_a_qform(folder): odd_headers(folder, qform=AFFINE, **rows(-1, -1, 1))
+
+@kind("warning", "sform is not valid: the qform is used")
+def sform_of_zeros_beside_a_qform(folder): odd_headers(folder, qform=AFFINE, **rows(0, 0, 0))
+
+@kind("warning", "sform is not valid: the qform is used")
+def sform_not_finite_beside_a_qform(folder): odd_headers(folder, qform=AFFINE, srow_y=[np.nan]*4)
+
+@kind("warning", "sform is not valid: the qform is used")
+def sheared_sform_beside_a_qform(folder): odd_headers(folder, qform=AFFINE, srow_x=[-1.5, 0.7, 0, 0])
+
+@kind("warning", "qform is not valid: the sform is used")
+def quaternion_beyond_repair(folder): odd_headers(folder, qform=AFFINE, quatern_b=3)
+
+@kind("warning", "qform is not valid: the sform is used")
+def quaternion_not_a_number(folder): odd_headers(folder, qform=AFFINE, quatern_c=np.nan)
+
+@kind("warning", "voxel size .pixdim. is not valid: the affine's is used")
+def pixdim_of_zeros(folder): odd_headers(folder, pixdim=[1, 0, 0, 0, 0, 0, 0, 0])
+
+@kind("warning", "voxel size .pixdim. is not valid: the affine's is used")
+def pixdim_not_a_number(folder): odd_headers(folder, pixdim=[1, 1.5, np.nan, 3, 0, 0, 0, 0])
+
+@kind("error", "voxel size 0 x 0 x 0 mm is not plausible", "0002.nii.gz")
+def pixdim_of_zeros_and_a_qform(folder): odd_headers(folder, None, AFFINE, pixdim=[1, 0, 0, 0, 0, 0, 0, 0])
+
+@kind("error", "not plausible", "0002.nii.gz")
+def quaternion_beyond_repair_alone(folder): odd_headers(folder, None, AFFINE, quatern_b=3)
+
+@kind("reads")
+def quaternion_a_little_too_long(folder): odd_headers(folder, qform=AFFINE, quatern_d=1.000004)
+
+@kind("reads")
+def quaternion_a_little_too_long_alone(folder): odd_headers(folder, None, AFFINE, quatern_d=1.000004)
+
+@kind("reads")
+def qfac_of_zero(folder): odd_headers(folder, None, AFFINE, pixdim=[0, 1.5, 2, 3, 0, 0, 0, 0])
+
+@kind("reads")
+def qfac_not_a_number(folder): odd_headers(folder, None, AFFINE, pixdim=[np.nan, 1.5, 2, 3, 0, 0, 0, 0])
+
+@kind("reads")
+def pixdim_negative(folder): odd_headers(folder, None, AFFINE, pixdim=[1, -1.5, 2, -3, 0, 0, 0, 0])
+
+@kind("reads")
+def sform_code_unknown_beside_a_qform(folder): odd_headers(folder, qform=AFFINE, sform_code=77, **rows(9, 9, 9))
+
+
+# --- labels with rounding, padding, anatomy, names -----------------------------------------------------
+
+
+def rescaled_labels(folder, dtype, change=lambda label: label):
+    "The second case's label map as an array of floats that nibabel scales into `dtype`"
+    path = ct(folder, ct_arrays()[0])[1]
+    label = change(ct_arrays()[1].astype(np.float64))
+    label[0, 0, 0] = 13   # a raw label that becomes background; it makes the scale coarser
+    image = nib.Nifti1Image(label, AFFINE)
+    image.set_data_dtype(dtype)
+    nib.save(image, path)
+
+@kind("warning", "saved with rounding")
+def labels_rescaled_into_16_bits(folder): rescaled_labels(folder, np.int16)
+
+@kind("warning", "saved with rounding")
+def labels_rescaled_into_8_bits(folder): rescaled_labels(folder, np.int8)
+
+@kind("warning", "saved with rounding")
+def labels_a_hair_off(folder): ct(folder, label=ct_arrays()[1]*np.float32(0.99999))
+
+@kind("error", "fractional", "label0002.nii.gz")
+def labels_rescaled_and_resampled(folder): rescaled_labels(folder, np.int16, lambda label: label*0.9)
+
+@kind("error", "rescale intercept was lost", "img0002.nii.gz")
+def padding_and_no_intercept(folder):
+    image = ct_arrays()[0] + np.int16(1024)
+    image[0] = -32768
+    ct(folder, image)
+
+@kind("error", "liver and spleen lie below the kidneys", "label0002.nii.gz")
+def upside_down(folder): ct(folder, *(array[:, :, ::-1] for array in ct_arrays()))
+
+@kind("error", "stomach lies behind the aorta and kidneys", "label0002.nii.gz")
+def front_to_back(folder):
+    image, label = ct_arrays()
+    label[6:8, 0:2, 2:6] = 7
+    ct(folder, image[:, ::-1], label[:, ::-1])
+
+@kind("error", "another program holds this file open", "patient002_frame01.h5")
+def hdf5_that_a_program_left_open(folder):
+    code = "import h5py, os, sys; f = h5py.File(sys.argv[1], 'a', libver='latest'); f.flush(); os._exit(0)"
+    path = ssl(folder)
+    arrays = hearts()
+    with h5py.File(path, "w", libver="latest") as file: file["image"], file["label"] = arrays
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)

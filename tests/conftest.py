@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = Path(__file__).with_name("params.yaml")   # params.yaml as it is shipped
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
 
 
@@ -35,6 +36,7 @@ def project(tmp_path_factory, environment):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / file, folder / file)
         (folder / "reports").mkdir(exist_ok=True)
+        shutil.copy2(SHIPPED, folder / "params.yaml")   # the user's own may say anything
         for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qm",
                                                                       "copy"]):
             subprocess.run(command, cwd=folder, check=True)

@@ -22,13 +22,13 @@ MARK = Path("/tmp/levit-study-was-run")
 
 def read_all(folder, settings):
     "Read a data set as preparation does, bad cases skipped; return the volumes and warnings, or raise what the first bad case raised"
-    volumes, lines, errors, seen = [], [], [], {}
+    volumes, lines, errors = [], [], []
     for case in find_cases(folder):
         ct_like = case.name.startswith("case0")
         settings = (CT if ct_like else MR) | settings
         try: volumes.append(read_volume(case, **settings))
         except StudyError as error: errors.append(error)
-        else: lines += check_volume(volumes[-1], {"left kidney": 3, "right kidney": 4, "liver": 5} if ct_like else settings["structures"], seen)
+        else: lines += check_volume(volumes[-1], {"left kidney": 3, "right kidney": 4, "liver": 5} if ct_like else settings["structures"])
     if errors: raise errors[0]
     return volumes, lines
 
@@ -52,7 +52,7 @@ def test_kind(name, tmp_path):
             assert np.array_equal(volumes[-1].label, label_map(label.transpose(2, 1, 0)))
             assert np.abs(volumes[-1].image - scale_intensity(image.transpose(2, 1, 0))).max() < 0.003
             assert volumes[-1].spacing == (3.0, 2.0, 1.5)
-            assert not [line for line in lines if "same image" not in line], lines
+            assert not lines, lines
     assert not MARK.exists(), "a file was executed"
 
 

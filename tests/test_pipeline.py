@@ -17,7 +17,8 @@ from ruamel.yaml import YAML
 from levit_study.data.dataset import PreparedStore
 from levit_study.evaluation.evaluate import evaluate
 from levit_study.model.weights import save_weights
-from levit_study.model.build import levit_unet, load_weights
+from levit_study.model.build import levit_unet
+from levit_study.model.inference import load_weights
 from levit_study.data.nifti import canonical
 
 LOSSES = ["baseline", "focal", "focal_tversky"]

@@ -38,7 +38,7 @@ def within(folder, *names):
     return path
 
 # %% ../../nbs/12a_data.folders.ipynb #18b3d77d
-def folder_levels(folder, deepest=3):
+def folder_levels(folder, deepest=4):
     "Yield [folder], then the folders in it, then those in them, down to `deepest`; no hidden ones"
     level = [Path(folder)]
     for _ in range(deepest + 1):
@@ -68,6 +68,7 @@ def entry_of(name):
     "Return a file's name or a list's entry without its ending, in lower case"
     return re.sub(r"(\.npy)?(\.(h5|npz))?$", "", name.lower())
 
+# %% ../../nbs/12a_data.folders.ipynb #bae86ce2
 def read_list(path):
     "Return a list's entries, see `entry_of`; [] if there is none, `StudyError` if one is no name"
     if not path.is_file(): return []
@@ -124,6 +125,7 @@ def _files_below(folder, most=2000):
             most -= 1
             if most == 0: return
 
+# %% ../../nbs/12a_data.folders.ipynb #b3c2fa90
 def refuse_other_formats(path):
     """Raise `StudyError`, which names a converter, for a scan in another format than NIfTI
 

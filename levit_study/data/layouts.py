@@ -23,6 +23,7 @@ def _by_key(folder, pattern):
         paths.setdefault(match[1], []).append(Path(folder)/name)
     return paths
 
+# %% ../../nbs/13_data.layouts.ipynb #91a6d673
 def _merged(*tables):
     "Return one {key: [paths]} of several"
     keys = sorted(set().union(*tables))
@@ -65,6 +66,7 @@ def _read_info(folder):
     pairs = (line.partition(":") for line in read_text(path, errors="replace").splitlines())
     return {key.strip().lower(): value.strip() for key, colon, value in pairs if colon}
 
+# %% ../../nbs/13_data.layouts.ipynb #c656e477
 def _named_frames(info):
     "Return the numbers of end-diastole and end-systole that Info.cfg has, two digits each"
     numbers = (re.fullmatch(r"0*([1-9]\d*)(\.0*)?", info.get(key, "")) for key in ("ed", "es"))
@@ -76,6 +78,7 @@ def _frames(folder, ending=""):
     named = _by_key(folder, rf"{folder.name}_frame0*(\d+){ending}\.nii(?:\.gz)?")
     return {number.zfill(2): paths for number, paths in named.items()}
 
+# %% ../../nbs/13_data.layouts.ipynb #fc313a29
 def _find_patient(folder, split=None):
     "Return the cases (frames) of one ACDC patient's folder"
     patient, info = folder.name.lower(), _read_info(folder)
@@ -114,6 +117,7 @@ def _grouped_slices(folder, pattern):
         slices.setdefault(volume, []).append((int(match[3]), Path(folder)/name))
     return {volume: [path for _, path in sorted(numbered)] for volume, numbered in slices.items()}
 
+# %% ../../nbs/13_data.layouts.ipynb #b104973f
 def _check_slices(slices):
     "Raise `StudyError` if a volume's slices lie in two folders, or one is there twice"
     for volume, paths in slices.items():
@@ -126,6 +130,7 @@ def _check_slices(slices):
                 raise StudyError(f"{path}: a second file for this slice of {volume}: keep one")
             seen.add(entry_of(path.name))
 
+# %% ../../nbs/13_data.layouts.ipynb #0cf088e3
 def _add_volume(volumes, name, path):
     "Note a volume's file; `StudyError` if it has one already"
     if name in volumes:
@@ -220,6 +225,7 @@ _transunet_file = r"case_?\d+(_slice(E[DS]_)?\d+\.npz|(_volume_E[DS])?(\.npy)?\.
 _transunet_lists = {"train": "train", "valid": "valid", "val": "valid", "test_vol": "valid",
                     "test": "test"}
 
+# %% ../../nbs/13_data.layouts.ipynb #63803207
 def _transunet_files(folder):
     "Return {volume: file}, {volume: [slices]} and {volume: split} of TransUNet's folders"
     volumes, slices, folders = {}, {}, {}
@@ -263,6 +269,7 @@ def _by_case(images, labels):
         cases.setdefault(stem if whole else bare, []).extend(paths)
     return cases
 
+# %% ../../nbs/13_data.layouts.ipynb #04809b0e
 def _first_fold(folder):
     "Return {case: split} of the first fold of splits_final.json; {} if there is none"
     path = within(folder, "splits_final.json")
@@ -308,6 +315,7 @@ def _unfetched(about, folder, names):
             cases.append(Case(key, patient_of(key), path, problem=problem))
     return cases
 
+# %% ../../nbs/13_data.layouts.ipynb #2f9363f4
 def _find_decathlon(folder):
     "Return the cases of a data set in Decathlon's or nnU-Net's form"
     about = read_json(within(folder, "dataset.json"))
@@ -347,6 +355,7 @@ def _refuse(folder, names):
     hints = "; or ".join(_how_to_get[name] for name in names)
     raise StudyError(f"{folder}: {state}: put there {hints}")
 
+# %% ../../nbs/13_data.layouts.ipynb #e9df9cba
 def _search(folder, names):
     "Return (layout, cases) of the highest folder with a data set; `StudyError` if none, or several"
     for level in folder_levels(folder):

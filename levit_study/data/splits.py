@@ -37,6 +37,7 @@ def _every_so_many(items, number):
     "Return `number` of the items, evenly spaced"
     return {items[int((i + 0.5) * len(items)/number)] for i in range(number)}
 
+# %% ../../nbs/14_data.splits.ipynb #2d873f34
 def _by_fraction(cases, valid, test, seed, stratify):
     "Return {case name: split} by fractions of patients; whom the source calls test stays test"
     groups = {case.patient: (case.group or "") if stratify else ""
@@ -108,6 +109,7 @@ def split_cases(
     check_patients(splits, cases)
     return splits
 
+# %% ../../nbs/14_data.splits.ipynb #e0bb98df
 def _check_places(splits, kind):
     "Raise `StudyError` if a case has no split"
     homeless = [name for name, split in splits.items() if split is None]

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
+from ..data.native import stored_volume
 from ..files import StudyError, written_whole
 from .inference import Network, class_probabilities, largest_regions
 from .metrics import case_metrics
@@ -83,7 +84,7 @@ def evaluate(
     bar = {"unit": "case", "desc": title, "file": sys.stderr, "ncols": 100}
     with written_whole(predictions) as partial, h5py.File(partial, "w") as file:
         for split, case in tqdm(cases, disable=not progress, **bar):
-            volume = store.volume(case)
+            volume = stored_volume(store, case)
             labels, reliability = _segment_case(network, volume)
             maps = labels, volume.label
             measured = case_metrics(*maps, store.structures, volume.spacing, tolerance)

@@ -14,7 +14,7 @@ import torch
 from ..files import StudyError
 from ..params import Measurement
 from ..data.slices import from_square, to_square
-from ..model.build import for_inference, load_weights
+from ..model.inference import for_inference, load_weights
 
 # %% ../../nbs/41_evaluation.inference.ipynb #d0540c82
 @dataclass(frozen=True)

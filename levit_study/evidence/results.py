@@ -126,6 +126,7 @@ def examples(
     "Slices of the typical, best and worst case with each loss's prediction (its first seed that has one; `StudyError` if none has)"
     import h5py
     from levit_study.data.dataset import PreparedStore
+    from levit_study.data.native import stored_volume
     store = PreparedStore(Path(root, "data", "prepared", f"{dataset}.h5"))
     mine = results.cases[(results.cases.dataset == dataset) & (results.cases.split == split)]
     found, kept = [], {}
@@ -134,7 +135,7 @@ def examples(
     lost = [loss for loss in mine.loss.unique() if loss not in kept]
     if lost: raise StudyError(f"{run_folders(dataset, lost[0], mine.seed.min(), root)[1]}/predictions.h5: missing; run dvc repro evaluate, or dvc pull")
     for role, case in typical_cases(mine).items():
-        volume, predictions = store.volume(case), {}
+        volume, predictions = stored_volume(store, case), {}
         number = telling_slice(volume.label)
         for loss, path in kept.items():
             with h5py.File(path) as f: predictions[loss] = f[case][number]

@@ -17,7 +17,7 @@ from ..files import StudyError, hard_link, write_json
 from ..params import Run
 from ..data.augment import augment
 from ..data.dataset import PreparedStore, epoch_order
-from ..model.network import forget_biases
+from ..model.grids import forget_biases
 from ..model.weights import save_weights
 from .state import Trainer, differing_key, learning_rate_at, load_checkpoint
 from .state import make_fabric, make_trainer, restore, unwrapped

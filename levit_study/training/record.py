@@ -10,34 +10,22 @@ __all__ = ['LIVE', 'provenance', 'write_epochs', 'summary', 'stop_for_loss', 'ch
 import csv
 import numpy as np
 import os
-import platform
 import signal
-import subprocess
 import sys
 import torch
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from lightning_fabric import Fabric
 from pathlib import Path
 from tqdm import tqdm
 from ..files import StudyError, write_json, written_whole
 from ..params import Run
-from ..machine import peak_memory, processor_name
+from ..machine import describe_machine, describe_revision, peak_memory
 from .state import Trainer, save_checkpoint, state_of
 
 # %% ../../nbs/30b_training.record.ipynb #ea1585a4
 def provenance() -> dict:
-    "Versions, revision and hardware, so that a result can be traced to what made it"
-    def git(*args):
-        try: return subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError): return None
-    def release(name):
-        try: return version(name)
-        except PackageNotFoundError: return None
-    dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)reports", ":(top,exclude)dvc.lock")   # DVC writes those
-    return {"revision": git("rev-parse", "HEAD"), "uncommitted_changes": None if dirty is None else bool(dirty), "python": platform.python_version(),
-            "versions": {name: release(name) for name in ("levit-study", "torch", "timm", "numpy", "lightning-fabric")},
-            "processor": processor_name(), "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    "Revision, versions and hardware, so that a result can be traced to what made it"
+    return describe_revision() | describe_machine()
 
 # %% ../../nbs/30b_training.record.ipynb #88e3cd63
 def write_epochs(path, history: list[dict]):

@@ -22,7 +22,8 @@ from pathlib import Path
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..files import StudyError, digest_of_code, hash_file, written_whole
 from ..params import Run, Training
-from ..model.build import autocast_precision, for_training, levit_unet
+from ..model.build import for_training, levit_unet
+from ..model.precision import autocast_precision
 from ..losses.interface import build_loss
 
 # %% ../../nbs/30_training.state.ipynb #b8bbb9d9
@@ -141,7 +142,8 @@ def unwrapped(model):
 
 # %% ../../nbs/30_training.state.ipynb #e79d3632
 TRAINING = (
-    "data.augment", "data.dataset", "model.upsampling", "model.network", "model.weights", "model.build",
+    "data.augment", "data.dataset", "model.upsampling", "model.grids", "model.network",
+    "model.pretrained", "model.precision", "model.build",
     "losses.comparison", "losses.interface", "training.state", "training.scores", "training.fit",
 )  # the rooms that decide a training's numbers, beside those of its loss
 
