@@ -130,8 +130,10 @@ def loss_class(
         cls = getattr(_imported(module), name)
     except Exception as error: # a module of the user's may fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise StudyError(f"loss: kind {kind!r} cannot be imported: {reason}; "
-                         "is the module on PYTHONPATH?") from None
+        hint = ""
+        if isinstance(error, ModuleNotFoundError):
+            hint = "; is the module in this folder or on PYTHONPATH?"
+        raise StudyError(f"loss: kind {kind!r} cannot be imported: {reason}{hint}") from None
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise StudyError(f"loss: kind {kind!r} is not a class derived from torch.nn.Module")
     return cls

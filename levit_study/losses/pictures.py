@@ -94,7 +94,7 @@ def draw_losses(
                 costs.plot(shifts, added, marker=marker, label=name)
                 at = np.arange(3) + .2 * place - .1
                 ratios.plot(at, _pull_ratios(criterion, place), marker, markersize=6)
-            costs.set(title=title, xlabel="boundary moved by (pixels)")
+            costs.set(title=title, xlabel="moved by (pixels): missed < 0 < invented")
             ratios.axhline(1, color="black", linewidth=.8)
             ratios.set(xticks=range(3), xticklabels=zones, xlim=(-.5, 2.5))
             ratios.set(yscale="log", ylim=(3e-4, 200))
