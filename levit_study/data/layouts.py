@@ -225,7 +225,6 @@ _transunet_file = r"case_?\d+(_slice(E[DS]_)?\d+\.npz|(_volume_E[DS])?(\.npy)?\.
 _transunet_lists = {"train": "train", "valid": "valid", "val": "valid", "test_vol": "valid",
                     "test": "test"}
 
-# %% ../../nbs/13_data.layouts.ipynb #63803207
 def _transunet_files(folder):
     "Return {volume: file}, {volume: [slices]} and {volume: split} of TransUNet's folders"
     volumes, slices, folders = {}, {}, {}
