@@ -65,6 +65,7 @@ class Data(Part):
     intensity: Literal["window", "minmax", "unit", "percentile"] = "minmax"
     window: list[float] | None = Field(None, min_length=2, max_length=2)
     size: int = Field(224, ge=32, le=1024, multiple_of=32)
+    orientation: str = "auto"                # of files without an affine: where slices, rows and columns run to, as SPL; auto: the organs of all cases tell
     crop: float | None = Field(None, gt=0, le=1)   # side of the centred square that the network sees, by the longer side; None: the whole slice, stretched
     patient: str | None = None               # regular expression whose group in a case's name is the patient; None: see `volumes.patient_of`
     split: Split = Split()
@@ -77,6 +78,13 @@ class Data(Part):
     def numbered_from_one(cls, structures):
         if sorted(structures.values()) != list(range(1, len(structures) + 1)): raise ValueError("the label values must be 1, 2, 3 … without a gap")
         return structures
+
+    @field_validator("orientation")
+    @classmethod
+    def runs_somewhere(cls, code):
+        if not re.fullmatch("auto|[SI]([PA][LR]|[LR][PA])", code):
+            raise ValueError("choose auto, or where slices, rows and columns run to, as SPL or SLP")
+        return code
 
     @field_validator("patient")
     @classmethod
