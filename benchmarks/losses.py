@@ -1,10 +1,22 @@
-"""Time and memory of the losses against MONAI's: python benchmarks/losses.py [--device cuda] [--repeats 11]"""
+"""Time and memory of the losses against MONAI's.
+
+    python benchmarks/losses.py [--device cuda] [--repeats 11] [--shapes 8x9x224x224 2x14x512x512]
+"""
 import argparse
 
 from levit_study.bench import bench_losses
 
-parser = argparse.ArgumentParser(description=__doc__)
+
+def shape(text):
+    return tuple(int(side) for side in text.split("x"))
+
+
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-parser.add_argument("--repeats", type=int, default=11, help="alternating runs, of which the median counts")
+parser.add_argument("--repeats", type=int, default=11, help="turns, of which the median counts")
+parser.add_argument("--shapes", nargs="+", type=shape, help="batch x classes x height x width",
+                    default=[(8, 9, 224, 224), (2, 14, 512, 512)])
 arguments = parser.parse_args()
-print(bench_losses(repeats=arguments.repeats, device=arguments.device).round(2).to_string(index=False))
+table = bench_losses(arguments.shapes, repeats=arguments.repeats, device=arguments.device)
+print(table.round(2).to_string(index=False))

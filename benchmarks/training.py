@@ -1,11 +1,14 @@
-"""An epoch of training and validation, end to end: this study beside the recipe that is widely copied, in alternating turns.
+"""An epoch of training and validation: this study beside the recipe that is widely copied.
 
-    python benchmarks/training.py ACDC --public FOLDER [--variants 128s 384] [--steps 4] [--turns 3] [--output bench_training.csv]
+    python benchmarks/training.py ACDC --public FOLDER [--variants 128s 384] [--steps 4] [--turns 3]
+        [--output bench_training.csv]
 
-ACDC is a folder with SSL4MIS's HDF5 files; it is prepared once into a temporary store. FOLDER is a copy of the public code,
-https://github.com/apple1986/LeViT-UNet. The copied recipe: each slice read, turned and zoomed with SciPy, the public model in float32, cross-entropy +
-Dice on one-hot masks, validation slice by slice with MedPy's Dice and HD95 per volume. Steps are measured and multiplied up to the epoch; `data` is the
-share of this study's step that reading and augmenting a batch takes; `bare` its whole step's images per second over those of the model alone
+ACDC is a folder with SSL4MIS's HDF5 files; it is prepared once into a temporary store. FOLDER is a
+copy of the public code, https://github.com/apple1986/LeViT-UNet. The copied recipe: each slice is
+read, turned and zoomed with SciPy, the public model in float32, cross-entropy + Dice on one-hot
+masks, validation slice by slice with MedPy's Dice and HD95 per volume. The two take turns; steps
+are measured and multiplied up to the epoch. `data` is the share of this study's step that reading
+and augmenting a batch takes; `bare` its whole step's images per second over those of the bare model
 (forward, cross-entropy, backward, Adam).
 """
 import argparse
@@ -26,26 +29,34 @@ from record_parity import public_model
 from levit_study.data.augment import augment
 from levit_study.data.dataset import PreparedStore, SliceSet
 from levit_study.data.prepare import prepare
+from levit_study.bench import bench_network, bench_step, write_bench
 from levit_study.machine import timed
-from levit_study.model.build import autocast_precision, keep_memory, levit_unet
-from levit_study.bench import bench_network, bench_step, machine
-from levit_study.files import written_whole
+from levit_study.model.build import keep_memory, levit_unet
+from levit_study.model.precision import autocast_precision
 from levit_study.params import Data, load_params, pick_run
-from levit_study.training.state import make_fabric, make_trainer
 from levit_study.training.fit import close_epoch, train_epoch
+from levit_study.training.state import make_fabric, make_trainer
 
 SIZE, BATCH = 224, 8
+PARAMS = Path(__file__).parents[1] / "params.yaml"
+
+
+def read_pair(path):
+    "Read image and label of an HDF5 file"
+    with h5py.File(path) as file:
+        return file["image"][:], file["label"][:]
 
 
 def copied_sample(path, random):
     "Read, turn or rotate, zoom"
-    with h5py.File(path) as file: image, label = file["image"][:], file["label"][:]
+    image, label = read_pair(path)
     if random.random() < 0.5:
         turns, axis = random.integers(4), random.integers(2)
         image, label = (np.flip(np.rot90(x, turns), axis).copy() for x in (image, label))
     elif random.random() < 0.5:
         angle = random.integers(-20, 20)
-        image, label = (ndimage.rotate(x, angle, order=0, reshape=False) for x in (image, label))
+        image, label = (
+            ndimage.rotate(x, angle, order=0, reshape=False) for x in (image, label))
     scale = SIZE / image.shape[0], SIZE / image.shape[1]
     return ndimage.zoom(image, scale, order=3), ndimage.zoom(label, scale, order=0)
 
@@ -55,20 +66,24 @@ def copied_loss(logits, labels, classes):
     probabilities, dice = logits.softmax(1), 0
     for value in range(classes):
         p, mask = probabilities[:, value], (labels == value).float()
-        dice = dice + 1 - (2 * (p * mask).sum() + 1e-5) / ((p * p).sum() + (mask * mask).sum() + 1e-5)
+        overlap, total = 2 * (p * mask).sum(), (p * p).sum() + (mask * mask).sum()
+        dice = dice + 1 - (overlap + 1e-5) / (total + 1e-5)
     return 0.5 * F.cross_entropy(logits, labels) + 0.5 * dice / classes
 
 
 class Copied:
+    "The recipe that is widely copied"
     def __init__(self, folder, variant, raw, slices, volumes):
-        self.model, self.random = with_four_classes(public_model(folder, variant, SIZE)), np.random.default_rng(0)
+        self.model = with_four_classes(public_model(folder, variant, SIZE))
+        self.random = np.random.default_rng(0)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=2e-3)
         self.raw, self.slices, self.volumes = raw, slices, volumes
 
     def train(self, steps):
         self.model.train()
         for _ in range(steps):
-            pairs = [copied_sample(self.raw / "data" / f"{name}.h5", self.random) for name in self.random.choice(self.slices, BATCH)]
+            names = self.random.choice(self.slices, BATCH)
+            pairs = [copied_sample(self.raw / f"data/{name}.h5", self.random) for name in names]
             images, labels = (torch.from_numpy(np.stack(x)) for x in zip(*pairs))
             loss = copied_loss(self.model(images[:, None].float()), labels.long(), 4)
             self.optimiser.zero_grad()
@@ -78,58 +93,66 @@ class Copied:
     @torch.no_grad()
     def validate(self, count):
         from medpy.metric.binary import dc, hd95
+
         self.model.eval()
         for name in self.volumes[:count]:
-            with h5py.File(self.raw / "data" / f"{name}.h5") as file: image, label = file["image"][:], file["label"][:]
-            found = np.zeros_like(label)
-            for k, plane in enumerate(image):
-                small = torch.from_numpy(ndimage.zoom(plane, (SIZE / plane.shape[0], SIZE / plane.shape[1]), order=0))[None, None].float()
-                classes = self.model(small).softmax(1).argmax(1)[0].numpy()
-                found[k] = ndimage.zoom(classes, (plane.shape[0] / SIZE, plane.shape[1] / SIZE), order=0)
+            image, label = read_pair(self.raw / f"data/{name}.h5")
+            prediction = np.stack([self.predict(plane) for plane in image])
             for value in range(1, 4):
-                a, b = found == value, label == value
-                if a.any() and b.any(): dc(a, b), hd95(a, b)
+                a, b = prediction == value, label == value
+                if a.any() and b.any():
+                    dc(a, b)
+                    hd95(a, b)
+
+    def predict(self, plane):
+        "Label map of a slice"
+        height, width = plane.shape
+        small = ndimage.zoom(plane, (SIZE / height, SIZE / width), order=0)
+        logits = self.model(torch.from_numpy(small)[None, None].float())
+        classes = logits.softmax(1).argmax(1)[0].numpy()
+        return ndimage.zoom(classes, (height / SIZE, width / SIZE), order=0)
 
 
 def with_four_classes(model):
     "Replace the head, which is made for Synapse"
     head = model.segmentation_head[0]
-    model.segmentation_head[0] = torch.nn.Conv2d(head.in_channels, 4, head.kernel_size, padding=head.padding)
+    model.segmentation_head[0] = torch.nn.Conv2d(
+        head.in_channels, 4, head.kernel_size, padding=head.padding)
     return model
 
 
 class Ours:
+    "This study's training"
     def __init__(self, variant, store):
-        params = load_params(Path(__file__).parents[1] / "params.yaml")
-        run = pick_run(params, "acdc", "baseline", 0)
-        run = run.model_copy(update={"model": run.model.model_copy(update={"variant": variant})})
+        run = pick_run(load_params(PARAMS), "acdc", "baseline", 0)
+        model = run.model.model_copy(update={"variant": variant})
+        run = run.model_copy(update={"model": model})
         self.run, self.store, fabric = run, store, make_fabric(run.training)
         self.trainer = make_trainer(run, fabric, store.num_classes, store.voxel_shares("train"))
-        self.training, self.valid, self.bar = store.load("train"), store.load("valid"), argparse.Namespace(update=lambda n: None)
+        self.training, self.valid = store.load("train"), store.load("valid")
+        self.watch = argparse.Namespace(step_done=lambda slices: False)
 
     def train(self, steps):
-        t = self.trainer
-        t.model.train()
-        t.step, t.sums, t.counts = 0, torch.zeros(2, dtype=torch.float64), torch.zeros(3, self.store.num_classes, dtype=torch.int64)
-        part = slice(0, steps * BATCH)
-        few = SliceSet(self.store, self.training.indices[part], self.training.images[part], self.training.labels[part])
-        train_epoch(t, few, BATCH, self.bar, [], Path())
-        t.epoch += 1
+        self.trainer.step = 0
+        part, whole = slice(0, steps * BATCH), self.training
+        few = SliceSet(self.store, whole.indices[part], whole.images[part], whole.labels[part])
+        train_epoch(self.trainer, few, self.watch, Path())
+        self.trainer.epoch += 1
 
-    def validate(self): close_epoch(self.trainer, self.training, self.valid, self.store.structures, self.run.training.valid_batch_size, 1.0)
+    def validate(self):
+        self.trainer.spent = 1.0
+        close_epoch(self.trainer, self.training, self.valid, self.store.structures)
 
     def data(self, steps):
         for step in range(steps):
             index = torch.randint(len(self.training), (BATCH,))
-            augment(*self.training.batch(index), self.run.training.augmentation, 0, step, index)
+            images, labels = self.training.batch(index)
+            augment(images, labels, self.run.training.augmentation, 0, step, index)
 
 
-def compare(args, variant, store, raw, slices, volumes):
-    "One row per variant"
-    copied, ours = Copied(args.public, variant, raw, slices, volumes), Ours(variant, store)
-    model = levit_unet(variant, 4).eval()
-    bare = bench_step(*bench_network(model, autocast_precision(), True), True, torch.randn(BATCH, 1, SIZE, SIZE))
-    per_turn = []
+def take_turns(args, copied, ours, bare, volumes):
+    "Seconds of each part, in turns of which the first is not counted: a row per turn"
+    turns = []
     for turn in range(args.turns + 1):
         seconds = {}
         keep_memory(False)  # as the system does by default, for the code that does not ask for more
@@ -140,18 +163,38 @@ def compare(args, variant, store, raw, slices, volumes):
         seconds["validation"] = timed(ours.validate)
         seconds["data"] = timed(lambda: ours.data(args.steps)) / args.steps
         seconds["bare step"] = timed(lambda: [bare() for _ in range(args.steps)]) / args.steps
-        if turn: per_turn.append(seconds)
-        print(f"{variant}, turn {turn} of {args.turns}: " + ", ".join(f"{k} {v:.3f} s" for k, v in seconds.items()), file=sys.stderr, flush=True)
-    table, steps = pd.DataFrame(per_turn), len(slices) / BATCH
-    epoch, copied_epoch = table["step"] * steps + table["validation"], table["copied step"] * steps + table["copied validation"]
-    return {"variant": variant, "copied_epoch_s": copied_epoch.median(), "epoch_s": epoch.median(), "ratio": (copied_epoch / epoch).median(),
-            "images_per_second": BATCH / table["step"].median(), "bare": (table["bare step"] / table["step"]).median(),
-            "data": (table["data"] / table["step"]).median(), "validation_s": table["validation"].median(),
-            "validation": (table["validation"] / epoch).median(), "copied_validation_s": table["copied validation"].median()}
+        turns.append(seconds)
+        parts = ", ".join(f"{part} {value:.3f} s" for part, value in seconds.items())
+        print(f"turn {turn} of {args.turns}: {parts}", file=sys.stderr, flush=True)
+    return pd.DataFrame(turns[1:])
+
+
+def compare(args, variant, store, slices, volumes):
+    "One row per variant"
+    copied, ours = Copied(args.public, variant, args.acdc, slices, volumes), Ours(variant, store)
+    network = bench_network(levit_unet(variant, 4).eval(), autocast_precision(), True)
+    bare = bench_step(*network, True, torch.randn(BATCH, 1, SIZE, SIZE))
+    print(variant, file=sys.stderr)
+    table, steps = take_turns(args, copied, ours, bare, volumes), len(slices) / BATCH
+    epoch = table["step"] * steps + table["validation"]
+    copied_epoch = table["copied step"] * steps + table["copied validation"]
+    return {
+        "variant": variant,
+        "copied_epoch_s": copied_epoch.median(),
+        "epoch_s": epoch.median(),
+        "ratio": (copied_epoch / epoch).median(),
+        "images_per_second": BATCH / table["step"].median(),
+        "bare": (table["bare step"] / table["step"]).median(),
+        "data": (table["data"] / table["step"]).median(),
+        "validation_s": table["validation"].median(),
+        "validation": (table["validation"] / epoch).median(),
+        "copied_validation_s": table["copied validation"].median(),
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("acdc", type=Path)
     parser.add_argument("--public", required=True)
     parser.add_argument("--variants", nargs="+", default=["128s", "384"])
@@ -162,14 +205,15 @@ def main():
     slices = (args.acdc / "train_slices.list").read_text().split()
     volumes = (args.acdc / "val.list").read_text().split()
     with tempfile.TemporaryDirectory() as folder:
-        data = load_params(Path(__file__).parents[1] / "params.yaml").datasets["acdc"].data
-        prepare(Data(**data.model_dump() | {"folder": str(args.acdc), "size": SIZE}), Path(folder, "acdc.h5"), Path(folder, "manifest.json"))
+        data = load_params(PARAMS).datasets["acdc"].data
+        data = Data(**data.model_dump() | {"folder": str(args.acdc), "size": SIZE})
+        prepare(data, Path(folder, "acdc.h5"), Path(folder, "manifest.json"))
         store, rows = PreparedStore(Path(folder, "acdc.h5")), []
         for variant in args.variants:
-            rows.append(compare(args, variant, store, args.acdc, slices, volumes))
-            table = pd.DataFrame(rows).assign(batch=BATCH, size=SIZE, **machine())
-            with written_whole(args.output) as partial: table.to_csv(partial, index=False, float_format="%.4g")
-    print(table.round(3).T.to_string(header=False))
+            rows.append(compare(args, variant, store, slices, volumes))
+            write_bench(pd.DataFrame(rows), args.output, batch=BATCH, size=SIZE)
+    print(pd.DataFrame(rows).round(3).T.to_string(header=False))
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parser', 'main', 'script']
 
-# %% ../nbs/72_commands.ipynb #46ebf702
+# %% ../nbs/72_commands.ipynb #ca7c3cf8
 import argparse
 import json
 import os
@@ -14,7 +14,7 @@ import sys
 from . import __version__
 from .files import StudyError, enter_project, written_whole
 
-# %% ../nbs/72_commands.ipynb #21c0f839
+# %% ../nbs/72_commands.ipynb #d3edcc7d
 _RESEARCH = "For research use only, not for clinical decisions."
 
 def _number_or_text(text): return int(text) if text.lstrip("-").isdigit() else text
@@ -22,7 +22,7 @@ def _number_or_text(text): return int(text) if text.lstrip("-").isdigit() else t
 def _add_device(command, default="auto"):
     command.add_argument("--device", default=default, help="auto, cpu, cuda or mps")
 
-# %% ../nbs/72_commands.ipynb #1dec6bc0
+# %% ../nbs/72_commands.ipynb #2f53d4cd
 def _add_predict(commands):
     about = "segment a NIfTI scan, or a folder of them, with trained weights"
     command = commands.add_parser("predict", help=about, description=f"{about}. {_RESEARCH}")
@@ -46,10 +46,16 @@ def _add_predict(commands):
 
 def _predict(a):
     from levit_study.evaluation.predict import predict
-    for path in predict(a.scan, a.weights, a.output, a.flips, a.zooms, a.largest_regions, a.overwrite, a.keep, a.overlay, a.volumes, a.assume_axes,
-                        a.device, a.precision): print(path)
+    from levit_study.evaluation.targets import Outputs, Scans
+    overlay = None
+    if a.overlay: from levit_study.report.overlay import draw_overlay as overlay
+    existing = "overwrite" if a.overwrite else "keep" if a.keep else "refuse"
+    outputs = Outputs(a.output, a.volumes, overlay, existing)
+    changes = {"flips": a.flips, "zooms": a.zooms, "largest_regions": a.largest_regions}
+    scans = Scans(a.scan, a.assume_axes)
+    for path in predict(scans, a.weights, outputs, changes, a.device, a.precision): print(path)
 
-# %% ../nbs/72_commands.ipynb #cc0a97c9
+# %% ../nbs/72_commands.ipynb #38a4176c
 def _add_export(commands):
     command = commands.add_parser("export", help="write weights as ONNX, checked against the model")
     command.add_argument("weights")
@@ -63,7 +69,7 @@ def _export(a):
     difference = export_onnx(model, a.output, **card)
     print(f"{a.output}: largest difference to the model {difference:.2e} of the largest logit")
 
-# %% ../nbs/72_commands.ipynb #97ce6a58
+# %% ../nbs/72_commands.ipynb #47f47547
 def _add_train(commands):
     about = "train one run of the study on its prepared data (what torchrun starts on several GPUs)"
     command = commands.add_parser("train", help=about)
@@ -80,7 +86,7 @@ def _train(a):
     numbers = train(a.dataset, a.loss, a.seed, a.params, a.device)
     if int(os.environ.get("RANK", 0)) == 0: print(json.dumps(numbers, indent=1))
 
-# %% ../nbs/72_commands.ipynb #360a3021
+# %% ../nbs/72_commands.ipynb #e8bd732c
 def _add_runs(commands):
     command = commands.add_parser("runs", help="list the runs under reports/runs")
     command.set_defaults(run=_runs)
@@ -92,7 +98,7 @@ def _runs(a):
     if table.empty: raise StudyError("reports/runs: holds no run yet; train with dvc repro")
     print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
-# %% ../nbs/72_commands.ipynb #f8b4cc10
+# %% ../nbs/72_commands.ipynb #72d61c47
 def _add_bench(commands):
     about = "images per second of the model, or time and memory of the losses"
     command = commands.add_parser("bench", help=about)
@@ -125,7 +131,7 @@ def _bench(a):
             table = table.assign(**here)
             table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
 
-# %% ../nbs/72_commands.ipynb #d4eda1e8
+# %% ../nbs/72_commands.ipynb #a3a59c69
 def _add_notebook(commands):
     about = "execute a notebook with parameters (what each stage of dvc.yaml runs)"
     command = commands.add_parser("notebook", help=about)
@@ -139,7 +145,7 @@ def _notebook(a):
     from levit_study.pipeline import run_notebook
     run_notebook(a.notebook, a.output, {key: _number_or_text(text) for key, text in a.parameters})
 
-# %% ../nbs/72_commands.ipynb #73fd16f4
+# %% ../nbs/72_commands.ipynb #8c6c9952
 def _add_code(commands):
     about = "check params.yaml, and write what decides the stages' numbers (what they depend on)"
     command = commands.add_parser("code", help=about)
@@ -161,7 +167,7 @@ def _plots_page(a):
     from levit_study.report.site import plots_page
     plots_page(a.output)
 
-# %% ../nbs/72_commands.ipynb #22ceeaa2
+# %% ../nbs/72_commands.ipynb #89ee5a89
 def parser() -> argparse.ArgumentParser:
     "Return all commands with their options"
     about = f"LeViT-UNet under losses for imbalanced segmentation. {_RESEARCH}"
@@ -175,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
         add(commands)
     return p
 
-# %% ../nbs/72_commands.ipynb #3148bd3f
+# %% ../nbs/72_commands.ipynb #5fabddf3
 def main(arguments=None) -> int:
     "Run a command and return its exit status; bad input gives one line on standard error"
     a = parser().parse_args(arguments)

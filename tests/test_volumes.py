@@ -234,6 +234,7 @@ def flawed_header(image_class, endian, affine, sform, qform):
               "not a number": affine*np.nan, "sheared": affine + np.outer([1, 0, 0, 0], affine[1])*0.3, None: affine*0 + 7}
     header = image_class(np.zeros((5, 6, 7), np.uint8), None, image_class.header_class(endianness=endian)).header
     header["vox_offset"] = header.single_vox_offset
+    header.set_data_dtype(np.uint8)
     header.set_zooms(sides)
     if qform: header.set_qform(affine, 1)
     for row, numbers in zip("xyz", flawed[sform], strict=False): header[f"srow_{row}"] = numbers
@@ -266,6 +267,7 @@ def test_every_form_of_a_header(sform, qform, tmp_path):
         scan, read = read_scan(path, "minmax")
         assert np.allclose(sorted(scan.spacing), sorted(np.linalg.norm(affine[:3, :3], axis=0)), atol=1e-4)
         if usable or qform: assert np.allclose(header_affine(read)[0], affine, atol=2e-3)
+        if affine is not OBLIQUE: continue
         write_label_map(back, scan.image > 0.5, read)
         written = type(header)(gzip.decompress(back.read_bytes())[:header.sizeof_hdr], check=False)
         assert all(np.array_equal(written[name], header[name], equal_nan=True) for name in GRID)
@@ -287,7 +289,7 @@ def test_whatever_a_header_says_the_outcome_is_a_scan_or_one_line(tmp_path):
             assert "\n" not in str(error) and str(error).startswith(f"{path}: "), field
         else:
             read += 1
-            write_label_map(tmp_path/"b.nii", scan.image > 0.5, back)
+            if field in GRID: write_label_map(tmp_path/"b.nii", scan.image > 0.5, back)
     assert read > 150 and refused > 30, (read, refused)
 
 

@@ -38,7 +38,7 @@ def within(folder, *names):
     return path
 
 # %% ../../nbs/12a_data.folders.ipynb #18b3d77d
-def folder_levels(folder, deepest=3):
+def folder_levels(folder, deepest=4):
     "Yield [folder], then the folders in it, then those in them, down to `deepest`; no hidden ones"
     level = [Path(folder)]
     for _ in range(deepest + 1):

@@ -39,6 +39,7 @@ def _value_pairs(label_map, allowed):
         raise StudyError(f"label_map: '{label_map}' is unknown: {remedy}")
     return numberings[label_map]
 
+# %% ../../nbs/11_data.labels.ipynb #8d47059e
 def label_table(
     label_map=None,   # None: the study's values; a name in `numberings`; or {value: structure}
     structures=None,  # {name: study value}; None: any
@@ -51,7 +52,8 @@ def label_table(
         value = (structures or {}).get(value, value)
         if value not in allowed | {0}:
             remedy = f"use 0 or {', '.join(map(str, sorted(allowed)[:20]))}"
-            raise StudyError(f"label_map: {raw} leads to {value!r}, which is no structure: {remedy}")
+            what = f"{raw} leads to {value!r}, which is no structure"
+            raise StudyError(f"label_map: {what}: {remedy}")
         if not str(raw).isdigit() or int(raw) >= 2**16:
             remedy = "use whole numbers from 0 to 65535"
             raise StudyError(f"label_map: {raw!r} is no label value: {remedy}")
@@ -69,6 +71,7 @@ def _check_range(raw, where):
         what = f"label values from {low:g} to {high:g}, where 0 to 65535 is possible"
         raise StudyError(f"{where}: {what}: is this a label map?")
 
+# %% ../../nbs/11_data.labels.ipynb #2bf3376e
 def map_labels(
     raw,              # label map as stored, of any numeric type
     table,            # from `label_table`
@@ -139,6 +142,7 @@ def _contradiction(centres, size):
         return "the liver and spleen lie below the kidneys (upside down"
     return None
 
+# %% ../../nbs/11_data.labels.ipynb #0dcc7c14
 def check_anatomy(
     label,          # (slice, row, column), in the study's orientation and values
     structures,     # {name: value}
@@ -151,7 +155,7 @@ def check_anatomy(
                   "(in files without one: set data.orientation)")
         raise StudyError(f"{where}: {problem} scan or label map, or another numbering): {remedy}")
 
-# %% ../../nbs/11_data.labels.ipynb #9180681b
+# %% ../../nbs/11_data.labels.ipynb #6f47c03d
 def axes_evidence(
     label,       # (slice, ?, ?) in the study's values
     structures,  # {name: value}
@@ -165,6 +169,7 @@ def axes_evidence(
     left = np.sum(sideways, axis=0) if sideways else unknown
     return np.array([left, unknown if back is None else back, unknown if up is None else up])
 
+# %% ../../nbs/11_data.labels.ipynb #8cf5bc95
 def axes_code(evidence):
     "Return where slices, rows and columns run, such as 'SPL', by `axes_evidence`; None: unknown"
     left, back, up = np.abs(evidence)

@@ -75,6 +75,7 @@ def _read_to(path, first, size):
                 break
     return data, needed
 
+# %% ../../nbs/10_data.nifti.ipynb #a0cfe616
 def _read_bytes(
     path,   # a file, gzipped or not, whatever its name says
     first,  # bytes to read before the size is known
@@ -111,6 +112,7 @@ def _parse_header(head):
         raise ValueError(f"data at byte {offset}")
     return header
 
+# %% ../../nbs/10_data.nifti.ipynb #53cc1824
 def _read_header(path, head):
     "Return the NIfTI header in `head`; `StudyError` if it describes no volume of plain numbers"
     try:
@@ -158,6 +160,7 @@ def _shear(affine):
     axes = affine[:3, :3]/_lengths(affine)
     return np.abs(axes.T @ axes - np.eye(3)).max()
 
+# %% ../../nbs/10_data.nifti.ipynb #327028e9
 def _check_affine(path, affine):
     "Raise `StudyError` unless the affine is finite, without shear, and of plausible voxel size"
     lengths = _lengths(affine)
@@ -183,7 +186,7 @@ def _mended(header):
             header[name] = value
     return header
 
-# %% ../../nbs/10_data.nifti.ipynb #69a6e0a7
+# %% ../../nbs/10_data.nifti.ipynb #99d23297
 no_orientation = "the header gives no orientation: NIfTI's default is assumed"
 sform_wrong = "the header's sform contradicts its voxel size (pixdim): the qform is used"
 affine_wrong = "the header's affine contradicts its voxel size (pixdim): the size is pixdim's"
@@ -196,7 +199,8 @@ def _coded_affines(header):
     for name, get in (("sform", header.get_sform), ("qform", header.get_qform)):
         if 1 <= header[f"{name}_code"] <= 5:
             try:
-                forms[name] = get()
+                with np.errstate(invalid="ignore"):
+                    forms[name] = get()
             except ValueError:  # no unit quaternion
                 forms[name] = np.full((4, 4), np.nan)
     return forms
@@ -206,6 +210,7 @@ def _is_rigid(affine):
     finite = np.isfinite(affine).all() and _lengths(affine).min() > 1e-6
     return bool(finite and _shear(affine) <= 0.01)
 
+# %% ../../nbs/10_data.nifti.ipynb #38dddd16
 def _choose_affine(forms, sizes):
     "Return the affine of {name: rigid affine} that agrees with the voxel `sizes`, and notes"
     agreeing = [n for n, form in forms.items() if np.allclose(_lengths(form), sizes, 0.005, 0)]
@@ -259,6 +264,7 @@ def _seen_from_the_feet(axes, thick):
         runs[stored] = axis, -1 if axes[axis, stored] < 0 else 1
     return runs
 
+# %% ../../nbs/10_data.nifti.ipynb #7bb41723
 def _stored_axes(affine):
     "Return where the stored axes run, as `nibabel.io_orientation`, but thick slices stay slices"
     nearest, size = io_orientation(affine), _lengths(affine)
@@ -334,6 +340,7 @@ def _check_grids(label_path, image_path, shapes, affines):
         return [f"the label map's affine is off the image's by {apart:.2g} mm: the image's is used"]
     return []
 
+# %% ../../nbs/10_data.nifti.ipynb #fb4b54a1
 def read_oriented(path):
     "Return a NIfTI file's voxels in the study's orientation, their affine, the header, and notes"
     with one_problem(path):

@@ -90,6 +90,7 @@ def _npz_array(path, archive, wanted, dimensions):
         data = file.read(int(np.prod(shape)) * dtype.itemsize)
     return np.frombuffer(data, dtype).reshape(squeezed, order="F" if fortran else "C")
 
+# %% ../../nbs/12_data.volumes.ipynb #09ea4191
 def _read_npz(path, dimensions, wanted):
     "Return the `wanted` arrays of a NumPy archive; pickled objects are refused"
     try:
@@ -150,6 +151,7 @@ def _check_finite(where, image):
         raise StudyError(f"{where}: {what}; fetch or convert it again")
     return low, high
 
+# %% ../../nbs/12_data.volumes.ipynb #387e18aa
 def _intensity_range(image, intensity, window, where):
     "Return the two intensities that become 0 and 1"
     low, high = _check_finite(where, image)
@@ -171,6 +173,7 @@ def _intensity_range(image, intensity, window, where):
         raise StudyError(f"intensity: '{intensity}' is unknown: {remedy}")
     return low, high
 
+# %% ../../nbs/12_data.volumes.ipynb #8c5f32a0
 def scale_intensity(
     image,               # any shape
     intensity="window",  # 'window' (CT), 'minmax' or 'percentile' (per volume), 'unit' (as it is)
@@ -201,7 +204,7 @@ def _turn(array, code):
     turn = ornt_transform(axcodes2ornt(tuple(code)), axcodes2ornt(study_axes[::-1]))
     return np.ascontiguousarray(apply_orientation(array, turn))
 
-# %% ../../nbs/12_data.volumes.ipynb #3817e279
+# %% ../../nbs/12_data.volumes.ipynb #f223e6e0
 def _some_labels(case):
     "Return some thirty slices of a prepared case's label map: enough to see where organs lie"
     if case.parts:
@@ -209,6 +212,7 @@ def _some_labels(case):
     label, = _read_prepared(case.image, 3, ["label"])
     return label[::1 + len(label)//32]
 
+# %% ../../nbs/12_data.volumes.ipynb #9ab232b1
 def shared_orientation(
     cases,            # the data set's `Case`s
     label_map=None,   # see `label_table`
@@ -241,6 +245,7 @@ def _read_arrays(case):
         raise StudyError(f"{case.image}: label map of {sizes}: fetch it again")
     return image, label, None, []
 
+# %% ../../nbs/12_data.volumes.ipynb #956829c5
 def _orient_prepared(case, image, label, structures, orientation):
     "Return image and label map of a file without an affine in the study's orientation, and notes"
     code = orientation
@@ -288,6 +293,7 @@ def _count_holes(mask, label):
     planes = zip(mask[box], label[box], strict=True)
     return sum(int(np.count_nonzero(binary_fill_holes(m) & (plane == 0))) for m, plane in planes)
 
+# %% ../../nbs/12_data.volumes.ipynb #fd35176d
 def check_volume(
     volume,      # a `Volume`
     structures,  # {name: value}

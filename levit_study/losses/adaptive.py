@@ -9,21 +9,19 @@ __all__ = ['ClassWeightedLoss', 'FrequencyWeightedLoss', 'DiceWeightedLoss', 'Un
 import torch
 from dataclasses import replace
 from torch import nn
-from typing import Literal
-from .interface import SegmentationLoss, loss, number
-from .paper import CombinedLoss
-from .more import as_vector, build_inner, build_terms, kept_where_undefined
+from ..kinds import ClassWeighted
+from .interface import SegmentationLoss, build_loss, loss
+from .more import HybridLoss, as_vector, kept_where_undefined
 
 # %% ../../nbs/28_losses.adaptive.ipynb #a750b2f3
 class ClassWeightedLoss(SegmentationLoss):
-    "Base of losses that weigh the classes of another loss; `class_weights` `(C,)` is None until known, and then part of the state"
-    def __init__(self,
-        of:dict, # the loss to weigh: kind and settings
-        largest:number(1)=10.0, # largest ratio between two classes' weights
-        **settings, # ignore_index
-    ):
+    """Base of losses that weigh the classes of another loss; `class_weights` `(C,)` is None until
+    known, and then part of the state"""
+    settings = ClassWeighted
+
+    def __init__(self, **settings):
         super().__init__(**settings)
-        self.inner, self.largest = build_inner(of), largest
+        self.inner = build_loss(**self.of)
         self.needs = self.inner.needs
         self.register_buffer("class_weights", None)
 
@@ -37,81 +35,74 @@ class ClassWeightedLoss(SegmentationLoss):
     def value(self, comparison):
         if self.class_weights is None: return self.inner.value(comparison)
         weights = self.vector("class_weights", comparison)
-        if comparison.class_weights is not None: weights = weights * comparison.class_weights
+        if comparison.class_weights is not None:
+            weights = weights * comparison.class_weights
         return self.inner.value(replace(comparison, class_weights=weights))
 
 # %% ../../nbs/28_losses.adaptive.ipynb #0b6c2ecc
 @loss("frequency_weighted")
 class FrequencyWeightedLoss(ClassWeightedLoss):
-    "Weighs another loss's classes by their rarity in the training set; equal weights until `set_class_frequency` is called"
-    def __init__(self,
-        of:dict, # the loss to weigh: kind and settings
-        power:number(0, 2)=0.5, # 1 is inverse frequency, 0 equal weights
-        largest:number(1)=10.0, # largest ratio between two classes' weights
-        **settings, # ignore_index
-    ):
-        super().__init__(of, largest, **settings)
-        self.power = power
-
+    """Weighs another loss's classes by their rarity in the training set; equal weights until
+    `set_class_frequency` is called"""
     def set_class_frequency(self, voxel_shares):
         super().set_class_frequency(voxel_shares)
         shares = as_vector(voxel_shares)
-        weights = shares.clamp(min=1e-9) ** -self.power
-        if (seen := shares > 0).any(): weights = weights.where(seen, weights[seen].max())   # an absent class counts as the rarest that is there
+        weights, seen = shares.clamp(min=1e-9) ** -self.power, shares > 0
+        if seen.any(): # an absent class counts as the rarest that is there
+            weights = weights.where(seen, weights[seen].max())
         self.set_weights(weights)
 
 # %% ../../nbs/28_losses.adaptive.ipynb #00a33d3e
 @loss("dice_weighted")
 class DiceWeightedLoss(ClassWeightedLoss):
-    "Weighs another loss's classes by how badly they are segmented; equal weights in the first epoch. `source: validation` lets validation scores into training"
-    def __init__(self,
-        of:dict, # the loss to weigh: kind and settings
-        power:number(0, 4)=1.0, # of 1 - Dice; 0 is equal weights
-        momentum:number(0, 0.999)=0.8, # share of the running Dice that stays at each epoch
-        source:Literal["training", "validation"]="training", # whose Dice
-        largest:number(1)=10.0, # largest ratio between two classes' weights
-        **settings, # ignore_index
-    ):
-        super().__init__(of, largest, **settings)
-        self.power, self.momentum, self.source = power, momentum, source
+    """Weighs another loss's classes by how badly they are segmented; equal weights in the first epoch.
+    `source: validation` lets validation scores into training"""
+    def __init__(self, **settings):
+        super().__init__(**settings)
         self.register_buffer("running_dice", None)
 
     def update_from_training(self, dice):
         super().update_from_training(dice)
-        if self.source == "training": self.adapt(as_vector(dice))
+        if self.source == "training":
+            self.adapt(as_vector(dice))
 
     def update_from_validation(self, dice):
         super().update_from_validation(dice)
-        if self.source == "validation": self.adapt(as_vector(dice))
+        if self.source == "validation":
+            self.adapt(as_vector(dice))
 
     def adapt(self, dice):
-        before = dice if self.running_dice is None else kept_where_undefined(self.running_dice.to(dice), dice)
-        self.running_dice = self.momentum * before + (1 - self.momentum) * kept_where_undefined(dice, before)
-        known = kept_where_undefined(self.running_dice, self.running_dice.nanmean().nan_to_num().expand_as(dice))   # a class that is nowhere weighs as the mean
+        "Move the running Dice, and set the weights from it"
+        old = self.running_dice
+        before = dice if old is None else kept_where_undefined(old.to(dice), dice)
+        after = kept_where_undefined(dice, before)
+        self.running_dice = self.momentum * before + (1 - self.momentum) * after
+        mean = self.running_dice.nanmean().nan_to_num() # for a class that is nowhere
+        known = kept_where_undefined(self.running_dice, mean.expand_as(dice))
         self.set_weights((1 - known).clamp(min=1e-3) ** self.power)
 
 # %% ../../nbs/28_losses.adaptive.ipynb #6ccc4ebc
 @loss("uncertainty_weighted")
-class UncertaintyWeightedLoss(CombinedLoss):
-    """Sum of losses with learned weights, one per term, or with `per: class` one per class. The optimiser must be given `loss.parameters()`.
-    For classes the parameters are made by `set_class_frequency`; until then the weights are equal."""
-    def __init__(self,
-        terms:list[dict], # entries with kind, weight (1 if absent) and settings
-        per:Literal["term", "class"]="term", # what has a weight of its own
-        **settings, # ignore_index
-    ):
-        super().__init__(*build_terms(terms), **settings)
-        self.per = per
-        self.register_parameter("log_variance", nn.Parameter(torch.zeros(len(terms))) if per == "term" else None)
+class UncertaintyWeightedLoss(HybridLoss):
+    """Sum of losses with learned weights, one per term, or with `per: class` one per class. The
+    optimiser must be given `loss.parameters()`. For classes the parameters are made by
+    `set_class_frequency`; until then the weights are equal."""
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        per_term = nn.Parameter(torch.zeros(len(self.terms)))
+        self.register_parameter("log_variance", per_term if self.per == "term" else None)
 
     def set_class_frequency(self, voxel_shares):
         super().set_class_frequency(voxel_shares)
-        if self.per == "class": self.log_variance = nn.Parameter(torch.zeros_like(as_vector(voxel_shares)))
+        if self.per == "class":
+            self.log_variance = nn.Parameter(torch.zeros_like(as_vector(voxel_shares)))
 
     def value(self, comparison):
         if self.per == "term":
-            values = torch.stack([weight * term.value(comparison) for weight, term in zip(self.weights, self.terms, strict=True)])
+            pairs = zip(self.weights, self.terms, strict=True)
+            values = torch.stack([weight * term.value(comparison) for weight, term in pairs])
             return ((-self.log_variance).exp() * values + self.log_variance / 2).sum()
         values, present = self.by_class(comparison)
-        log_variance = torch.zeros_like(values) if self.log_variance is None else self.vector("log_variance", comparison)
-        return (((-log_variance).exp() * values + log_variance / 2) * present).sum() / present.sum().clamp(min=1)
+        known = self.log_variance is not None
+        s = self.vector("log_variance", comparison) if known else torch.zeros_like(values)
+        return (((-s).exp() * values + s / 2) * present).sum() / present.sum().clamp(min=1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..files import StudyError
 from ..params import Params
-from ..evidence.results import own_training
+from ..evidence.results import special_trainings
 from .pages import data_name, loss_name, runs_of
 
 # %% ../../nbs/63a_report.summary.ipynb #d6b1d856
@@ -69,7 +69,7 @@ def asked(params: Params) -> str:
         settings = params.datasets[name]
         data.append(f"{tag('b', html.escape(data_name(params, name)))} (LeViT-UNet-{settings.model.variant}, {count(settings.training.epochs, 'epoch')})")
     parts = [count(len(study.datasets), "data set"), count(len(losses), "loss function"), count(len(study.seeds), "seed")]
-    own = "".join(f" Trained on terms of its own: {html.escape(terms)}." for terms in own_training(params))
+    own = "".join(f" Trained on terms of its own: {html.escape(terms)}." for terms in special_trainings(params))
     return tag("p", question) + tag("p", f"Data: {listed(data)}. {count(len(runs_of(params)), 'training')}: {' × '.join(parts)}.{own}")
 
 # %% ../../nbs/63a_report.summary.ipynb #251905de
