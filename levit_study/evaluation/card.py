@@ -37,8 +37,10 @@ def write_card(
 def _read_card_file(weights):
     "The settings in `card.json` beside the weights, and why there are none: one of the two is None"
     beside = card_file(weights)
-    try: content = json.loads(beside.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError: return None, f"no {beside.name} beside the weights"
+    try:
+        content = json.loads(beside.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return None, f"no {beside.name} beside the weights"
     except (OSError, ValueError) as error:
         problem = str(error).splitlines()[0]
         remedy = "evaluate again, or remove it"
@@ -51,8 +53,10 @@ def _read_card_file(weights):
 # %% ../../nbs/41a_evaluation.card.ipynb #1c912597
 def _checked(values, source) -> PredictionSettings:
     "Settings from a mapping, held to what params.yaml may say; `source` is named in messages"
-    try: return prediction_settings(Measurement.model_validate(values))
-    except ValidationError as error: raise StudyError(as_line(error, source)) from None
+    try:
+        return prediction_settings(Measurement.model_validate(values))
+    except ValidationError as error:
+        raise StudyError(as_line(error, source)) from None
 
 # %% ../../nbs/41a_evaluation.card.ipynb #f1846423
 def settings_for(

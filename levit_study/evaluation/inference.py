@@ -43,7 +43,8 @@ def prediction_settings(measurement: Measurement) -> PredictionSettings:
 def pick_device(device: str = "auto") -> torch.device:
     "The device that `device` names; auto takes a GPU if one is visible"
     visible = torch.cuda.is_available()
-    if device == "auto": device = "cuda" if visible else "cpu"
+    if device == "auto":
+        device = "cuda" if visible else "cpu"
     if device == "cuda" and not visible:
         raise StudyError("device 'cuda': no such GPU is visible here; use auto or cpu")
     return torch.device(device)

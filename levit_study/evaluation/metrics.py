@@ -152,7 +152,8 @@ def _structure_metrics(prediction, reference, spacing=None, tolerance=None):
     surfaces = _surface_points(prediction, reference) if positive and predicted else None
     distances = _point_distances(surfaces, spacing) if surfaces else None
     in_voxels = _point_distances(surfaces) if surfaces and spacing is not None else distances
-    if tolerance is None: tolerance = 1 if spacing is None else 2
+    if tolerance is None:
+        tolerance = 1 if spacing is None else 2
     voxel_ml = float("nan") if spacing is None else float(np.prod(spacing)) / 1000
     volumes = {
         "voxels": positive,

@@ -30,7 +30,8 @@ def _card_data(card: dict, weights) -> Data:
         raise StudyError(f"{weights}: its card does not say the intensity; {remedy}")
     size, classes, channels = card["image_size"], card["num_classes"], card.get("in_channels", 1)
     given = {key: card[key] for key in ("structures", "intensity", "window", "crop") if key in card}
-    try: data = Data(folder="", size=size[0], **given)
+    try:
+        data = Data(folder="", size=size[0], **given)
     except ValidationError as error:
         raise StudyError(as_line(error, f"{weights}: model card")) from None
     if len(set(size)) > 1 or channels != 1:
@@ -66,7 +67,8 @@ def _read(scan, data: Data, assume_axes: bool):
 def _volumes_ml(labels, spacing, structures: dict) -> dict:
     "The volume of each structure of a label map in millilitres"
     millilitres = float(np.prod(spacing)) / 1000
-    return {name: float((labels == value).sum() * millilitres) for name, value in structures.items()}
+    voxels = {name: (labels == value).sum() for name, value in structures.items()}
+    return {name: float(count * millilitres) for name, count in voxels.items()}
 
 def _model(card: dict) -> dict:
     "What a result says of the network that made it"
@@ -74,10 +76,13 @@ def _model(card: dict) -> dict:
 
 # %% ../../nbs/43_evaluation.predict.ipynb #1fa9e1ad
 def _write(files: ScanFiles, labels, header, about: dict):
-    "Write a scan's JSON file and label map, both or none; `StudyError` names what cannot be written"
-    try: write_json(files.side, about)
-    except OSError as error: raise cannot_write(files.side, error) from None
-    try: write_label_map(files.labels, labels, header)
+    "Write a scan's JSON file and label map, both or none; `StudyError` if one cannot be written"
+    try:
+        write_json(files.side, about)
+    except OSError as error:
+        raise cannot_write(files.side, error) from None
+    try:
+        write_label_map(files.labels, labels, header)
     except BaseException as error:
         files.side.unlink(missing_ok=True)
         if isinstance(error, OSError): raise cannot_write(files.labels, error) from None
@@ -105,8 +110,10 @@ def _segment(network: Network, data: Data, files: ScanFiles, assume_axes=False, 
 # %% ../../nbs/43_evaluation.predict.ipynb #e302d072
 def _kept_volumes(network: Network, files: ScanFiles) -> dict:
     "The volumes of a label map that is there; `StudyError` unless it is this network's"
-    try: about = json.loads(files.side.read_text(encoding="utf-8"))
-    except (OSError, ValueError): about = None
+    try:
+        about = json.loads(files.side.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        about = None
     about = about if isinstance(about, dict) else {}
     volumes, maker = about.get("volumes_ml"), (about.get("model"), about.get("predicted"))
     if not isinstance(volumes, dict) or maker != (_model(network.card), network.settings.record()):
@@ -137,13 +144,16 @@ def _write_table(path, rows: list[dict], structures):
             table.writerow(["scan", *structures])
             for row in rows:
                 table.writerow([row["scan"], *(f"{row[name]:.3f}" for name in structures)])
-    except OSError as error: raise cannot_write(path, error) from None
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 # %% ../../nbs/43_evaluation.predict.ipynb #2d0587a9
 def _draw(outputs: Outputs, files: ScanFiles, volume, labels, card):
     "Draw a scan's picture; `StudyError` where it cannot be written"
-    try: outputs.overlay(files.picture, volume, labels, card)
-    except OSError as error: raise cannot_write(files.picture, error) from None
+    try:
+        outputs.overlay(files.picture, volume, labels, card)
+    except OSError as error:
+        raise cannot_write(files.picture, error) from None
 
 def _one_scan(network, data, files: ScanFiles, scans: Scans, outputs: Outputs, progress) -> dict:
     "Segment a scan, or keep what is there, with its picture; return its volumes in ml"
@@ -154,14 +164,15 @@ def _one_scan(network, data, files: ScanFiles, scans: Scans, outputs: Outputs, p
         shown = _read_kept(data, files)
     else:
         volumes, *shown = _segment(network, data, files, scans.assume_axes, progress)
-    if outputs.overlay is not None: _draw(outputs, files, *shown, network.card)
+    if outputs.overlay is not None:
+        _draw(outputs, files, *shown, network.card)
     return volumes
 
 # %% ../../nbs/43_evaluation.predict.ipynb #6e221e0e
 def predict(
     scans: Scans,
     weights,               # safetensors file of this study
-    outputs: Outputs,      # `overlay` is called with path, `Volume`, label map and the weights' card
+    outputs: Outputs,      # `overlay` gets the picture's path, `Volume`, label map, weights' card
     changes: dict | None = None,  # flips, zooms, largest_regions; left out: as evaluated
     device="auto",
     precision="auto",      # auto, bf16 or fp32
@@ -180,7 +191,8 @@ def predict(
             volumes = _one_scan(network, data, each, scans, outputs, progress and single)
             rows.append({"scan": each.scan.name, **volumes})
             written.append(each.labels)
-        except Exception as problem: problems.append((_one_line(each.scan, problem), problem))
+        except Exception as problem:
+            problems.append((_one_line(each.scan, problem), problem))
     _finish(outputs, rows, data.structures, problems, len(files))
     return written
 
@@ -191,6 +203,8 @@ def _finish(outputs: Outputs, rows, structures, problems, count):
     if count > 1 and lines:
         lines = [f"{len(lines)} of {count} scans could not be segmented: {'; '.join(lines)}"]
     if outputs.volumes is not None and rows:
-        try: _write_table(outputs.volumes, rows, structures)
-        except StudyError as problem: lines.append(str(problem))
+        try:
+            _write_table(outputs.volumes, rows, structures)
+        except StudyError as problem:
+            lines.append(str(problem))
     if lines: raise StudyError("; ".join(lines)) from (problems[0][1] if problems else None)

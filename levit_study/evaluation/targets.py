@@ -9,7 +9,7 @@ __all__ = ['Scans', 'Outputs', 'ScanFiles', 'scan_files', 'cannot_write', 'check
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from collections.abc import Callable
 from ..files import StudyError
 from ..data.folders import refuse_other_formats
 
@@ -77,8 +77,10 @@ def scan_files(scans: Scans, outputs: Outputs) -> list[ScanFiles]:
 # %% ../../nbs/42a_evaluation.targets.ipynb #a6c62770
 def _identity(path):
     "What two names of one file share; None where there is no file"
-    try: info = os.stat(path)
-    except OSError: return None
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
     return info.st_dev, info.st_ino
 
 def _refuse_sources(targets, sources):
@@ -97,7 +99,8 @@ def _refuse_doubles(files: list[ScanFiles], volumes):
     place = lambda path: (os.path.realpath(path.parent), path.name)
     owners = {}
     for each in files:
-        for target in each.targets: owners.setdefault(place(target), []).append(each.scan)
+        for target in each.targets:
+            owners.setdefault(place(target), []).append(each.scan)
     for (_, name), scans in owners.items():
         if len(scans) > 1:
             problem = f"{scans[0].name} would both be written to {name}; rename one, or keep one"
@@ -130,9 +133,12 @@ def _try_writing(target):
         while not os.path.lexists(folder): folder = folder.parent
         probe = folder / f".{os.getpid()}.{target.name}"
         try:
-            with open(probe, "xb") as file: file.write(bytes(4096))
-        finally: probe.unlink(missing_ok=True)
-    except OSError as error: raise cannot_write(target, error) from None
+            with open(probe, "xb") as file:
+                file.write(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(target, error) from None
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #444e2ba3
 def check_targets(files: list[ScanFiles], outputs: Outputs, sources=()):
@@ -142,8 +148,10 @@ def check_targets(files: list[ScanFiles], outputs: Outputs, sources=()):
         raise StudyError(f"existing {outputs.existing!r}: choose refuse, overwrite or keep")
     volumes = None if outputs.volumes is None else Path(outputs.volumes)
     targets = [target for each in files for target in each.targets]
-    if volumes is not None: targets.append(volumes)
+    if volumes is not None:
+        targets.append(volumes)
     _refuse_sources(targets, [*(each.scan for each in files), *sources])
     _refuse_doubles(files, volumes)
     _refuse_existing(targets, outputs.existing)
-    for target in targets: _try_writing(target)
+    for target in targets:
+        _try_writing(target)

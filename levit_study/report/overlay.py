@@ -34,4 +34,5 @@ def draw_overlay(
         for k in _shown_slices(labels, slices)
     ]
     sheet = contact_sheet(shown, about)
-    with written_whole(path) as p: sheet.figure.savefig(p, dpi=150)
+    with written_whole(path) as p:
+        sheet.figure.savefig(p, dpi=150)
