@@ -120,7 +120,7 @@ def find_prepared(
                     if file.attrs["code"] != code_digest(): continue
                     digests |= json.loads(file.attrs.get("left_out", "{}"))
             prepared |= rows_of(path)
-        except (OSError, KeyError): continue
+        except (OSError, KeyError, ValueError): continue
     return prepared, digests | {key: case.digest for key, case in prepared.items()}
 
 # %% ../../nbs/18d_data.jobs.ipynb #f202520f
