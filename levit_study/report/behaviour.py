@@ -77,6 +77,7 @@ def _draw_dice(ax, cases, size, losses, about):
     log_axis(ax, cases[size].min(), cases[size].max())
     ax.set(ylim=(max(-.03, cases["dice"].min() - .05), 1.03), ylabel="Dice (0 to 1)")
 
+# %% ../../nbs/62b_report.behaviour.ipynb #579ca985
 def _draw_sizes(ax, table, size, structures):
     "Draw the median size and the middle 90 % of each structure"
     quantiles = table.groupby("structure")[size].quantile([.05, .5, .95]).unstack()
@@ -85,6 +86,7 @@ def _draw_sizes(ax, table, size, structures):
     ax.plot(quantiles[.5], rows, "o", color="#333333", ms=3)
     shade_rows(ax, structures)
 
+# %% ../../nbs/62b_report.behaviour.ipynb #a784a3b6
 def _halves_in_words(means, size, about):
     "Put the median Dice of the smaller and the larger half into words"
     small = means[size] <= means.groupby("dataset")[size].transform("median")
@@ -122,13 +124,14 @@ def sensitivity_specificity(
     title, alt = "Sensitivity against specificity per structure", f"Scatter plots. Means. {means}"
     return finished(figure, title, body, alt, cases, about)
 
-# %% ../../nbs/62b_report.behaviour.ipynb #1f0f18bc
+# %% ../../nbs/62b_report.behaviour.ipynb #5bd1af48
 def _quartiles(cases): # -> a row per loss and structure, columns (name, quantile)
     "Quartiles of false alarms and sensitivity over cases, seeds averaged first"
     keys, columns = ["loss", "structure"], ["sensitivity", "false_alarm"]
     per_case = cases.groupby([*keys, "case"], sort=False)[columns].mean()
     return per_case.groupby(keys, sort=False).quantile([.25, .5, .75]).unstack()
 
+# %% ../../nbs/62b_report.behaviour.ipynb #1f0f18bc
 def _draw_balance(ax, quartiles, structure, losses, about):
     "Draw each loss's medians for one structure, with crosses for the middle half"
     looks = about.looks(losses)

@@ -69,6 +69,7 @@ def _demoted(text): # Markdown
     lower = lambda part: re.sub(r"^#", "##", part, flags=re.M)
     return "".join(p if p.startswith("```") else lower(p) for p in parts)
 
+# %% ../../nbs/63b_report.contents.ipynb #e9528e6b
 def _joined(title, notebooks, figures):
     "The cells of several executed notebooks under one title"
     from nbformat.v4 import new_markdown_cell
@@ -78,7 +79,7 @@ def _joined(title, notebooks, figures):
             cell.source = _demoted(cell.source)
     return [new_markdown_cell(f"# {escaped(title)}"), *with_words(cells, figures)]
 
-# %% ../../nbs/63b_report.contents.ipynb #fc6ed7ba
+# %% ../../nbs/63b_report.contents.ipynb #2ab5b04d
 @dataclass(frozen=True)
 class _Run:
     "One training of the study, as its page names it"
@@ -93,6 +94,7 @@ class _Run:
     def folder(self, root="."):
         return run_folders(self.dataset, self.loss, self.seed, root)[0]
 
+# %% ../../nbs/63b_report.contents.ipynb #fc6ed7ba
 def _runs_of(params: Params):
     study = params.study
     return [_Run(dataset, loss, seed)
@@ -152,6 +154,7 @@ def _row(about: About, run: _Run, has_page, root):
 _HEAD = ("| loss | seed | best epoch | Dice, validation | Dice, test |\n"
          "|---|--:|--:|--:|--:|")
 
+# %% ../../nbs/63b_report.contents.ipynb #982a4da8
 def _overview(about: About, there: dict, root) -> str: # Markdown
     "A page that lists all runs of the study with their main numbers"
     text = ("# All runs\n\nOne row per training. The best epoch is the one with the highest Dice on"
@@ -163,13 +166,14 @@ def _overview(about: About, there: dict, root) -> str: # Markdown
         text += "\n".join(lines) + "\n"
     return text
 
-# %% ../../nbs/63b_report.contents.ipynb #14228e1e
+# %% ../../nbs/63b_report.contents.ipynb #84cb2417
 def _chapter(stem, packages):
     "The part of the side bar that a library notebook stands under"
     name = re.sub(r"^\d+[a-z]?_", "", stem).split(".")[0]
     if name in packages: return f"Library: {name}"
     return "Library: basics" if stem.startswith("0") else "Library: commands"
 
+# %% ../../nbs/63b_report.contents.ipynb #14228e1e
 def project_pages(root=".") -> tuple[list[Page], list[str]]: # pages, notes
     "A page per file of docs/ and per library notebook of nbs/"
     pages, notes = [], []

@@ -45,7 +45,7 @@ def imbalance(
     alt = f"Dot plot, logarithmic. {words}."
     return finished(figure, "Class imbalance", body, alt, shares, about)
 
-# %% ../../nbs/62a_report.data_figures.ipynb #b7478258
+# %% ../../nbs/62a_report.data_figures.ipynb #03baad12
 def _percent(share):
     return f"{100*share:.3g} %" if np.isfinite(share) else "–"
 
@@ -54,6 +54,7 @@ def _ratio(name, ratio):
     if name == "background": return ""
     return f"{ratio:,.0f} : 1" if np.isfinite(ratio) else "none"
 
+# %% ../../nbs/62a_report.data_figures.ipynb #b7478258
 def _draw_shares(ax, table, low):
     "Draw one data set's shares (indexed by structure) from `low` to 1"
     rows, positive = np.arange(len(table)), table["voxel_share"].where(table["voxel_share"] > 0)
@@ -105,6 +106,7 @@ def _draw_dots(ax, groups, colors):
             ax.vlines(np.median(values), row - .36, row + .36, color="#222222", lw=1.2)
     shade_rows(ax, list(groups))
 
+# %% ../../nbs/62a_report.data_figures.ipynb #0ab8477b
 def _draw_spacing(ax, cases):
     "Draw the spacing along slices, rows and columns; say so where it is unknown"
     groups = {name: cases[f"{name}_spacing"] for name in ("slice", "row", "column")}
@@ -130,6 +132,7 @@ def _draw_intensities(ax, table, classes):
     label_rows(ax, classes)
     ax.set(title="Intensities per class", xlabel="Intensity after normalisation (0 to 1)")
 
+# %% ../../nbs/62a_report.data_figures.ipynb #7e3130b4
 def _draw_slice_counts(ax, table, classes):
     "Draw in how many slices each class is seen, all splits together"
     sums = table.groupby("structure")[["slices", "of"]].sum().reindex(classes)
@@ -139,6 +142,7 @@ def _draw_slice_counts(ax, table, classes):
     title = f"Slices with the class, of {sums['of'].max():,.0f}"
     ax.set(title=title, xlabel="Slices (number)")
 
+# %% ../../nbs/62a_report.data_figures.ipynb #71607e48
 def _draw_organ_sizes(ax, table, classes):
     "Draw the size of each structure in every case (log); the background's row stays empty"
     known = table["volume_ml"].notna().any()
@@ -186,6 +190,7 @@ def contact_sheet(
     alt = f"{len(slices)} slices of {cases} cases with contours of {', '.join(names)}."
     return finished(figure, "Contact sheet", body, alt, table, about)
 
+# %% ../../nbs/62a_report.data_figures.ipynb #11521055
 def _open_sheet(slices, columns): # -> figure, axes
     "A figure with a panel per slice, high enough for the tallest"
     spacings = [item["spacing"] or (1, 1) for item in slices]

@@ -54,7 +54,7 @@ def _against(tests, baseline): # -> the rows with `baseline`, with loss, value, 
     table = pd.concat([ahead, behind]).sort_index()
     return table.assign(clear=(table["low"] > 0) | (table["high"] < 0))
 
-# %% ../../nbs/62_report.differences.ipynb #e30e875a
+# %% ../../nbs/62_report.differences.ipynb #9fec9e20
 def _band_height(structures, losses):
     "Millimetres of a band with a row per structure and in it a mark per loss"
     return len(structures)*max(row_height(structures), 2.1*len(losses) + 1.6) + 16
@@ -62,6 +62,7 @@ def _band_height(structures, losses):
 def _offsets(count):
     return np.linspace(-.38, .38, count + 2)[1:-1]
 
+# %% ../../nbs/62_report.differences.ipynb #e30e875a
 def _draw_intervals(ax, table, structures, losses, about):
     "Draw a mark and an interval per structure and loss, filled where the difference is clear"
     looks = about.looks(losses)
@@ -125,7 +126,7 @@ _CONVENTIONS = (
     " predicted but absent: Dice 1, HD95 0; missed or absent in both: 0 and 0; spacing ignored)."
     " Means over cases and seeds.")
 
-# %% ../../nbs/62_report.differences.ipynb #f216b62d
+# %% ../../nbs/62_report.differences.ipynb #19c1948f
 def _mean_pairs(cases, first, second): # -> loss, structure, first, second
     "Means over cases and seeds per structure, and their mean over the structures as a last row"
     means = cases.groupby(["loss", "structure"], sort=False)[[first, second]].mean()
@@ -133,6 +134,7 @@ def _mean_pairs(cases, first, second): # -> loss, structure, first, second
     overall = means.groupby("loss", sort=False).mean().assign(structure="mean over structures")
     return pd.concat([means, overall.set_index("structure", append=True)]).reset_index()
 
+# %% ../../nbs/62_report.differences.ipynb #f216b62d
 def _draw_pairs(ax, pairs, structures, losses, about):
     "Draw `first` filled and `second` hollow, joined by a line, per structure and loss"
     looks = about.looks(losses)
@@ -145,6 +147,7 @@ def _draw_pairs(ax, pairs, structures, losses, about):
         ax.plot(part["first"], rows, mfc=color, **mark)
     shade_rows(ax, structures)
 
+# %% ../../nbs/62_report.differences.ipynb #180e9406
 def _pairs_in_words(cases, about):
     "Put the mean Dice over structures by both conventions into words"
     parts = []
@@ -190,7 +193,7 @@ def optimism_shift(
     alt = f"Paired dots. {_gaps_in_words(cases, about)}"
     return finished(figure, title, body, alt, cases, about)
 
-# %% ../../nbs/62_report.differences.ipynb #52dcf51e
+# %% ../../nbs/62_report.differences.ipynb #7187d55d
 def _split_means(cases, metric): # -> loss, seed, valid, test
     "Mean over structures of the mean over cases per loss, seed and split"
     keys = ["loss", "seed", "split"]
@@ -198,6 +201,7 @@ def _split_means(cases, metric): # -> loss, seed, valid, test
     means = means.groupby(keys, sort=False).mean().unstack()
     return means.reindex(columns=["valid", "test"]).reset_index()
 
+# %% ../../nbs/62_report.differences.ipynb #52dcf51e
 def _draw_optimism(ax, means, losses, about):
     "Draw a row per loss: validation filled, test hollow, large marks for the mean over seeds"
     looks = about.looks(losses)
@@ -227,6 +231,7 @@ def _gap_in_words(means, loss, limits):
     text = f"{gap:+.3f}" if np.isfinite(gap) else "–"
     return f"{text}\n[{limits[0]:+.3f}, {limits[1]:+.3f}]" if limits else text
 
+# %% ../../nbs/62_report.differences.ipynb #48ee0a3e
 def _gaps_in_words(cases, about):
     "Put the gap in Dice per data set and loss into words"
     words = []

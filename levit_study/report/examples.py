@@ -41,12 +41,13 @@ def toy_runs(datasets=("synapse", "phantom_mr"), losses=LOSSES, seeds=range(3)):
         rows.append({"dataset": dataset, "loss": loss, "seed": seed} | scores)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/60b_report.examples.ipynb #566d23d3
+# %% ../../nbs/60b_report.examples.ipynb #a395d53b
 def _toy_dice(rng, k, voxels):
     "Dice rises with the organ's size, for the k-th loss from higher up and more slowly"
     return np.clip(.5 + .04*k + (.05 - .005*k)*np.log2(voxels/200)
                    + .03*rng.standard_normal(len(voxels)), 0, 1)
 
+# %% ../../nbs/60b_report.examples.ipynb #566d23d3
 def toy_cases(datasets=("phantom_ct", "acdc"), losses=LOSSES, seeds=range(2), structures=ORGANS,
               count=20): # -> DataFrame
     "Made-up cases; each structure has twice as many voxels as the one before"
@@ -98,6 +99,7 @@ def _texts_of(figure):
     readable = [t for t in texts if id(t) in shown or id(t) not in of_axes]
     return [(t.get_text(), t.get_window_extent()) for t in readable]
 
+# %% ../../nbs/60b_report.examples.ipynb #571f6000
 def _overlap(a, b):
     wide, high = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
     return wide > .6 and high > .6

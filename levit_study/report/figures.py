@@ -36,7 +36,7 @@ def fig1(
     alt = f"Horizontal bars, one per loss. {means_in_words(runs, metrics, about)}"
     return finished(figure, "Last epoch: losses, Dice and Jaccard", body, alt, runs, about)
 
-# %% ../../nbs/61_report.figures.ipynb #d258b4cf
+# %% ../../nbs/61_report.figures.ipynb #e1f4874f
 def _metric_panels(runs, metrics, about, paper, bars):
     "Draw a panel per metric and a band of panels per data set"
     losses = list(runs["loss"].unique())
@@ -50,6 +50,7 @@ def _metric_panels(runs, metrics, about, paper, bars):
             ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
     return figure
 
+# %% ../../nbs/61_report.figures.ipynb #d258b4cf
 def _draw_runs(ax, runs, metric, losses, about, paper, bars):
     "Draw per loss: bar or mark for the mean, range and dots of the seeds, the paper's diamond"
     looks, means = about.looks(losses), []
@@ -70,13 +71,14 @@ def _draw_runs(ax, runs, metric, losses, about, paper, bars):
     label_rows(ax, [about.name(loss) for loss in losses])
     print_right(ax, [number(mean) for mean in means])
 
-# %% ../../nbs/61_report.figures.ipynb #faefb675
+# %% ../../nbs/61_report.figures.ipynb #041b804b
 def _paper_value(paper, metric, loss):
     "The paper's number for a metric and loss, or NaN"
     if paper is None or loss not in paper: return np.nan
     values = paper.loc[paper["metric"] == metric, loss]
     return float(values.iloc[0]) if len(values) else np.nan
 
+# %% ../../nbs/61_report.figures.ipynb #faefb675
 def _notes(paper, metrics):
     "What the diamonds are, with the notes of the paper's table on the metrics drawn"
     if paper is None: return ""
@@ -89,6 +91,7 @@ def _notes(paper, metrics):
     notes = "; ".join(f"{name[0].lower()}{name[1:]}: {note}" for name, note in pairs)
     return f"{words} Notes on it: {notes}."
 
+# %% ../../nbs/61_report.figures.ipynb #4cfc654d
 def _run_handles(paper):
     "Legend of seeds, range and the paper's marks, grey because the rows carry the colours"
     handles = [Line2D([], [], color="#555555", marker="o", ms=2.6, ls="none", label="one seed"),
@@ -138,6 +141,7 @@ def _draw_course(part, epochs, losses, about):
         locator = matplotlib.ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
         ax.xaxis.set_major_locator(locator)
 
+# %% ../../nbs/61_report.figures.ipynb #43c0434b
 def _draw_curve(ax, epochs, column, **look):
     "Draw the mean over seeds with the seeds' range; a single epoch becomes a mark"
     curve = epochs.groupby("epoch")[column].agg(["mean", "min", "max"]).dropna()
@@ -164,6 +168,7 @@ def _draw_shared_dice(ax, epochs, losses, about):
             ax.plot(mean.idxmax(), mean.max(), color=look["color"], **best)
     ax.set(title="all losses", ylabel=about.name("valid_dice"))
 
+# %% ../../nbs/61_report.figures.ipynb #3b49ba53
 def _course_in_words(epochs, about):
     "Put best epoch and best mean validation Dice per data set and loss into words"
     keys, words = ["dataset", "loss"], []

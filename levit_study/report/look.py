@@ -172,12 +172,13 @@ def checked(
         raise StudyError(f"{figure}: the table has no rows{of_split}; are there results yet?")
     return table
 
-# %% ../../nbs/60_report.look.ipynb #8a8375c7
+# %% ../../nbs/60_report.look.ipynb #72237734
 def _rounded_paths(svg):
     "Keep two decimals of a path's coordinates: a hundredth of a point is finer than a printer"
     short = lambda path: re.sub(r"(\d\.\d\d)\d+", r"\1", path[0])
     return re.sub(r' d="[^"]*"', short, svg)
 
+# %% ../../nbs/60_report.look.ipynb #8a8375c7
 def save_figure(
     picture: Picture,
     folder, # made if need be

@@ -40,6 +40,7 @@ def setup(app): # what Sphinx calls when it loads this module as an extension
     app.add_html_math_renderer("mathml", (visit(False), None), (visit(True), None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
+# %% ../../nbs/63_report.pages.ipynb #440bac6a
 def _formula(node, block):
     "A formula's node as HTML"
     try:
@@ -104,6 +105,7 @@ def readable_outputs(outputs):
         shown.append(output)
     return shown
 
+# %% ../../nbs/63_report.pages.ipynb #ee89a712
 def _last_bar_only(outputs):
     streams = [output for output in outputs if output.output_type == "stream"]
     drawn = [output for output in streams if _BAR.search(output.text)]
@@ -129,10 +131,11 @@ def figure_words(
             figures[_one_line(words["caption"])] = words | {"file": path.with_suffix(".png")}
     return figures
 
+# %% ../../nbs/63_report.pages.ipynb #e69077ad
 def _one_line(text):
     return " ".join("".join(text).split())
 
-# %% ../../nbs/63_report.pages.ipynb #4aad5b87
+# %% ../../nbs/63_report.pages.ipynb #e21f584e
 def _plain(markdown, longest=300):
     "The last sentences of a Markdown text's last paragraph, without formulas and marks"
     text = re.sub(r"\$\$[^$]*\$\$|^#+.*", "", markdown, flags=re.M).strip().split("\n\n")[-1]
@@ -143,6 +146,7 @@ def _plain(markdown, longest=300):
         kept = f"{sentence} {kept}".strip()
     return _one_line(kept)
 
+# %% ../../nbs/63_report.pages.ipynb #4aad5b87
 def _describe(output, figures, heading, before): # -> text alternative, caption, file
     "The words for one picture of a notebook, and the file of its better copy if there is one"
     text = _one_line(output.data.get("text/plain", ""))
@@ -185,7 +189,7 @@ def escaped(text):
     "Text for Markdown, its marks escaped"
     return re.sub(r"([\\`*_{}\[\]<>$#|~])", r"\\\1", text)
 
-# %% ../../nbs/63_report.pages.ipynb #3a772baf
+# %% ../../nbs/63_report.pages.ipynb #f09e151b
 def _set_words(cell, alt, caption, width):
     "Tell MyST-NB what to write around a cell's picture"
     cell.metadata["mystnb"] = {"image": {"alt": alt}}
@@ -194,6 +198,7 @@ def _set_words(cell, alt, caption, width):
     if caption:
         cell.metadata["mystnb"]["figure"] = {"caption": escaped(caption)}
 
+# %% ../../nbs/63_report.pages.ipynb #3a772baf
 def with_words(cells, figures):
     "The cells with a text alternative for every picture, and captions for those that have one"
     heading, before, shown = "", "", []

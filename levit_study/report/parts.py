@@ -23,10 +23,11 @@ def number(value, digits=3):
     "A number with so many decimals, or a dash where it is undefined"
     return f"{value:.{digits}f}" if np.isfinite(value) else "–"
 
-# %% ../../nbs/60a_report.parts.ipynb #d09d7d52
+# %% ../../nbs/60a_report.parts.ipynb #d697dec4
 def _counted(count, word):
     return f"{count} {word}{'' if str(count) == '1' else 's'}"
 
+# %% ../../nbs/60a_report.parts.ipynb #d09d7d52
 def _sample(table, dataset, about):
     "The sample behind one data set's part of `table`, as in 'n = 20 cases, 3 seeds'"
     part = table[table["dataset"] == dataset]
@@ -50,12 +51,13 @@ def _titled(title, table, about):
     if len(synthetic) == len(datasets): return f"{title}, synthetic data"
     return f"{title}; synthetic data: {', '.join(map(about.name, synthetic))}"
 
-# %% ../../nbs/60a_report.parts.ipynb #76078634
+# %% ../../nbs/60a_report.parts.ipynb #4add6314
 _PROTOCOLS = {
     "paper": "paper (best epoch chosen and reported on the validation cases)",
     "held-out": "held-out (best epoch chosen on the validation cases, reported on the test cases)",
     "last": "last epoch, nothing chosen"}
 
+# %% ../../nbs/60a_report.parts.ipynb #76078634
 def _caption(title, body, table, about):
     "Join title, what is drawn, data sets with their samples, split and protocol"
     samples = [(about.dataset(d), _sample(table, d, about)) for d in table["dataset"].unique()]
@@ -112,6 +114,7 @@ def shade_rows(ax, names):
     for row in range(0, len(names), 2):
         ax.axhspan(row - .5, row + .5, color="#F6F6F6", lw=0, zorder=0)
 
+# %% ../../nbs/60a_report.parts.ipynb #9626299d
 def print_right(ax, texts):
     "Print one text per row at the right edge of `ax`"
     place = ax.get_yaxis_transform()
@@ -131,6 +134,7 @@ def log_axis(ax, low, high):
     ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.12g}" if plain else _power_of_ten(x))
 
+# %% ../../nbs/60a_report.parts.ipynb #43cf1e89
 def _power_of_ten(value):
     "A positive number as matplotlib's formula, as in 5·10⁻⁶"
     exponent = int(np.floor(np.log10(value) + 1e-9))

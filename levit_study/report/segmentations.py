@@ -17,7 +17,7 @@ from ..files import StudyError
 from .look import About, DOUBLE, MM, structure_colors, study_style
 from .parts import finished, legend_below, number, wrapped
 
-# %% ../../nbs/61a_report.segmentations.ipynb #c07bf693
+# %% ../../nbs/61a_report.segmentations.ipynb #ef5baf54
 def _frame(ax, view, spacing=None):
     "Cut `ax` to the window `view` at the voxels' true proportions, without axes"
     aspect = spacing[0]/spacing[1] if spacing else 1
@@ -26,6 +26,7 @@ def _frame(ax, view, spacing=None):
     for spine in ax.spines.values():
         spine.set_visible(False)
 
+# %% ../../nbs/61a_report.segmentations.ipynb #c07bf693
 def show_slice(
     ax,
     image, # (row, column)
@@ -118,6 +119,7 @@ def _error_map(reference, prediction): # (row, column) both -> (row, column, RGB
         colors[mask] = (*to_rgb(color), .9)
     return colors
 
+# %% ../../nbs/61a_report.segmentations.ipynb #9e78a6eb
 def _slice_dice(reference, prediction, structures):
     "Mean Dice over the structures in a slice's reference or prediction; NaN if there is none"
     pairs = [(reference == value, prediction == value) for value in structures.values()]
@@ -151,7 +153,7 @@ def fig4(
     body, alt = _caption_body(examples), _examples_in_words(examples, losses, about)
     return finished(figure, "Segmentations of single slices", body, alt, table, about)
 
-# %% ../../nbs/61a_report.segmentations.ipynb #1e71e8b7
+# %% ../../nbs/61a_report.segmentations.ipynb #ab24f1a0
 def _open_bands(count, columns, losses, about):
     "A figure with a band of three rows of panels for each case and group of losses"
     lines = max(wrapped(about.name(loss), 120//columns).count("\n") for loss in losses)
@@ -160,6 +162,7 @@ def _open_bands(count, columns, losses, about):
     figure.get_layout_engine().set(w_pad=.01, h_pad=.03, wspace=0, hspace=0)
     return figure, figure.subfigures(count, 1, squeeze=False)[:, 0]
 
+# %% ../../nbs/61a_report.segmentations.ipynb #1e71e8b7
 def _draw_example(part, example, losses, columns, about):
     "Fill one band: three rows of panels, the last ones empty where there are fewer losses"
     reference, structures = example["reference"], example["structures"]
@@ -204,6 +207,7 @@ def _draw_row(axes, example, losses, content, view):
         draw_contours(axes[1], reference, structures)
         _scale_bar(axes[0], view, spacing)
 
+# %% ../../nbs/61a_report.segmentations.ipynb #b083037a
 def _draw_errors(ax, reference, prediction, structures):
     errors = _error_map(reference, prediction)
     ax.imshow(errors, interpolation="nearest", aspect=ax.get_aspect())
@@ -228,6 +232,7 @@ def _caption_body(examples):
             " the slice. Scale bars in mm"
             f"{'' if known else ', or in voxels where the spacing is unknown'}.")
 
+# %% ../../nbs/61a_report.segmentations.ipynb #49d14f92
 def _examples_in_words(examples, losses, about):
     "Each example with the slice Dice of each loss"
     parts = []

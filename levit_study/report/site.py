@@ -42,6 +42,7 @@ _LANDING = """# {{ title|safe }}
 """
 _JINJA = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
 
+# %% ../../nbs/64_report.site.ipynb #ec89826c
 def _landing(title, summary, pages) -> Page:
     "The page that answers on one screen, with a link to the first page of each kind that there is"
     paths, cards = [page.path for page in pages], []
@@ -97,6 +98,7 @@ def _write_page(page: Page, folder, places: dict): # places: file -> page, for l
     book = nbformat.v4.new_notebook(cells=page.content, metadata={"kernelspec": kernel})
     nbformat.write(book, path)
 
+# %% ../../nbs/64_report.site.ipynb #d0cb5ff0
 def _write_sources(pages, folder, title, style): # style: a CSS file
     "Write a Jupyter Book: pages, _toc.yml, _config.yml and the style"
     from ruamel.yaml import YAML
@@ -145,6 +147,7 @@ def _run_book(source, output): # -> lines of warnings
         raise StudyError(f"the site could not be built from {source}: {why}")
     return [line for line in lines if "WARNING" in line or "ERROR" in line]
 
+# %% ../../nbs/64_report.site.ipynb #9e2d4b65
 def build_site(
     params: Params,
     root=".", # the project
@@ -165,9 +168,10 @@ def build_site(
         shutil.copytree(html, partial, dirs_exist_ok=True, ignore=unneeded)
     return notes + warnings
 
-# %% ../../nbs/64_report.site.ipynb #24f320d2
+# %% ../../nbs/64_report.site.ipynb #9faef968
 _IMAGES = {".png": "png", ".svg": "svg+xml", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif"}
 
+# %% ../../nbs/64_report.site.ipynb #24f320d2
 def _inline(article, folder): # article: a BeautifulSoup element; changed in place
     "Put the pictures into the page, point links to the site, remove what only a site needs"
     needless = ".headerlink, .cell_input, details.hide, script, .prev-next-footer"
@@ -186,7 +190,7 @@ def _inline(article, folder): # article: a BeautifulSoup element; changed in pla
     if article.h1:
         article.h1.decompose()  # the page has a title of its own
 
-# %% ../../nbs/64_report.site.ipynb #902db2ce
+# %% ../../nbs/64_report.site.ipynb #34522499
 _SINGLE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title>
@@ -199,6 +203,7 @@ _SINGLE = """<!DOCTYPE html>
 </main></body></html>
 """
 
+# %% ../../nbs/64_report.site.ipynb #902db2ce
 def build_single_page(params: Params, root=".", site="reports/site", output="reports/index.html"):
     "Write the report as one self-contained HTML file; what the site does not have yet is left out"
     from bs4 import BeautifulSoup
@@ -218,7 +223,7 @@ def build_single_page(params: Params, root=".", site="reports/site", output="rep
     with written_whole(root / output) as p:
         p.write_text(page, encoding="utf-8")
 
-# %% ../../nbs/64_report.site.ipynb #9bce3c3c
+# %% ../../nbs/64_report.site.ipynb #9ba3a115
 _PLOTS = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>levit-study: plots</title>{refresh_tag}
 <script>LIBRARY</script>
@@ -228,6 +233,7 @@ _PLOTS = """<!DOCTYPE html>
 </body></html>
 """
 
+# %% ../../nbs/64_report.site.ipynb #9bce3c3c
 def plots_page(output):
     "Write the page that DVC fills in with plots, Vega inside; DVC's link to the web is left out"
     try:

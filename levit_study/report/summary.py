@@ -75,7 +75,7 @@ def _listed(words): # texts or Markup -> Markup, as in 'a, b and c'
 _JINJA = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 _JINJA.filters["count"] = _count
 
-# %% ../../nbs/63a_report.summary.ipynb #68654f3c
+# %% ../../nbs/63a_report.summary.ipynb #b97dde90
 def _question(params: Params, about: About):
     "What the study compares"
     losses = [_bold(about.name(loss)) for loss in params.study.losses]
@@ -86,6 +86,7 @@ def _question(params: Params, about: About):
                   " size? Compared: {}. What a published comparison claims about them is put to"
                   " the test.").format(_listed(losses))
 
+# %% ../../nbs/63a_report.summary.ipynb #68654f3c
 def _effort(params: Params, about: About):
     "The data, the number of trainings, and losses that are trained in another way"
     study, data = params.study, []
@@ -117,7 +118,7 @@ def _with_interval(row, name, digits): # row: a mapping
 def _is_number(value):
     return isinstance(value, (int, float)) and value == value
 
-# %% ../../nbs/63a_report.summary.ipynb #e60f8edb
+# %% ../../nbs/63a_report.summary.ipynb #8d4aa712
 def _heading(rows, name, held): # rows: one data set's in organs.csv
     "The name of a data set, its patients, the unit of its distances"
     patients = {split: rows.loc[rows.split == split, "patients"].max() for split in _SPLITS}
@@ -130,6 +131,7 @@ def _heading(rows, name, held): # rows: one data set's in organs.csv
         words += f"; HD95 in {_listed(units)}{where}"
     return words
 
+# %% ../../nbs/63a_report.summary.ipynb #e60f8edb
 def _results(organs, dataset, losses, about: About): # -> heading, rows (loss, cells)
     "Dice over all structures per loss, held out and as the paper selects, and HD95"
     rows = organs[organs.dataset == dataset]
@@ -149,6 +151,7 @@ def _results(organs, dataset, losses, about: About): # -> heading, rows (loss, c
         shown.append((about.name(loss), [*cells, hd95]))
     return _heading(rows, about.dataset(dataset), held), shown
 
+# %% ../../nbs/63a_report.summary.ipynb #6c9d5407
 def _key(params: Params):
     "How to read the table of results"
     trainings = " and trainings" if len(params.study.seeds) > 1 else ""
@@ -174,7 +177,7 @@ def _typeset(text):
     text = re.sub(r"(?<=\w) - (?=\w)", " − ", text)
     return text.replace("focal_tversky", "focal-Tversky").replace("-0.", "−0.")
 
-# %% ../../nbs/63a_report.summary.ipynb #6959f730
+# %% ../../nbs/63a_report.summary.ipynb #e43cfcff
 def _tally(claims, synthetic):
     "How many claims are supported, contradicted and open, on real data and on synthetic"
     made_up = claims.dataset.isin(synthetic)
@@ -187,6 +190,7 @@ def _tally(claims, synthetic):
             text = Markup("{} of the paper's claims{}: {}.")
             yield text.format(tests, where, Markup(", ").join(words))
 
+# %% ../../nbs/63a_report.summary.ipynb #6959f730
 def _points(organs, claims, params: Params, about: About): # organs, claims: tables or None
     "What limits the numbers"
     points = list(_tally(claims, about.synthetic)) if claims is not None else []
@@ -202,15 +206,16 @@ def _points(organs, claims, params: Params, about: About): # organs, claims: tab
         points.append(Markup("<b>Few patients</b> in the smallest set: {}.").format(_listed(few)))
     names = [about.dataset(d) for d in about.synthetic]
     if names:
-        points.append(Markup("{}: <b>synthetic</b>. They show that the study works and decide"
+        points.append(Markup("{}: <b>synthetic</b>. Such data show that the study works and decide"
                              " nothing about a loss or a claim.").format(_listed(names)))
     return points
 
-# %% ../../nbs/63a_report.summary.ipynb #07a66e3e
+# %% ../../nbs/63a_report.summary.ipynb #9b5a0197
 _NEEDED = {
     "organs.csv": ["dataset", "structure", "loss", "split", "patients", "dice"],
     "claims.csv": ["claim", "dataset", "statement", "verdict", "interval"]}
 
+# %% ../../nbs/63a_report.summary.ipynb #84744b37
 def _read_table(name, root, datasets, notes): # -> DataFrame or None
     "The rows of the study's data sets in a table of the report; what is wrong goes into `notes`"
     try:
@@ -224,6 +229,7 @@ def _read_table(name, root, datasets, notes): # -> DataFrame or None
         return None
     return table[table.dataset.isin(datasets)]
 
+# %% ../../nbs/63a_report.summary.ipynb #07a66e3e
 def summary_html(params: Params, root=".", notes=()) -> tuple[str, list[str]]: # HTML, all notes
     "What was asked, what came out, how sure, from reports/organs.csv and reports/claims.csv"
     about, study, read = about_study(params), params.study, []
