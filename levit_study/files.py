@@ -58,11 +58,12 @@ def hard_link(path: Path, link: Path):
 
 # %% ../nbs/00_files.ipynb #f7203654
 def hash_file(
-    path, # file to read
+    path, # file to read; ~ stands for the user's home
 ): # hexadecimal
     "Return the SHA-256 of a file's content; `StudyError` if it cannot be read"
     try:
-        with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+        with open(Path(path).expanduser(), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         advice = "check the file and its permissions"
         raise StudyError(f"{path}: cannot be read ({error.strerror}); {advice}") from error

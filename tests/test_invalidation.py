@@ -20,12 +20,14 @@ TABLE = {
     "evaluate": """data.slices data.dataset data.native model.upsampling model.grids model.network model.precision model.build
                    model.inference training.scores evaluation.metrics evaluation.inference evaluation.card evaluation.evaluate""",
     "report": """data.cases data.dataset data.native training.scores evidence.results evidence.statistics evidence.tables
-                 evidence.claims evidence.paper report.look report.parts report.figures REPORT""",
-    "site": """evidence.results SITE""",
+                 evidence.claims evidence.paper report.look report.parts report.figures
+                 report.segmentations report.differences report.behaviour""",
+    "site": """evidence.results report.contents report.look report.pages report.site report.summary""",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
 NOTHING = """files params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing
-             training.record training.launch losses.pictures evaluation.targets evaluation.predict evidence.simulation NOREPORT""".split()
+             training.record training.launch losses.pictures evaluation.targets evaluation.predict evidence.simulation report.examples
+             report.data_figures""".split()
 # A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing
 # (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.
 REACHED = {

@@ -43,7 +43,7 @@ def whole(toys, environment):
     "That folder with a run that nothing interrupted, and its duration"
     started = time.monotonic()
     command = [sys.executable, TOY, "fit", toys / "toy.h5", toys / "whole"]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600)
     (toys / "duration.json").write_text(json.dumps(time.monotonic() - started))
     return toys
 
@@ -119,7 +119,7 @@ def test_validation_is_the_same_with_two_processes(toys, environment):
     for world in (1, 2):
         torchrun = [*TORCHRUN, "--nproc_per_node", str(world), "--master_port", "29411"]
         command = [*torchrun, TOY, "validate", toys / "toy.h5", toys]
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600)
     one, two = (json.loads((toys / f"scores{world}.json").read_text()) for world in (1, 2))
     assert one["counts"] == two["counts"] and one["valid_dice"] == two["valid_dice"]
     assert abs(one["loss"] - two["loss"]) < 1e-6
@@ -128,7 +128,7 @@ def test_validation_is_the_same_with_two_processes(toys, environment):
 def test_two_processes_train(toys, environment):
     torchrun = [*TORCHRUN, "--nproc_per_node", "2", "--master_port", "29412"]
     command = [*torchrun, TOY, "fit", toys / "toy.h5", toys / "two"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((toys / "two" / "run.json").read_text())["processes"] == 2
     assert len(pd.read_csv(toys / "two" / "epochs.csv")) == 4
@@ -168,7 +168,7 @@ def notebook_training(root, folder, environment):
 def test_the_notebook_trains_in_several_processes(root, several, environment):
     "And shows what they say"
     process = notebook_training(root, several, environment)
-    text, _ = process.communicate(timeout=300)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text[-3000:]
     run = several / "reports/runs/toy/baseline/seed0"
     assert json.loads((run / "run.json").read_text())["processes"] == 2
@@ -183,7 +183,7 @@ def test_a_slurm_job_without_srun_is_one_training(several, environment, processe
     change_training(several, processes=processes, epochs=1)
     command = ["levit-study", "train", "toy", "baseline"]
     done = subprocess.run(command, cwd=several, env=environment | SLURM | {"WORLD_SIZE": "4"},
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((several / "reports/runs/toy/baseline/seed0/run.json").read_text())
     assert record["processes"] == processes

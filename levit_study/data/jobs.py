@@ -176,5 +176,5 @@ def split_jobs(
     splits = split_cases(listed, **settings, together=together)
     for job in jobs:
         job.split, job.left_out = splits.get(job.case.name, ""), ""
-    for group in groups if not getattr(data, "keep_copies", False) else ():
+    for group in groups if not data.keep_copies else ():
         _leave_out(group, jobs)

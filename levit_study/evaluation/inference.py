@@ -41,12 +41,14 @@ def prediction_settings(measurement: Measurement) -> PredictionSettings:
 
 # %% ../../nbs/41_evaluation.inference.ipynb #e5d9a173
 def pick_device(device: str = "auto") -> torch.device:
-    "The device that `device` names; auto takes a GPU if one is visible"
-    visible = torch.cuda.is_available()
+    "The device that `device` names; auto takes a GPU if CUDA sees one; `StudyError` if it is absent"
     if device == "auto":
-        device = "cuda" if visible else "cpu"
-    if device == "cuda" and not visible:
-        raise StudyError("device 'cuda': no such GPU is visible here; use auto or cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        problem = str(error).splitlines()[0][:80]
+        raise StudyError(f"device '{device}': not here ({problem}); use auto or cpu") from None
     return torch.device(device)
 
 # %% ../../nbs/41_evaluation.inference.ipynb #0d3c2ff1

@@ -8,7 +8,6 @@ __all__ = ['DiceFocalLoss', 'HybridLoss', 'GeneralisedDiceLoss', 'ModifiedFocalL
 
 # %% ../../nbs/27_losses.more.ipynb #59ece6c1
 import torch
-from .comparison import Comparison
 from .interface import SegmentationLoss, build_loss, loss
 from .paper import CombinedLoss, FocalLoss, PixelLoss, RegionLoss
 from .paper import bounded_power, dice_within, power_of_wrong, tversky_error
