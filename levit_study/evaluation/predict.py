@@ -127,7 +127,7 @@ def _read_kept(data: Data, files: ScanFiles):
     image, labels, affine, notes = read_nifti_pair(files.scan, files.labels)
     image = scale_intensity(image, data.intensity, data.window, files.scan)
     spacing = tuple(float(mm) for mm in np.linalg.norm(affine[:3, :3], axis=0))
-    return Volume(image, None, spacing, affine, files.scan.name.split(".nii")[0], notes), labels
+    return Volume(image, None, spacing, affine, files.scan.name, notes), labels
 
 # %% ../../nbs/43_evaluation.predict.ipynb #13007fe5
 def _one_line(scan, problem: Exception) -> str:
