@@ -130,22 +130,18 @@ class Ours:
         self.run, self.store, fabric = run, store, make_fabric(run.training)
         self.trainer = make_trainer(run, fabric, store.num_classes, store.voxel_shares("train"))
         self.training, self.valid = store.load("train"), store.load("valid")
-        self.bar = argparse.Namespace(update=lambda n: None)
+        self.watch = argparse.Namespace(step_done=lambda slices: False)
 
     def train(self, steps):
-        t = self.trainer
-        t.model.train()
-        t.step, t.sums = 0, torch.zeros(2, dtype=torch.float64)
-        t.counts = torch.zeros(3, self.store.num_classes, dtype=torch.int64)
+        self.trainer.step = 0
         part, whole = slice(0, steps * BATCH), self.training
         few = SliceSet(self.store, whole.indices[part], whole.images[part], whole.labels[part])
-        train_epoch(t, few, BATCH, self.bar, [], Path())
-        t.epoch += 1
+        train_epoch(self.trainer, few, self.watch, Path())
+        self.trainer.epoch += 1
 
     def validate(self):
-        batch_size = self.run.training.valid_batch_size
-        close_epoch(
-            self.trainer, self.training, self.valid, self.store.structures, batch_size, 1.0)
+        self.trainer.spent = 1.0
+        close_epoch(self.trainer, self.training, self.valid, self.store.structures)
 
     def data(self, steps):
         for step in range(steps):

@@ -58,11 +58,12 @@ def hard_link(path: Path, link: Path):
 
 # %% ../nbs/00_files.ipynb #f7203654
 def hash_file(
-    path, # file to read
+    path, # file to read; ~ stands for the user's home
 ): # hexadecimal
     "Return the SHA-256 of a file's content; `StudyError` if it cannot be read"
     try:
-        with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+        with open(Path(path).expanduser(), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         advice = "check the file and its permissions"
         raise StudyError(f"{path}: cannot be read ({error.strerror}); {advice}") from error
@@ -71,15 +72,19 @@ def hash_file(
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _SPEAKING = {"print", "say", "warn", "StudyError", "ValueError", "TypeError"}  # to people
 
+def _speaks(node: ast.AST) -> bool:
+    "Whether a node is a message: an exception that is raised, or a call that prints or warns"
+    if isinstance(node, ast.Raise): return isinstance(node.exc, ast.Call)
+    if not isinstance(node, ast.Call): return False
+    return getattr(node.func, "attr", getattr(node.func, "id", None)) in _SPEAKING
+
 def _without_words(tree: ast.AST):
     "Empty the docstrings and messages of a syntax tree"
     for node in ast.walk(tree):
         if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
             node.body[0].value.value = ""
-        elif isinstance(node, ast.Call):
-            name = getattr(node.func, "attr", getattr(node.func, "id", None))
-            for part in ast.walk(node) if name in _SPEAKING else ():
-                if isinstance(part, ast.Constant) and isinstance(part.value, str): part.value = ""
+        for part in ast.walk(node) if _speaks(node) else ():
+            if isinstance(part, ast.Constant) and isinstance(part.value, str): part.value = ""
 
 def bare_code(text: str) -> str:
     "Return Python without what it only says: no comments, docstrings, messages or layout"

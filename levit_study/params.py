@@ -49,7 +49,7 @@ class Split(Section):
     # test; 0: as they are
     nested: float = Field(0.0, ge=0, lt=1)
 
-# %% ../nbs/01_params.ipynb #9096d675
+# %% ../nbs/01_params.ipynb #ec7aa645
 _Three = Field(None, min_length=3, max_length=3)
 
 class Phantom(Section):
@@ -90,6 +90,7 @@ class Data(Section):
     patient: str | None = None
     split: Split = Split()
     skip_bad: bool = False
+    keep_copies: bool = False                # train on cases whose image also judges
     keep_training_volumes: bool = False      # at their native grid, as other cases are
     phantom: Phantom | None = None           # synthetic scans to make; None for real ones
 
@@ -253,7 +254,7 @@ class Params(Section):
                 raise ValueError(f"evaluation.zooms = {zooms}: {reason}; {remedy}")
         return self
 
-# %% ../nbs/01_params.ipynb #8f221add
+# %% ../nbs/01_params.ipynb #67dde75f
 def _known_keys(place) -> list[str]:
     "Return the keys that the section at `place`, as ('datasets', 'acdc', 'data'), may have"
     section = Params

@@ -9,7 +9,10 @@ __all__ = ['notebook_code', 'write_code', 'run_notebook']
 import ast
 import json
 import os
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 from .files import StudyError, bare_code, write_json, written_whole
@@ -77,7 +80,32 @@ def _same_python():
     options = ["-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"]
     class SamePython(AsyncKernelManager):
         kernel_spec = KernelSpec(argv=[sys.executable, *options], language="python")
+        started = []  # their process ids
+
+        async def start_kernel(self, **settings):
+            await super().start_kernel(**settings)
+            self.started.append(self.provisioner.pid)
     return SamePython
+
+# %% ../nbs/70_pipeline.ipynb #7b1f00a2
+@contextmanager
+def _interrupts(
+    kernels: list, # process ids; the last one runs
+):
+    "Pass Ctrl-C on to the running kernel, and let the block then end in `KeyboardInterrupt`"
+    asked = []
+    def pass_on(number, frame):
+        if asked or not kernels: raise KeyboardInterrupt
+        asked.append(number)
+        os.kill(kernels[-1], signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()  # no other hears signals
+    before = signal.signal(signal.SIGINT, pass_on) if main else None
+    try: yield
+    except Exception:
+        if not asked: raise
+        raise KeyboardInterrupt from None
+    finally:
+        if main: signal.signal(signal.SIGINT, before)
 
 # %% ../nbs/70_pipeline.ipynb #61b0a3ca
 def _fold_progress(notebook):
@@ -111,8 +139,11 @@ def run_notebook(
     # a library asks for widgets that nothing here needs
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False)
-    kernel = dict(kernel_name="python3", language="python", kernel_manager_class=_same_python())
-    try: papermill.execute_notebook(notebook, output, parameters, **streams, **kernel)
+    manager = _same_python()
+    kernel = dict(kernel_name="python3", language="python", kernel_manager_class=manager)
+    try:
+        with _interrupts(manager.started):
+            papermill.execute_notebook(notebook, output, parameters, **streams, **kernel)
     except DeadKernelError: raise StudyError(f"{notebook}: {_KILLED}") from None
     except PapermillExecutionError as error:
         known = error.ename in ("StudyError", "Stopped")

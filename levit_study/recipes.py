@@ -12,7 +12,7 @@ from .files import StudyError
 # %% ../nbs/00b_recipes.ipynb #87148930
 @dataclass(frozen=True)
 class Augmentation:
-    "Probabilities per sample, and ranges drawn from uniformly; `StudyError` for a value out of range"
+    "Probabilities per sample, ranges drawn from uniformly; `StudyError` for a value out of range"
     turn: float = 0.0            # probability of a quarter turn and a mirroring, both exact
     mirror: float = 0.0          # probability of an exact left-right mirroring
     affine: float = 0.0          # probability of rotation, scaling and shift, unless turned
@@ -48,7 +48,8 @@ def _check_setting(name, value):
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not number or not low <= value <= high:
         needed = "an integer" if whole else "a number"
-        raise StudyError(f"augmentation.{name} = {value!r}: {needed} from {low} to {high} is needed")
+        raise StudyError(f"augmentation.{name} = {value!r}: {needed} from {low} to {high} "
+                         "is needed")
 
 # %% ../nbs/00b_recipes.ipynb #f1d3b170
 RECIPES = {
@@ -62,7 +63,7 @@ RECIPES = {
 
 # %% ../nbs/00b_recipes.ipynb #e4940080
 def augmentation(
-    spec, # a recipe's name, an `Augmentation`, or a mapping of its fields, with `recipe` to start from
+    spec, # a recipe's name, an `Augmentation`, or a mapping of its fields and `recipe`, the start
 ) -> Augmentation:
     "Return checked settings; raises `StudyError` that names the key, its value and what is allowed"
     if isinstance(spec, Augmentation): return spec

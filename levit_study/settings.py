@@ -45,13 +45,15 @@ def full_settings(
     model:type[BaseModel], # settings that the loss takes
     settings:Mapping, # as written in params.yaml
 ) -> dict: # every setting with its value, defaults filled in
-    "Validate settings, those of inner losses too; `StudyError` names loss, setting, value and range"
+    """Validate settings, those of inner losses too; `StudyError` names the loss, the setting, its
+    value and what is allowed"""
     try:
         valid = model.model_validate(dict(settings))
     except ValidationError as error:
         problem = _problem(error.errors()[0], model, settings)
         raise StudyError(f"loss {kind!r}: {problem}") from None
-    values = {name: getattr(valid, name) for name in setting_names(model)} | (valid.model_extra or {})
+    values = {name: getattr(valid, name) for name in setting_names(model)}
+    values |= valid.model_extra or {}
     if issubclass(model, ClassWeighted):
         values["of"] = _checked_inner(values["of"])
     if issubclass(model, SumOfLosses):
@@ -77,7 +79,7 @@ def _checked_inner(
         kinds = ", ".join(KINDS)
         raise StudyError(f"loss: the inner loss {dict(entry)} has no 'kind'; give one of {kinds}")
     checked = _checked_entry(entry)
-    ours = issubclass(settings_model(entry["kind"]), Settings) # a module of others may ignore for itself
+    ours = issubclass(settings_model(entry["kind"]), Settings) # other modules may have their own
     if ours and checked.get("ignore_index") is not None:
         where = "belongs to the outermost loss, since all of its parts see the same pixels"
         raise StudyError(f"loss {entry['kind']!r}: 'ignore_index' {where}")
@@ -95,8 +97,8 @@ def _checked_terms(
     for term in terms:
         weight = term.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < inf:
-            allowed = "must be a number of at least 0"
-            raise StudyError(f"loss {term.get('kind')!r}: setting 'weight' is {weight!r}, but {allowed}")
+            raise StudyError(f"loss {term.get('kind')!r}: setting 'weight' is {weight!r}, "
+                             "but must be a number of at least 0")
         entry = _checked_inner({key: value for key, value in term.items() if key != "weight"})
         entries.append(entry | {"weight": float(weight)})
     return entries
@@ -106,7 +108,8 @@ def check_loss(
     settings:Mapping, # an entry of `losses:`; its `training` is not looked at
     where:str, # what the message names first, such as "params.yaml: losses.focal"
 ) -> dict: # kind and every setting, inner losses included
-    "Check a loss without building it; `StudyError` for an unknown kind or setting, or a value out of range"
+    """Check a loss without building it; `StudyError` for an unknown kind or setting, or a value
+    out of range"""
     if not isinstance(settings, Mapping) or "kind" not in settings:
         raise StudyError(f"{where}: kind is missing: name the loss, as in kind: focal")
     try:

@@ -572,6 +572,27 @@ def damaged_splits(folder): (decathlon(folder).parent/"splits_final.json").write
 def several_channels(folder): save(decathlon(folder).parent/"imagesTr/heart_2_0001.nii.gz", hearts()[0].transpose(2, 1, 0))
 
 
+@kind("error", "this is DICOM; .* dcm2niix", "IM0001")
+def dicom_folder(folder):
+    (folder/"study/series").mkdir(parents=True)
+    (folder/"study/series/IM0001").write_bytes(b"\0"*128 + b"DICM" + b"\0"*2000)
+
+@kind("error", "this is NRRD; .* SimpleITK", "scan.nrrd")
+def nrrd_files(folder): (folder/"scan.nrrd").write_bytes(b"NRRD0004\n")
+
+@kind("error", "not text in UTF-8 or UTF-16", "val.list")
+def list_that_is_packed(folder):
+    ssl(folder)
+    (folder/"val.list").write_bytes(gzip.compress(b"patient002_frame01\n", mtime=0))
+
+@kind("error", "nested too deeply", "dataset.json")
+def bottomless_json(folder): decathlon(folder).write_text("[" * 100_000)
+
+@kind("error", "holds data sets in .*: set data.folder", "")
+def two_data_sets(folder):
+    for name in ("first", "second"): ct(folder/name)
+
+
 # --- what is read, with a warning ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -668,6 +689,14 @@ def extension_in_the_header(folder):
     image = nib.Nifti1Image(ct_arrays()[0], AFFINE)
     image.header.extensions.append(nib.nifti1.Nifti1Extension(6, b"scanned somewhere" * 20))
     nib.save(image, ct(folder)[0])
+
+@kind("reads")
+def in_capital_letters(folder):
+    ct(folder, ct_arrays()[0])
+    for path in sorted(folder.rglob("*"), reverse=True): path.rename(path.with_name(path.name.upper()))
+
+@kind("reads")
+def some_folders_down(folder): ct(folder/"download/Abdomen/RawData/Training", ct_arrays()[0])
 
 @kind("reads")
 def files_that_do_not_belong(folder):

@@ -1,4 +1,6 @@
 """What an edit runs again: each room's code decides the numbers of the stages in this table, and of no other."""
+import ast
+import json
 import re
 import subprocess
 
@@ -8,20 +10,34 @@ from ruamel.yaml import YAML
 from levit_study.data import jobs
 from levit_study.training import state
 
-PREPARE = """data.nifti data.labels data.volumes data.folders data.cases data.layouts data.splits data.shapes data.abdomen data.heart data.phantom
-             data.slices data.dataset data.voxels data.store data.jobs data.manifest data.prepare""".split()
-TRAIN = """recipes settings data.augment data.dataset model.upsampling model.grids model.network model.pretrained model.precision model.build
-           losses.comparison losses.interface losses.paper losses.more losses.adaptive
-           training.state training.scores training.fit""".split()
-EVALUATE = """data.slices data.dataset data.native model.upsampling model.grids model.network model.precision model.build model.inference training.scores
-              evaluation.metrics evaluation.inference evaluation.evaluate""".split()
-REPORT = """data.dataset data.native evidence.results evidence.statistics evidence.tables evidence.claims evidence.paper
-            report.look report.parts report.figures report.more_figures""".split()
-SITE = "report.pages report.summary report.site".split()
-TABLE = {"prepare": PREPARE, "train": TRAIN, "evaluate": EVALUATE, "report": REPORT, "site": SITE}
-# What speaks, measures, describes, checks or starts: an edit of it makes nothing again.
-NOTHING = """files params machine pipeline bench commands losses.pictures data.fingerprint model.weights model.export model.drawing
-             training.record training.launch evaluation.predict report.data_figures""".split()
+# stage -> the rooms that decide its numbers. What is not named here for any stage speaks, measures, describes, checks or starts.
+TABLE = {
+    "prepare": """data.nifti data.labels data.volumes data.folders data.cases data.layouts data.splits data.shapes data.abdomen
+                  data.heart data.phantom data.slices data.dataset data.voxels data.store data.jobs data.manifest data.prepare""",
+    "train": """kinds settings recipes data.augment data.dataset model.upsampling model.grids model.network model.pretrained
+                model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.adaptive
+                training.state training.scores training.fit""",
+    "evaluate": """data.slices data.dataset data.native model.upsampling model.grids model.network model.precision model.build
+                   model.inference training.scores evaluation.metrics evaluation.inference evaluation.card evaluation.evaluate""",
+    "report": """data.cases data.dataset data.native training.scores evidence.results evidence.statistics evidence.tables
+                 evidence.claims evidence.paper report.look report.parts report.figures report.differences report.behaviour
+                 report.segmentations""",
+    "site": "evidence.results report.pages report.summary report.contents report.site",
+}
+TABLE = {stage: names.split() for stage, names in TABLE.items()}
+NOTHING = """files params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing
+             training.record training.launch losses.pictures evaluation.targets evaluation.predict evidence.simulation
+             report.data_figures report.examples report.overlay""".split()
+# A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing
+# (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.
+REACHED = {
+    "prepare": ["files", "params", "kinds", "settings", "recipes", "losses", "report", "data.fingerprint", "data.native"],
+    "train": ["files", "params", "machine", "model.weights", "training.record", "training.launch", "report"],
+    "evaluate": ["files", "params", "kinds", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained",
+                 "training.record", "training.state", "data.nifti", "data.labels", "data.volumes"],
+    "report": ["files", "params", "kinds", "settings", "recipes", "losses", "data.nifti", "data.labels", "data.volumes"],
+    "site": ["files", "params", "kinds", "settings", "recipes", "losses", "data", "training", "evidence.statistics", "report.look"],
+}
 
 
 def rooms(root):
@@ -31,13 +47,38 @@ def rooms(root):
     return {".".join(path.parts) for path in paths}
 
 
+def imported(code, package=()):
+    "The rooms that code imports"
+    for node in ast.walk(ast.parse(code)):
+        if not isinstance(node, ast.ImportFrom): continue
+        base = list(package[:len(package) - node.level + 1]) if node.level else []
+        name = ".".join([*base, *filter(None, [(node.module or "").removeprefix("levit_study").lstrip(".")])])
+        if node.level or (node.module or "").startswith("levit_study"):
+            yield name
+            yield from (f"{name}.{alias.name}".lstrip(".") for alias in node.names)
+
+
+def reached(root, stage):
+    "All rooms that a stage's notebook imports, and these, and so on"
+    cells = json.loads((root / f"nbs/study/{stage}.ipynb").read_text())["cells"]
+    todo, seen = set(imported("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))), set()
+    while todo:
+        room = todo.pop()
+        path = root / "levit_study" / f"{room.replace('.', '/')}.py"
+        if room in seen or not path.exists(): continue
+        seen.add(room)
+        todo |= set(imported(path.read_text(), room.split(".")[:-1]))
+    return seen
+
+
 @pytest.fixture(scope="module")
 def stages(root):
     return YAML(typ="safe").load((root / "dvc.yaml").read_text())["stages"]
 
 
 def test_every_room_is_in_the_table(root):
-    assert rooms(root) == {room for names in TABLE.values() for room in names} | set(NOTHING)
+    deciding = {room for names in TABLE.values() for room in names}
+    assert rooms(root) == deciding | set(NOTHING) and not deciding & set(NOTHING)
 
 
 @pytest.mark.parametrize("stage", TABLE)
@@ -47,11 +88,20 @@ def test_a_stage_depends_on_the_rooms_that_decide_its_numbers(stages, stage):
     assert not any(dep.startswith(("levit_study", "nbs/")) for dep in stages[stage]["deps"])
 
 
+@pytest.mark.parametrize("stage", TABLE)
+def test_what_a_stage_reaches_decides_its_numbers_or_is_named_as_not(root, stage):
+    rest = reached(root, stage) - set(TABLE[stage])
+    unnamed = [room for room in rest if not any(room == name or room.startswith(f"{name}.") for name in REACHED[stage])]
+    assert unnamed == []
+    late = {"losses.paper", "losses.more", "losses.adaptive"}   # imported by the package that registers them
+    assert set(TABLE[stage]) - late <= reached(root, stage)
+
+
 def test_prepared_cases_and_trainings_are_known_by_the_same_rooms():
     """A prepared case by what turns its file into slices; a training by its stage's rooms, its data by the prepared pixels, its loss by its classes' rooms."""
-    assert set(jobs.PREPARING) < set(PREPARE)
-    losses = {"losses.paper", "losses.more", "losses.adaptive", "settings"}
-    assert set(state.TRAINING) | losses | {"recipes"} == set(TRAIN) | {"recipes"}
+    assert set(jobs.PREPARING) < set(TABLE["prepare"])
+    by_loss = {"losses.paper", "losses.more", "losses.adaptive", "kinds", "settings"}
+    assert set(state.TRAINING) - by_loss == set(TABLE["train"]) - by_loss
 
 
 def written(folder, environment):

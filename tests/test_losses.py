@@ -1,4 +1,6 @@
 """Properties that every loss must have: finite on any batch, exact derivatives, the same for any order and layout of the pixels."""
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,11 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from levit_study.losses.comparison import LabelCheck
-from levit_study.losses.interface import LOSSES, build_loss
 from levit_study.bench import bench_losses, monai_counterparts
 from levit_study.files import StudyError
+from levit_study.losses import build_loss
+from levit_study.losses.comparison import LabelCheck
+from levit_study.losses.interface import LOSSES
 from levit_study.params import load_params
+from levit_study.settings import check_loss
 
 CASES = {kind: {} for kind in LOSSES} | {
     "hybrid": {"terms": [{"kind": "focal_tversky", "weight": .5}, {"kind": "cross_entropy", "weight": .5}, {"kind": "lovasz_softmax", "weight": .1}]},
@@ -185,10 +189,80 @@ def test_unified_focal_agrees_with_monai_on_two_classes():
     torch.testing.assert_close(build_loss("unified_focal", focal_weight=.3, **settings)(logits, target), .3 * 2 * pixels + .7 * regions, rtol=1e-5, atol=1e-6)
 
 
+PARAMS = Path(__file__).parents[1] / "params.yaml"
+
+
 def test_every_loss_of_params_yaml_is_one():
     torch.manual_seed(9)
-    for name, entry in load_params(Path(__file__).parents[1] / "params.yaml").losses.items():
+    for name, entry in load_params(PARAMS).losses.items():
         assert build_loss(**entry)(torch.randn(1, 4, 6, 8), torch.randint(4, (1, 6, 8))).isfinite(), name
+
+
+def test_losses_of_params_yaml_are_checked_without_torch():
+    code = f"""
+import sys
+from ruamel.yaml import YAML
+from levit_study.settings import check_loss
+losses = YAML(typ="safe").load(open({str(PARAMS)!r}))["losses"]
+for name, entry in losses.items(): check_loss(entry, name)
+print(len(losses), "torch" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    number, torch_was_imported = result.stdout.split()
+    assert int(number) >= 3 and torch_was_imported == "False"
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_what_the_check_fills_in_is_what_the_loss_has(case):
+    torch.manual_seed(11)
+    logits, target, kind = torch.randn(2, 4, 6, 8), torch.randint(4, (2, 6, 8)), case.split(",")[0].split(" ")[0]
+    entry = check_loss({"kind": kind, **CASES[case], "training": {"epochs": 3}}, "losses.mine")
+    assert set(CASES[case]) | {"kind", "ignore_index"} <= set(entry)
+    assert build_loss(**entry)(logits, target).item() == build_loss(kind, **CASES[case])(logits, target).item()
+
+
+MODULES = {
+    "fine": """
+from levit_study.losses import PixelLoss, number
+
+class Mine(PixelLoss):
+    def __init__(self, q:number(0, 1)=0.5, **settings):
+        super().__init__(**settings)
+        self.q = q
+
+    def pixel_values(self, comparison): return -self.q * comparison.log_true
+""",
+    "broken": "def",
+    "failing": "1 / 0",
+    "puzzling": """
+import torch
+
+class Mine(torch.nn.Module):
+    def __init__(self, q:"no_such_type"=1): super().__init__()
+"""}
+
+
+@pytest.mark.parametrize("module, settings, message", [
+    ("fine", {"q": 2}, "loss 'fine.Mine': setting 'q' is 2, but must be a number from 0 to 1"),
+    ("fine", {"p": 2}, "loss 'fine.Mine': 'p' is not a setting of this loss; it has q, ignore_index"),
+    ("fine", {"ignore_index": "air"}, "loss 'fine.Mine': setting 'ignore_index' is 'air'"),
+    ("broken", {}, "kind 'broken.Mine' cannot be imported: SyntaxError"),
+    ("failing", {}, "kind 'failing.Mine' cannot be imported: ZeroDivisionError: division by zero"),
+    ("puzzling", {}, "loss 'Mine': the arguments of its __init__ cannot be read: name 'no_such_type' is not defined"),
+    ("missing", {}, "kind 'missing.Mine' cannot be imported: ModuleNotFoundError")])
+def test_a_class_of_the_users_is_checked_by_its_signature(module, settings, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    for name, text in MODULES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    where = "params.yaml: losses.mine"
+    with pytest.raises(StudyError) as error: check_loss({"kind": f"{module}.Mine", **settings}, where)
+    assert str(error.value).startswith(f"{where}: ") and message in str(error.value) and "\n" not in str(error.value)
+    if module == "fine":
+        logits, target = torch.randn(1, 3, 4, 4), torch.randint(3, (1, 4, 4))
+        entry = check_loss({"kind": "fine.Mine", "q": 1}, where)
+        assert build_loss(**entry)(logits, target).item() == build_loss("cross_entropy")(logits, target).item()
 
 
 def test_per_image_is_the_mean_of_single_images():

@@ -15,10 +15,11 @@ import torch
 from ruamel.yaml import YAML
 
 from levit_study.data.dataset import PreparedStore
+from levit_study.evaluation.card import settings_for, write_card
 from levit_study.evaluation.evaluate import evaluate
-from levit_study.model.weights import save_weights
+from levit_study.evaluation.inference import load_network
 from levit_study.model.build import levit_unet
-from levit_study.model.inference import load_weights
+from levit_study.model.weights import read_card, save_weights
 from levit_study.data.nifti import canonical
 
 LOSSES = ["baseline", "focal", "focal_tversky"]
@@ -85,12 +86,16 @@ def test_every_result_is_there(study):
 
 def test_a_new_scan_is_segmented_as_the_weights_were_evaluated(study, environment, tmp_path):
     store = PreparedStore(study / "data/prepared/phantom_ct.h5")
-    _, card = load_weights(study / "models/phantom_ct/baseline/seed0/best.safetensors")
-    assert card["evaluation"] == {"flips": True, "zooms": [1.0], "largest_regions": True}
+    trained = study / "models/phantom_ct/baseline/seed0/best.safetensors"
+    card = read_card(trained)
+    used, origin = settings_for(trained, card)
+    assert (used.flips, used.largest_regions, origin) == (True, True, "as these weights were evaluated")
     torch.manual_seed(0)   # one epoch finds nothing but background; a random network's labels differ from view to view
-    told = {key: card[key] for key in ("dataset", "loss", "seed", "synthetic", "structures", "intensity", "window", "crop", "evaluation")}
-    save_weights(weights := tmp_path / "random.safetensors", levit_unet("128s", store.num_classes, image_size=store.size), **told)
-    evaluate(store, weights, tmp_path / "predictions.h5", ("test",), flips=True, regions=True, progress=False)
+    known = {key: card[key] for key in ("dataset", "loss", "seed", "synthetic", "structures", "intensity", "window", "crop")}
+    save_weights(weights := tmp_path / "random.safetensors", levit_unet("128s", store.num_classes, image_size=store.size), **known)
+    network = load_network(weights, used)
+    evaluate(store, network, tmp_path / "predictions.h5", ("test",))
+    write_card(network, {}, 2.0)
     case = store.split("test")[0]
     with h5py.File(tmp_path / "predictions.h5") as file: evaluated = file[case][:]
     scan = next((study / "data/raw/phantom_ct").rglob(f"img{case[-4:]}.nii.gz"))
@@ -117,36 +122,45 @@ def test_second_repro_does_nothing(study, environment):
     assert stages == [] and "up to date" in said
 
 
+def waiting(study, environment):
+    "The stages that would run now, after `code` has written out what they depend on"
+    repro(study, environment, "code")
+    done = subprocess.run(["dvc", "status", "--json"], cwd=study, env=environment, capture_output=True, text=True)
+    return set(json.loads(done.stdout))
+
+
 def test_reading_costs_no_training(study, environment):
     path = study / "nbs/study/train.ipynb"
+    before = path.read_text()
     notebook = nbformat.read(path, 4)
     notebook.cells[0].source += "\n\nReworded."
     notebook.cells[-1].outputs = [nbformat.v4.new_output("stream", text="seen\n")]
     notebook.cells[-1].execution_count = 3
-    nbformat.write(notebook, path)
-    stages, _ = repro(study, environment)
-    assert set(stages) <= {"code@train"}
-    notebook.cells[-1].source += "\nprint('more')"
-    nbformat.write(notebook, path)
-    repro(study, environment, "code@train")
-    changed = json.loads(subprocess.run(["dvc", "status", "--json"], cwd=study, env=environment, capture_output=True, text=True).stdout)
-    assert {name for name in changed if name.startswith("train@")} == {f"train@phantom_ct-{loss}-0" for loss in LOSSES}
-    notebook.cells[-1].source = notebook.cells[-1].source.removesuffix("\nprint('more')")
-    nbformat.write(notebook, path)
-    assert "code@train" in repro(study, environment)[0]
-
-
-@pytest.mark.parametrize("module, stages", [("figures", {"report"}), ("statistics", {"report"}), ("losses", {f"train@phantom_ct-{loss}-0" for loss in LOSSES})])
-def test_code_changes_what_depends_on_it(study, environment, module, stages):
-    path = study / "levit_study" / f"{module}.py"
-    before = path.read_text()
-    path.write_text(before + "\n# changed\n")
-    try: changed = json.loads(subprocess.run(["dvc", "status", "--json"], cwd=study, env=environment, capture_output=True, text=True).stdout)
+    try:
+        nbformat.write(notebook, path)
+        assert set(repro(study, environment)[0]) <= {"code"}
+        notebook.cells[-1].source += "\nlen('more')"
+        nbformat.write(notebook, path)
+        assert waiting(study, environment) == {f"train@phantom_ct-{loss}-0" for loss in LOSSES}
     finally: path.write_text(before)
-    assert set(changed) == stages
+    assert repro(study, environment)[0] == ["code"]
 
 
-def test_changed_code_trains_anew_and_words_do_not(study, environment):
+@pytest.mark.parametrize("room, stages", [("report/figures", {"report"}), ("evidence/statistics", {"report"}), ("bench", set()),
+                                          ("losses/paper", {f"train@phantom_ct-{loss}-0" for loss in LOSSES})])
+def test_code_changes_what_depends_on_it(study, environment, room, stages):
+    path = study / "levit_study" / f"{room}.py"
+    before = path.read_text()
+    try:
+        path.write_text(before + "\n# reworded\n")
+        assert waiting(study, environment) == set()
+        path.write_text(before + "\nEDITED = True\n")
+        assert waiting(study, environment) == stages
+    finally: path.write_text(before)
+    assert waiting(study, environment) == set()
+
+
+def test_changed_code_trains_anew(study, environment):
     path, stage = study / "levit_study/losses/paper.py", "train@phantom_ct-focal-0"
     run = study / "reports/runs/phantom_ct/focal/seed0"
     before, record = path.read_text(), (run / "run.json").read_bytes()
@@ -154,11 +168,8 @@ def test_changed_code_trains_anew_and_words_do_not(study, environment):
         with open(run / "epochs.csv") as file: return float(next(csv.DictReader(file))["train_loss"])
     loss = first_loss()
     try:
-        path.write_text(before + "\n# reworded\n")
-        stages, said = repro(study, environment, stage)
-        assert stage in stages and (run / "run.json").read_bytes() == record
         path.write_text(before + "\nFocalLoss.value = lambda self, comparison: 2 * PixelLoss.value(self, comparison)\n")
-        stages, said = repro(study, environment, stage)
+        assert stage in repro(study, environment, stage)[0]
         assert first_loss() == pytest.approx(2 * loss, rel=.02) and (run / "run.json").read_bytes() != record
     finally: path.write_text(before)
     repro(study, environment)

@@ -1,4 +1,7 @@
-"""The site of a made-up study, opened in a browser: nothing leaves the machine, nothing is broken, everything can be read, also on a phone."""
+"""The site of a made-up study, opened in a browser.
+
+Nothing leaves the machine, nothing is broken, everything can be read, also on a phone.
+"""
 import base64
 import io
 import json
@@ -11,117 +14,163 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from levit_study.report.look import Picture, save_figure, study_style
+from levit_study.evidence.statistics import ALL
 from levit_study.files import run_folders
 from levit_study.params import load_params
-from levit_study.report.summary import ALL
+from levit_study.report.look import Picture, save_figure, study_style
 from levit_study.report.site import build_single_page, build_site
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 LOSSES, DATASETS = ("baseline", "focal", "focal_tversky"), ("phantom_ct", "acdc")
-WIDE = pd.DataFrame(np.arange(42).reshape(3, 14) / 7, columns=[f"a rather long column {k}" for k in range(14)])
+LONG = [f"a rather long column {k}" for k in range(14)]
+WIDE = pd.DataFrame(np.arange(42).reshape(3, 14) / 7, columns=LONG)
 
 
 def settings(root, **study):
     params = load_params(root / "params.yaml")
-    return params.model_copy(update={"study": params.study.model_copy(update={"datasets": list(DATASETS), "losses": list(LOSSES), "seeds": [0], **study})})
+    study = {"datasets": list(DATASETS), "losses": list(LOSSES), "seeds": [0], **study}
+    return params.model_copy(update={"study": params.study.model_copy(update=study)})
 
 
 def picture(title, size=(7, 2.6)):
     with study_style():
         figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(1, 2)
-        for ax in axes: ax.plot([1, 2, 3], [.2, .5, .6]); ax.set(xlabel="epoch", ylabel="Dice (0 to 1)")
-    caption = f"{title}, synthetic data. Lines: means. Data: CT phantom (synthetic), n = 4 cases, 1 seed."
+        for ax in figure.subplots(1, 2):
+            ax.plot([1, 2, 3], [.2, .5, .6])
+            ax.set(xlabel="epoch", ylabel="Dice (0 to 1)")
+    caption = (f"{title}, synthetic data. Lines: means. Data: CT phantom (synthetic),"
+               " n = 4 cases, 1 seed.")
     return Picture(figure, title, caption, f"{title}: the line rises from 0.2 to 0.6.")
 
 
 def drawn(content):
     "What a notebook holds after a figure was shown"
-    if isinstance(content, Picture): png, text = content._repr_png_(), repr(content)
+    if isinstance(content, Picture):
+        png, text = content._repr_png_(), repr(content)
     else:
         content.savefig(raw := io.BytesIO(), format="png", dpi=72)
         png, text = raw.getvalue(), "<Figure size 504x187 with 2 Axes>"
-    return new_output("display_data", {"image/png": base64.b64encode(png).decode(), "text/plain": text})
+    data = {"image/png": base64.b64encode(png).decode(), "text/plain": text}
+    return new_output("display_data", data)
 
 
-def shown(table): return new_output("execute_result", {"text/html": table.to_html(), "text/plain": "a table"}, execution_count=1)
+def shown(table):
+    data = {"text/html": table.to_html(), "text/plain": "a table"}
+    return new_output("execute_result", data, execution_count=1)
 
 
 def write(path, *cells):
     path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(new_notebook(cells=list(cells), metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    nbformat.write(new_notebook(cells=list(cells), metadata={"kernelspec": kernel}), path)
 
 
 def parameters(**values):
     text = "\n".join(f"{k} = {v!r}" for k, v in values.items())
-    return [new_code_cell(text, metadata={"tags": ["parameters"]}), new_code_cell(text, metadata={"tags": ["injected-parameters"]})]
+    tags = ("parameters", "injected-parameters")
+    return [new_code_cell(text, metadata={"tags": [tag]}) for tag in tags]
 
 
 def write_run(folder, dataset, loss, seed):
     "The files of one run that the site reads"
-    folder, names = run_folders(dataset, loss, seed, folder)[0], parameters(dataset=dataset, loss=loss, seed=seed)
+    folder = run_folders(dataset, loss, seed, folder)[0]
+    names = parameters(dataset=dataset, loss=loss, seed=seed)
     log = new_output("stream", name="stderr", text="epoch 1 of 2\n" * 40)
-    write(folder / "train.ipynb", new_markdown_cell("# A training\n\nOne loss on one data set."), *names, new_code_cell("fit()", outputs=[log]),
-          new_markdown_cell("## The course of the training\n\nLoss and Dice of each epoch:"),
-          new_code_cell("plot()", outputs=[drawn(picture("x").figure), drawn(picture("y").figure)]))
-    write(folder / "evaluate.ipynb", new_markdown_cell("# An evaluation"), *names, new_code_cell("cases", outputs=[shown(WIDE)]))
-    (folder / "metrics.json").write_text(json.dumps({"best_epoch": 7, "best_dice": .81, "test_dice": .79 if dataset == "phantom_ct" else None}))
+    course = "## The course of the training\n\nLoss and Dice of each epoch:"
+    plots = [drawn(picture("x").figure), drawn(picture("y").figure)]
+    write(folder / "train.ipynb", new_markdown_cell("# A training\n\nOne loss on one data set."),
+          *names, new_code_cell("fit()", outputs=[log]), new_markdown_cell(course),
+          new_code_cell("plot()", outputs=plots))
+    write(folder / "evaluate.ipynb", new_markdown_cell("# An evaluation"), *names,
+          new_code_cell("cases", outputs=[shown(WIDE)]))
+    test_dice = .79 if dataset == "phantom_ct" else None
+    numbers = {"best_epoch": 7, "best_dice": .81, "test_dice": test_dice}
+    (folder / "metrics.json").write_text(json.dumps(numbers))
 
 
 def write_tables(reports):
-    common = {"patients": 4, "dice_low": .6, "dice_high": .8, "hd95_low": 3, "hd95_high": 8, "unit": "mm"}
-    rows = [common | {"dataset": dataset, "structure": structure, "loss": loss, "split": split, "dice": .7 + .02 * k, "hd95": 5.5 - k}
-            for dataset in DATASETS for k, loss in enumerate(LOSSES) for split in ("valid", "test") for structure in ("a", "b", ALL)]
+    common = {"patients": 4, "dice_low": .6, "dice_high": .8, "hd95_low": 3, "hd95_high": 8,
+              "unit": "mm"}
+    rows = [common | {"dataset": dataset, "structure": structure, "loss": loss, "split": split,
+                      "dice": .7 + .02 * k, "hd95": 5.5 - k}
+            for dataset in DATASETS for k, loss in enumerate(LOSSES)
+            for split in ("valid", "test") for structure in ("a", "b", ALL)]
     pd.DataFrame(rows).to_csv(reports / "organs.csv", index=False)
-    verdicts, interval = ["inconclusive", "supported", "contradicted"], "focal - baseline: +0.0100 [-0.0200, +0.0400]"
-    rows = [{"claim": f"C{k}", "dataset": dataset, "statement": f"Claim {k} about focal_tversky & <others>", "verdict": verdicts[k % 3], "interval": interval}
+    verdicts = ["inconclusive", "supported", "contradicted"]
+    rows = [{"claim": f"C{k}", "dataset": dataset, "verdict": verdicts[k % 3],
+             "statement": f"Claim {k} about focal_tversky & <others>",
+             "interval": "focal - baseline: +0.0100 [-0.0200, +0.0400]"}
             for dataset in DATASETS for k in range(1, 10)]
     pd.DataFrame(rows).to_csv(reports / "claims.csv", index=False)
 
 
+PROSE = """# Losses for imbalanced medical image segmentation
+
+Synthetic data. See [the losses](../nbs/26_losses.paper.ipynb) and $p_t^\\gamma$:
+
+$$\\frac{2TP}{2TP + FP + FN} \\quad \\text{Dice}$$"""
+
+
+def write_report(path, figures):
+    "A report with what a site must cope with: formulas, wide tables, pictures, a widget"
+    small = {"text/markdown": "| a | b |\n|--|--|\n| $x^2$ | 1 |", "text/plain": ""}
+    widget = {"application/javascript": "fetch('https://example.org')", "text/plain": "7",
+              "text/html": "<script src='https://example.org/x.js'></script>"}
+    table = [shown(WIDE), new_output("display_data", small)]
+    pictures = [drawn(each) for each in figures]
+    write(path, new_markdown_cell(PROSE), *parameters(split="test"),
+          new_markdown_cell("## Table 1"), new_code_cell("table1", outputs=table),
+          new_markdown_cell("## Figures"),
+          new_code_cell("figures", metadata={"tags": ["hide-input"]}, outputs=pictures),
+          new_code_cell("widget", outputs=[new_output("display_data", widget)]))
+
+
 def write_study(project, folder):
     "A study that never was, around the project's own library notebooks and pages"
-    for name in ("nbs", "docs"): shutil.copytree(project / name, folder / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "study", "__pycache__"))
+    ignore = shutil.ignore_patterns(".ipynb_checkpoints", "study", "__pycache__")
+    for name in ("nbs", "docs"):
+        shutil.copytree(project / name, folder / name, ignore=ignore)
     reports = folder / "reports"
     figures = [picture("Best Dice"), picture("Course of training", (7, 4))]
-    for k, each in enumerate(figures): save_figure(each, reports / "figures", f"fig{k + 1}")
-    prose = ("# Losses for imbalanced medical image segmentation\n\nSynthetic data. See [the losses](../nbs/26_losses.paper.ipynb) and $p_t^\\gamma$:\n\n"
-             "$$\\frac{2TP}{2TP + FP + FN} \\quad \\text{Dice}$$")
-    small = new_output("display_data", {"text/markdown": "| a | b |\n|--|--|\n| $x^2$ | 1 |", "text/plain": ""})
-    widget = new_output("display_data", {"application/javascript": "fetch('https://example.org')", "text/html": "<script src='https://example.org/x.js'></script>",
-                                         "text/plain": "7"})
-    write(reports / "report.ipynb", new_markdown_cell(prose), *parameters(split="test"), new_markdown_cell("## Table 1"),
-          new_code_cell("table1", outputs=[shown(WIDE), small]), new_markdown_cell("## Figures"),
-          new_code_cell("figures", metadata={"tags": ["hide-input"]}, outputs=[drawn(each) for each in figures]), new_code_cell("widget", outputs=[widget]))
+    for k, each in enumerate(figures):
+        save_figure(each, reports / "figures", f"fig{k + 1}")
+    write_report(reports / "report.ipynb", figures)
     for dataset in DATASETS:
         fingerprint = new_code_cell("fingerprint", outputs=[shown(WIDE)])
-        write(reports / "data" / dataset / "prepare.ipynb", new_markdown_cell("# Preparing the data"), *parameters(dataset=dataset), fingerprint)
-        for loss in LOSSES: write_run(folder, dataset, loss, 0)
+        write(reports / "data" / dataset / "prepare.ipynb",
+              new_markdown_cell("# Preparing the data"), *parameters(dataset=dataset), fingerprint)
+        for loss in LOSSES:
+            write_run(folder, dataset, loss, 0)
     write_tables(reports)
 
 
 @pytest.fixture(scope="module")
 def study(root, tmp_path_factory):
-    "The made-up study with its site built: (folder, what the build said)"
+    "The made-up study with its site built: (folder, lines that the build returned)"
     folder = tmp_path_factory.mktemp("study")
     write_study(root, folder)
-    said = build_site(settings(root), folder)
+    lines = build_site(settings(root), folder)
     build_single_page(settings(root), folder)
-    return folder, said
+    return folder, lines
 
 
 class Reader:
     "A browser window that keeps an account of what goes wrong"
 
     def __init__(self, browser, width=1440, height=900, scheme="light"):
-        self.context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, is_mobile=width < 500)
+        viewport = {"width": width, "height": height}
+        self.context = browser.new_context(viewport=viewport, color_scheme=scheme,
+                                           is_mobile=width < 500)
         self.context.route("**/*", self.decide)
         self.page, self.wrong = self.context.new_page(), []
-        self.page.on("console", lambda m: m.type in ("error", "warning") and self.wrong.append(f"console: {m.text}"))
+        self.page.on("console", self.listen)
         self.page.on("pageerror", lambda e: self.wrong.append(f"script: {e}"))
         self.page.on("requestfailed", lambda r: self.wrong.append(f"not loaded: {r.url}"))
+
+    def listen(self, message):
+        if message.type in ("error", "warning"):
+            self.wrong.append(f"console: {message.text}")
 
     def decide(self, route):
         if re.match(r"file:|data:|blob:", route.request.url): return route.continue_()
@@ -132,89 +181,138 @@ class Reader:
         self.page.goto(path.as_uri(), wait_until="load")
         return self.page
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
-    def __exit__(self, *_): self.context.close()
+    def __exit__(self, *_):
+        self.context.close()
 
 
-def pages_of(folder): return [folder / "reports" / "index.html", *sorted((folder / "reports" / "site").rglob("*.html"))]
+def site_of(folder):
+    return folder / "reports" / "site"
+
+
+def pages_of(folder):
+    return [folder / "reports" / "index.html", *sorted(site_of(folder).rglob("*.html"))]
 
 
 def test_builds_without_a_complaint(study):
-    folder, said = study
-    assert said == []
-    names = {p.relative_to(folder / "reports" / "site").as_posix() for p in pages_of(folder)[1:]}
-    assert {"index.html", "report.html", "data/phantom_ct.html", "runs/index.html", "runs/acdc-focal_tversky-seed0.html", "library/05_losses.html"} <= names
+    folder, lines = study
+    assert lines == []
+    names = {p.relative_to(site_of(folder)).as_posix() for p in pages_of(folder)[1:]}
+    expected = {"index", "report", "data/phantom_ct", "runs/index",
+                "runs/acdc-focal_tversky-seed0", "library/26_losses-paper"}
+    assert {f"{name}.html" for name in expected} <= names
 
 
-LOADS = re.compile(r"""<(?:script|img|iframe|source|video)\b[^>]*\bsrc=["'](?:https?:)?//"""
-                   r"""|<link\b[^>]*rel=["'](?:stylesheet|preload|icon|preconnect)["'][^>]*href=["'](?:https?:)?//|@import\s+url\(["']?https?:|url\(["']?https?:""")
+def test_the_library_stands_in_the_order_of_its_rooms(study):
+    text = (site_of(study[0]) / "index.html").read_text(encoding="utf-8")
+    parts = re.findall(r'caption-text">Library: (\w+)<', text)
+    packages = ["data", "model", "losses", "training", "evaluation", "evidence", "report"]
+    assert parts == ["basics", *packages, "commands"]
+    places = [text.index(f"library/{name}.html") for name in
+              ("00_files", "26_losses-paper", "60_report-look", "64_report-site")]
+    assert places == sorted(places)
+
+
+LOADS = re.compile(
+    r"""<(?:script|img|iframe|source|video)\b[^>]*\bsrc=["'](?:https?:)?//"""
+    r"""|<link\b[^>]*rel=["'](?:stylesheet|preload|icon|preconnect)["'][^>]*"""
+    r"""href=["'](?:https?:)?//|@import\s+url\(["']?https?:|url\(["']?https?:""")
 
 
 def test_no_address_of_another_machine_is_loaded(study):
     "Without a browser: what pages and styles would load lies beside them"
-    for path in [*pages_of(study[0]), *(study[0] / "reports" / "site").rglob("*.css")]: assert not LOADS.search(path.read_text(encoding="utf-8")), path
+    styles = sorted(site_of(study[0]).rglob("*.css"))
+    assert styles
+    for path in [*pages_of(study[0]), *styles]:
+        assert not LOADS.search(path.read_text(encoding="utf-8")), path
 
 
 LOOK = r"""() => ({
-    pictures: [...document.images].map(i => ({alt: i.alt, loaded: i.complete && i.naturalWidth > 0, hidden: i.getAttribute('aria-hidden') === 'true'})),
+    pictures: [...document.images].map(i => ({
+        alt: i.alt, loaded: i.complete && i.naturalWidth > 0,
+        hidden: i.getAttribute('aria-hidden') === 'true'})),
     over: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     raw: [...document.querySelectorAll('article p, article li, article td, main p, main li')]
-        .map(e => [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.data).join(' ')).filter(t => /\$[^$]*[\\_^][^$]*\$/.test(t))})"""
+        .map(e => [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.data).join(' '))
+        .filter(t => /\$[^$]*[\\_^][^$]*\$/.test(t))})"""
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (390, "dark")])
 def test_every_page_in_a_browser(study, browser, width, scheme):
-    "No error, no request to elsewhere, pictures loaded and described, nothing wider than the window, no formula left as LaTeX"
+    """No error, no request to elsewhere, pictures loaded and described, nothing wider than the
+    window, no formula left as LaTeX"""
+    pictures = 0
     with Reader(browser, width, 844 if width < 500 else 900, scheme) as reader:
         for path in pages_of(study[0]):
-            found, name = reader.open(path).evaluate(LOOK), path.relative_to(study[0] / "reports")
-            assert all(p["loaded"] for p in found["pictures"]), name
-            assert all(p["hidden"] or len(p["alt"]) > 15 for p in found["pictures"]), f"{name}: a figure without words"
-            assert found["over"] <= 0, f"{name}: {found['over']} pixels wider than the window of {width}"
-            assert not found["raw"], f"{name}: LaTeX left: {found['raw']}"
+            page, name = reader.open(path).evaluate(LOOK), path.relative_to(study[0] / "reports")
+            pictures += len(page["pictures"])
+            for each in page["pictures"]:
+                assert each["loaded"], name
+                assert each["hidden"] or len(each["alt"]) > 15, f"{name}: a figure without words"
+            assert page["over"] <= 0, f"{name}: {page['over']} pixels wider than {width}"
+            assert not page["raw"], f"{name}: LaTeX left: {page['raw']}"
             assert reader.wrong == [], f"{name}: {reader.wrong}"
+    assert pictures > 20
 
 
 def test_all_internal_links_lead_somewhere(study, browser):
     ids, links = {}, []
+    every_id = "[...document.querySelectorAll('[id], a[name]')].map(e => e.id || e.name)"
+    every_link = "[...document.querySelectorAll('a[href], link[href]')].map(e => e.href)"
     with Reader(browser) as reader:
         for path in pages_of(study[0]):
             page = reader.open(path)
-            ids[path] = set(page.evaluate("() => [...document.querySelectorAll('[id], a[name]')].map(e => e.id || e.name)"))
-            links += [(path, link) for link in page.evaluate("() => [...document.querySelectorAll('a[href], link[href]')].map(e => e.href)")]
+            ids[path] = set(page.evaluate(f"() => {every_id}"))
+            links += [(path, link) for link in page.evaluate(f"() => {every_link}")]
     assert len(links) > 500
     for path, link in links:
         parts = urlsplit(link)
         if parts.scheme != "file": continue
         target = Path(unquote(parts.path))
-        if target.is_dir(): target /= "index.html"
+        if target.is_dir():
+            target /= "index.html"
         assert target.exists(), f"{path.name} links to {link}"
-        if parts.fragment and target in ids: assert unquote(parts.fragment) in ids[target], f"{path.name} links to {link}"
+        if parts.fragment and target in ids:
+            assert unquote(parts.fragment) in ids[target], f"{path.name} links to {link}"
+
+
+def test_a_link_to_a_notebook_leads_to_its_page(study):
+    text = (site_of(study[0]) / "report.html").read_text(encoding="utf-8")
+    assert re.search(r'href="library/26_losses-paper\.html"[^>]*>(<[^>]*>)*the losses<', text)
 
 
 def test_formulas_are_drawn_by_the_browser(study, browser):
+    single, site = study[0] / "reports" / "index.html", site_of(study[0])
+    script = """() => [...document.querySelectorAll('math')].map(m => m.getBoundingClientRect())
+                .map(b => [b.width, b.height])"""
     with Reader(browser) as reader:
-        for path in [study[0] / "reports" / "index.html", *(study[0] / "reports" / "site" / f"{name}.html" for name in ("report", "library/05_losses"))]:
-            sizes = reader.open(path).evaluate("() => [...document.querySelectorAll('math')].map(m => m.getBoundingClientRect()).map(b => [b.width, b.height])")
-            assert sizes and all(width > 2 and height > 4 for width, height in sizes), path.name
-    assert "<mfrac>" in (study[0] / "reports" / "index.html").read_text(encoding="utf-8")
+        for path in [single, site / "report.html", site / "library/26_losses-paper.html"]:
+            sizes = reader.open(path).evaluate(script)
+            assert sizes, path.name
+            assert all(width > 2 and height > 4 for width, height in sizes), path.name
+    assert "<mfrac>" in single.read_text(encoding="utf-8")
 
 
 def test_landing_page_answers_on_one_screen(study, browser):
+    tests = "9 tests of the paper's claims"
+    words = ("synthetic", "0.740", "6 trainings", f"{tests}: 3 supported, 3 contradicted, 3 open",
+             f"{tests}, rehearsed on synthetic scans: 3 supported", "One training per loss")
     with Reader(browser) as reader:
-        page = reader.open(study[0] / "reports" / "site" / "index.html")
+        page = reader.open(site_of(study[0]) / "index.html")
         text = page.inner_text("article")
-        for words in ("synthetic", "0.740", "6 trainings", "9 tests of the paper's claims: 3 supported, 3 contradicted, 3 open",
-                      "9 tests of the paper's claims, rehearsed on synthetic scans: 3 supported", "One training per loss"): assert words in text, words
-        for heading in ("What was asked", "What came out", "How sure"): assert page.get_by_role("heading", name=heading).bounding_box()["y"] < 500
-        assert all(page.locator(table).bounding_box()["y"] < 500 for table in (".results", ".claims"))
+        assert [each for each in words if each not in text] == []
+        for name in ("What was asked", "What came out", "How sure"):
+            assert page.get_by_role("heading", name=name).bounding_box()["y"] < 500
+        for table in (".results", ".claims"):
+            assert page.locator(table).bounding_box()["y"] < 500
 
 
 def test_search_works_without_a_server(study, browser):
     with Reader(browser) as reader:
-        page = reader.open(study[0] / "reports" / "site" / "index.html")
-        page.goto((study[0] / "reports" / "site" / "search.html").as_uri() + "?q=tversky")
+        page = reader.open(site_of(study[0]) / "index.html")
+        page.goto((site_of(study[0]) / "search.html").as_uri() + "?q=tversky")
         page.wait_for_selector("ul.search li a", timeout=10_000)
         assert reader.wrong == []
 
@@ -222,56 +320,67 @@ def test_search_works_without_a_server(study, browser):
 def test_single_page_stands_alone(study, browser, tmp_path):
     alone = tmp_path / "mailed.html"
     shutil.copy(study[0] / "reports" / "index.html", alone)
+    inside = "[...document.images].every(i => i.src.startsWith('data:') && i.naturalWidth > 0)"
+    loaded = "document.scripts.length + document.querySelectorAll('link').length"
     with Reader(browser) as reader:
         page = reader.open(alone)
-        assert page.evaluate("() => [...document.images].every(i => i.src.startsWith('data:') && i.naturalWidth > 0)")
-        assert page.evaluate("() => document.scripts.length + document.querySelectorAll('link').length") == 0
+        assert page.evaluate(f"() => {inside}")
+        assert page.evaluate(f"() => {loaded}") == 0
         assert page.locator("img").count() == 2 and page.locator(".cell_input").count() == 0
         assert reader.wrong == []
     assert 'href="site/index.html"' in alone.read_text(encoding="utf-8")
 
 
 def test_single_page_prints_whole(study, browser):
-    page = browser.new_page(viewport={"width": 703, "height": 1000})   # the width of an A4 page between its margins
+    a4 = {"width": 703, "height": 1000}  # the width of an A4 page between its margins
+    page = browser.new_page(viewport=a4)
     page.goto((study[0] / "reports" / "index.html").as_uri())
     page.emulate_media(media="print")
-    wide = """[...document.querySelectorAll("main *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1
-                                                                    || (getComputedStyle(e).overflowX != "visible" && e.scrollWidth > e.clientWidth + 1))
-              .map(e => e.tagName + " " + e.textContent.slice(0, 60))"""
+    wide = """[...document.querySelectorAll("main *")]
+        .filter(e => e.getBoundingClientRect().right > innerWidth + 1
+                     || (getComputedStyle(e).overflowX != "visible"
+                         && e.scrollWidth > e.clientWidth + 1))
+        .map(e => e.tagName + " " + e.textContent.slice(0, 60))"""
     assert page.evaluate(wide) == []
     assert page.pdf()[:4] == b"%PDF"
     page.close()
 
 
 def test_figures_are_sharp_and_carry_their_words(study):
-    text = (study[0] / "reports" / "site" / "report.html").read_text(encoding="utf-8")
+    text = (site_of(study[0]) / "report.html").read_text(encoding="utf-8")
     assert 'alt="Best Dice: the line rises from 0.2 to 0.6."' in text and "<figcaption>" in text
     assert "fetch('https" not in text
 
 
 def test_what_is_missing_is_noted_and_the_rest_is_shown(root, tmp_path):
-    "No report, a damaged notebook, a run not there yet: notes, not a crash; and the former site stays when a build fails"
+    "No report, a damaged notebook, a run not there yet: notes, not a crash"
     write_run(tmp_path, "phantom_ct", "baseline", 0)
     broken = run_folders("phantom_ct", "focal", 0, tmp_path)[0]
     broken.mkdir(parents=True)
     (broken / "train.ipynb").write_text("{")
     params = settings(root, datasets=["phantom_ct"])
-    said = build_site(params, tmp_path)
+    lines = build_site(params, tmp_path)
     build_single_page(params, tmp_path)
-    told = (tmp_path / "reports" / "site" / "index.html").read_text(encoding="utf-8")
-    for words in ("reports/report.ipynb: not there yet", "reports/organs.csv: not there yet", "focal/seed0/train.ipynb: not readable",
+    landing = (site_of(tmp_path) / "index.html").read_text(encoding="utf-8")
+    for words in ("reports/report.ipynb: not there yet", "reports/organs.csv: not there yet",
+                  "focal/seed0/train.ipynb: not readable",
                   "focal_tversky/seed0/train.ipynb: not there yet"):
-        assert any(words in line for line in said) and words in told, words
-    runs = (tmp_path / "reports" / "site" / "runs" / "index.html").read_text(encoding="utf-8")
-    assert 'href="phantom_ct-baseline-seed0.html"' in runs and "focal-Tversky (not there yet)" in runs
-    assert "The report is not there yet" in (tmp_path / "reports" / "index.html").read_text(encoding="utf-8")
+        assert any(words in line for line in lines) and words in landing, words
+    runs = (site_of(tmp_path) / "runs" / "index.html").read_text(encoding="utf-8")
+    assert 'href="phantom_ct-baseline-seed0.html"' in runs
+    assert "focal-Tversky (not there yet)" in runs
+    single = (tmp_path / "reports" / "index.html").read_text(encoding="utf-8")
+    assert "The report is not there yet" in single
 
 
 def test_a_failed_build_leaves_the_former_site(root, tmp_path, monkeypatch):
     from levit_study.report import site
-    (tmp_path / "reports" / "site").mkdir(parents=True)
-    (tmp_path / "reports" / "site" / "index.html").write_text("former")
-    monkeypatch.setitem(site.CONFIG, "sphinx", {"config": {"extensions": ["no_such_extension"]}})
-    with pytest.raises(site.StudyError, match="the site could not be built") as error: build_site(settings(root), tmp_path)
+    site_of(tmp_path).mkdir(parents=True)
+    former = site_of(tmp_path) / "index.html"
+    former.write_text("former")
+    broken = {"config": {"extensions": ["no_such_extension"]}}
+    monkeypatch.setitem(site.CONFIG, "sphinx", broken)
+    with pytest.raises(site.StudyError, match="the site could not be built") as error:
+        build_site(settings(root), tmp_path)
     assert "\n" not in str(error.value) and "no_such_extension" in str(error.value)
-    assert (tmp_path / "reports" / "site" / "index.html").read_text() == "former"
+    assert former.read_text() == "former"

@@ -1,4 +1,5 @@
-"""What a training must survive: being killed at any moment, damaged checkpoints, several processes."""
+"""What a training must survive: being killed at any moment, damaged files, several processes."""
+import ast
 import json
 import os
 import random
@@ -15,47 +16,65 @@ import pytest
 from safetensors.torch import load_file
 from toy import toy_run, toy_store
 
-from levit_study.training.record import Stopped
+from levit_study.losses import build_loss
 from levit_study.training.fit import fit
+from levit_study.training.record import Stopped
+from levit_study.training.state import TRAINING, training_code
 
 TOY = Path(__file__).with_name("toy.py")
 TIMES = ["seconds", "images_per_second"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+# An ordinary job of two nodes and four tasks, as Slurm describes it to the batch script.
+SLURM = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "4", "SLURM_NNODES": "2",
+         "SLURM_JOB_NUM_NODES": "2", "SLURM_NODELIST": "node[1-2]", "SLURM_NODEID": "0",
+         "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_TASKS_PER_NODE": "2(x2)"}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, environment):
-    "The store, and a run that nothing interrupted"
+def toys(tmp_path_factory):
+    "A folder with a prepared store"
     folder = tmp_path_factory.mktemp("toy")
     toy_store(folder / "toy.h5")
-    started = time.monotonic()
-    subprocess.run([sys.executable, TOY, "fit", folder / "toy.h5", folder / "whole"], env=environment, check=True, capture_output=True, timeout=300)
-    (folder / "duration.json").write_text(json.dumps(time.monotonic() - started))
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole(toys, environment):
+    "That folder with a run that nothing interrupted, and its duration"
+    started = time.monotonic()
+    command = [sys.executable, TOY, "fit", toys / "toy.h5", toys / "whole"]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600)
+    (toys / "duration.json").write_text(json.dumps(time.monotonic() - started))
+    return toys
 
 
 def same(a, b):
     "Raise unless two runs have the same course and the same weights, to the bit"
-    pd.testing.assert_frame_equal(*(pd.read_csv(f / "epochs.csv").drop(columns=TIMES) for f in (a, b)), check_exact=True)
+    courses = (pd.read_csv(folder / "epochs.csv").drop(columns=TIMES) for folder in (a, b))
+    pd.testing.assert_frame_equal(*courses, check_exact=True)
     left, right = (load_file(f / "best.safetensors") for f in (a, b))
-    assert left.keys() == right.keys() and all((left[k] == right[k]).all() for k in left)
+    assert left and left.keys() == right.keys()
+    assert [name for name in left if not (left[name] == right[name]).all()] == []
 
 
 def start(folder, name, environment):
-    return subprocess.Popen([sys.executable, TOY, "fit", folder / "toy.h5", folder / name], env=environment, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL)
+    command = [sys.executable, TOY, "fit", folder / "toy.h5", folder / name]
+    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=environment, **silent)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_runs_end_with_the_same_result(whole, environment, kind):
-    name, moment, within, deadline = f"killed{kind}", random.Random(int(kind)), 0, time.monotonic() + 240
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_runs_end_with_the_same_result(whole, environment, number):
+    name, moment, within = f"killed{number}", random.Random(int(number)), 0
+    deadline = time.monotonic() + 240
     seconds = json.loads((whole / "duration.json").read_text())
     for kills in range(20):
         process = start(whole, name, environment)
         try: process.wait(moment.uniform(0, seconds) if kills < 4 or not within else 240)
         except subprocess.TimeoutExpired:
-            process.send_signal(kind)
+            process.send_signal(number)
             process.wait(60)
-            within += any((whole / name).rglob("*.pt"))  # killed while it trained, not while it started
+            within += any((whole / name).rglob("*.pt"))  # it trained, and did not just start
         else:
             assert process.returncode == 0
             if within: break
@@ -65,121 +84,206 @@ def test_killed_runs_end_with_the_same_result(whole, environment, kind):
     same(whole / "whole", whole / name)
 
 
-def test_a_damaged_checkpoint_falls_back(whole, environment, tmp_path):
-    def stop_late(said):
-        if "epoch 3/" in said: os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(Stopped): fit(toy_run(), whole / "toy.h5", tmp_path, tmp_path, device="cpu", progress=False, say=stop_late)
+def test_a_damaged_checkpoint_falls_back(toys, environment, tmp_path):
+    def stop_late(line):
+        if "epoch 3/" in line: os.kill(os.getpid(), signal.SIGTERM)
+    store = toys / "toy.h5"
+    with pytest.raises(Stopped):
+        fit(toy_run(), store, tmp_path, tmp_path, "cpu", stop_late, progress=False)
     newest = sorted((tmp_path / "checkpoints").glob("*.pt"))[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
-    said = []
-    fit(toy_run(), whole / "toy.h5", tmp_path, tmp_path, device="cpu", progress=False, say=said.append)
-    assert any("damaged" in line for line in said) and any("going on from epoch 4" in line for line in said)
+    lines = []
+    fit(toy_run(), store, tmp_path, tmp_path, "cpu", lines.append, progress=False)
+    assert "damaged" in lines[0] and "going on from epoch 4" in lines[1]
     epochs = pd.read_csv(tmp_path / "epochs.csv")
     assert list(epochs.epoch) == [1, 2, 3, 4]
 
 
-def test_a_first_training_goes_on_where_dvc_took_its_best_weights_away(whole, tmp_path):
+def test_a_first_training_goes_on_where_dvc_took_its_best_weights_away(toys, tmp_path):
     "`dvc exp run` begins with taking away the outputs that no run has recorded yet"
-    def stop_late(said):
-        if "epoch 3/" in said: os.kill(os.getpid(), signal.SIGTERM)
-    train = lambda name, say: fit(toy_run(), whole / "toy.h5", tmp_path / name, tmp_path / name, device="cpu", progress=False, say=say)
+    def stop_late(line):
+        if "epoch 3/" in line: os.kill(os.getpid(), signal.SIGTERM)
+    def train(name, say):
+        folder = tmp_path / name
+        return fit(toy_run(), toys / "toy.h5", folder, folder, "cpu", say, progress=False)
     with pytest.raises(Stopped): train("untouched", stop_late)
     shutil.copytree(tmp_path / "untouched", tmp_path / "taken")
     (tmp_path / "taken" / "best.safetensors").unlink()
     for name in ("untouched", "taken"):
-        train(name, (said := []).append)
-        assert any("going on from epoch 4" in line for line in said), said
+        train(name, (lines := []).append)
+        assert "going on from epoch 4" in lines[0]
     same(tmp_path / "untouched", tmp_path / "taken")
 
 
-def test_validation_is_the_same_with_two_processes(whole, environment):
+def test_validation_is_the_same_with_two_processes(toys, environment):
     for world in (1, 2):
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", "29411", TOY, "validate",
-                        whole / "toy.h5", whole],
-                       env=environment, check=True, capture_output=True, timeout=300)
-    one, two = (json.loads((whole / f"scores{world}.json").read_text()) for world in (1, 2))
-    assert one["counts"] == two["counts"] and abs(one["loss"] - two["loss"]) < 1e-6 and one["valid_dice"] == two["valid_dice"]
+        torchrun = [*TORCHRUN, "--nproc_per_node", str(world), "--master_port", "29411"]
+        command = [*torchrun, TOY, "validate", toys / "toy.h5", toys]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600)
+    one, two = (json.loads((toys / f"scores{world}.json").read_text()) for world in (1, 2))
+    assert one["counts"] == two["counts"] and one["valid_dice"] == two["valid_dice"]
+    assert abs(one["loss"] - two["loss"]) < 1e-6
 
 
-def test_two_processes_train(whole, environment):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29412", TOY, "fit", whole / "toy.h5",
-                           whole / "two"],
-                          env=environment, capture_output=True, text=True, timeout=300)
+def test_two_processes_train(toys, environment):
+    torchrun = [*TORCHRUN, "--nproc_per_node", "2", "--master_port", "29412"]
+    command = [*torchrun, TOY, "fit", toys / "toy.h5", toys / "two"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((whole / "two" / "run.json").read_text())["processes"] == 2 and len(pd.read_csv(whole / "two" / "epochs.csv")) == 4
+    assert json.loads((toys / "two" / "run.json").read_text())["processes"] == 2
+    assert len(pd.read_csv(toys / "two" / "epochs.csv")) == 4
 
 
 @pytest.fixture
-def several(whole, tmp_path):
+def several(toys, tmp_path):
     "A folder like the project's, whose params.yaml asks for two processes"
-    training = {"epochs": 2, "batch_size": 2, "precision": "fp32", "valid_batch_size": 3, "processes": 2}
-    params = {"study": {"datasets": ["toy"], "losses": ["baseline"], "seeds": [0]}, "losses": {"baseline": {"kind": "baseline"}},
-              "datasets": {"toy": {"title": "Toys", "data": {"folder": "raw", "structures": {"disc": 1, "square": 2}, "size": 32},
-                                   "model": {"variant": "128s"}, "training": training}}, "compute": {"device": "cpu"}}
+    training = {"epochs": 2, "batch_size": 2, "valid_batch_size": 3, "precision": "fp32"}
+    training |= {"processes": 2}
+    data = {"folder": "raw", "structures": {"disc": 1, "square": 2}, "size": 32}
+    toy = {"title": "Toys", "data": data, "model": {"variant": "128s"}, "training": training}
+    study = {"datasets": ["toy"], "losses": ["baseline"], "seeds": [0]}
+    losses = {"baseline": {"kind": "baseline"}}
+    params = {"study": study, "losses": losses, "datasets": {"toy": toy}}
+    params["compute"] = {"device": "cpu"}
     (tmp_path / "params.yaml").write_text(json.dumps(params))
+    (tmp_path / "dvc.yaml").touch()
     (tmp_path / "data" / "prepared").mkdir(parents=True)
-    shutil.copy(whole / "toy.h5", tmp_path / "data" / "prepared" / "toy.h5")
+    shutil.copy(toys / "toy.h5", tmp_path / "data" / "prepared" / "toy.h5")
     return tmp_path
 
 
+def change_training(folder, **changes):
+    params = json.loads((folder / "params.yaml").read_text())
+    params["datasets"]["toy"]["training"] |= changes
+    (folder / "params.yaml").write_text(json.dumps(params))
+
+
 def notebook_training(root, folder, environment):
-    command = ["levit-study", "notebook", root / "nbs/study/train.ipynb", folder / "done.ipynb", "-p", "dataset", "toy", "-p", "loss", "baseline"]
-    return subprocess.Popen([*command, "-p", "seed", "0"], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    stage = ["levit-study", "notebook", root / "nbs/study/train.ipynb", folder / "done.ipynb"]
+    names = ["-p", "dataset", "toy", "-p", "loss", "baseline", "-p", "seed", "0"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([*stage, *names], cwd=folder, env=environment, **pipes)
 
 
-def test_the_notebook_trains_in_several_processes_and_shows_what_they_say(root, several, environment):
+def test_the_notebook_trains_in_several_processes(root, several, environment):
+    "And shows what they say"
     process = notebook_training(root, several, environment)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said[-3000:]
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, text[-3000:]
     run = several / "reports/runs/toy/baseline/seed0"
-    assert json.loads((run / "run.json").read_text())["processes"] == 2 and len(pd.read_csv(run / "epochs.csv")) == 2
+    assert json.loads((run / "run.json").read_text())["processes"] == 2
+    assert len(pd.read_csv(run / "epochs.csv")) == 2
     shown = (several / "done.ipynb").read_text()
     assert "epoch 2/2, train loss" in shown and "error" not in shown.lower()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_slurm_job_without_srun_is_one_training(several, environment, processes):
+    "Whatever Slurm's variables say: one process, or as many as params.yaml asks for"
+    change_training(several, processes=processes, epochs=1)
+    command = ["levit-study", "train", "toy", "baseline"]
+    done = subprocess.run(command, cwd=several, env=environment | SLURM | {"WORLD_SIZE": "4"},
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((several / "reports/runs/toy/baseline/seed0/run.json").read_text())
+    assert record["processes"] == processes
+
+
+def test_ctrl_c_in_a_training_is_one_line(root, several, environment):
+    change_training(several, processes=1, epochs=100_000)
+    process = notebook_training(root, several, environment)
+    lines = []
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if "epoch 1/100000, train loss" in line: process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130
+    assert "Traceback" not in "".join(lines) and lines[-1] == "levit-study: stopped"
+    assert list((several / "models/toy/baseline/seed0/checkpoints").glob("epoch*.pt"))
+
+
 def is_kernel(process):
-    "Of a notebook; asked of a process that has ended meanwhile, such as a shell's short-lived child, it is none"
+    "Of a notebook; a process that has ended meanwhile is none"
     try: return "ipykernel_launcher" in " ".join(process.cmdline())
     except (psutil.NoSuchProcess, psutil.ZombieProcess): return False
 
 
 def test_processes_end_with_what_started_them(root, several, environment):
-    mine = lambda: [p for p in psutil.process_iter(["cmdline", "cwd"]) if p.info["cwd"] == str(several) and "train" in (p.info["cmdline"] or [])]
-    endless = json.loads((several / "params.yaml").read_text())
-    endless["datasets"]["toy"]["training"]["epochs"] = 100_000
-    (several / "params.yaml").write_text(json.dumps(endless))
+    def training():
+        found = psutil.process_iter(["cmdline", "cwd"])
+        here = [p for p in found if p.info["cwd"] == str(several)]
+        return [p for p in here if "train" in (p.info["cmdline"] or [])]
+
+    change_training(several, epochs=100_000)
     process = notebook_training(root, several, environment)
     kernels = []
     for _ in range(1200):
-        if len(mine()) >= 3: kernels = [p for p in psutil.Process(process.pid).children(recursive=True) if is_kernel(p)]; break   # torchrun and its two
+        if len(training()) >= 3:  # torchrun and its two
+            children = psutil.Process(process.pid).children(recursive=True)
+            kernels = [p for p in children if is_kernel(p)]
+            break
         if process.poll() is not None: break
         time.sleep(0.1)
     assert kernels, "the processes never came up"
     process.kill()
     for kernel in kernels: kernel.kill()
     gone = time.monotonic() + 60
-    while mine() and time.monotonic() < gone: time.sleep(0.2)
-    assert not mine()
+    while training() and time.monotonic() < gone: time.sleep(0.2)
+    assert not training()
 
 
 def test_a_wrong_number_of_processes_is_one_line(several, environment):
-    done = subprocess.run(["levit-study", "train", "toy", "baseline"], cwd=several, env={**environment, "WORLD_SIZE": "3"}, capture_output=True, text=True,
-                          timeout=120)
-    assert done.returncode == 1 and done.stderr.strip().endswith("processes = 2, but 3 processes were started; make them equal")
+    three = {"WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": "none"}
+    done = subprocess.run(["levit-study", "train", "toy", "baseline"], cwd=several,
+                          env=environment | three, capture_output=True, text=True, timeout=120)
+    message = "processes = 2, but 3 processes were started; make them equal"
+    assert done.returncode == 1 and done.stderr.strip().endswith(message)
 
 
-
-STATEFUL = [{"kind": "tvmf_dice"}, {"kind": "dice_weighted", "of": {"kind": "cross_entropy"}},
-            {"kind": "uncertainty_weighted", "terms": [{"kind": "cross_entropy"}, {"kind": "dice"}]}]
+STATEFUL = [
+    {"kind": "tvmf_dice"},
+    {"kind": "dice_weighted", "of": {"kind": "cross_entropy"}},
+    {"kind": "uncertainty_weighted", "terms": [{"kind": "cross_entropy"}, {"kind": "dice"}]},
+]
 
 
 @pytest.mark.parametrize("settings", STATEFUL, ids=lambda s: s["kind"])
-def test_a_loss_with_state_resumes(whole, tmp_path, settings):
-    def stop(said):
-        if "epoch 2/" in said: os.kill(os.getpid(), signal.SIGTERM)
+def test_a_loss_with_state_resumes(toys, tmp_path, settings):
+    def stop(line):
+        if "epoch 2/" in line: os.kill(os.getpid(), signal.SIGTERM)
     run = toy_run(epochs=3).model_copy(update={"loss": settings["kind"], "loss_settings": settings})
-    train = lambda name, say=lambda s: None: fit(run, whole / "toy.h5", tmp_path / name, tmp_path / name, device="cpu", progress=False, say=say)
+    def train(name, say=lambda line: None):
+        folder = tmp_path / name
+        return fit(run, toys / "toy.h5", folder, folder, "cpu", say, progress=False)
     train("whole")
     with pytest.raises(Stopped): train("stopped", stop)
     train("stopped")
     same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def drawn_on(root, room):
+    "The rooms that a room's module imports"
+    path = root / "levit_study" / f"{room.replace('.', '/')}.py"
+    package = ["levit_study", *room.split(".")][:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parts = [*package[:len(package) - node.level + 1], *node.module.split(".")]
+            yield ".".join(parts[1:])
+
+
+def test_what_decides_a_training_draws_on_nothing_that_is_not_counted(root):
+    "Beside files, what checks and fills in settings, which count themselves, and what only records"
+    losses = {"losses.paper", "losses.more", "losses.adaptive"}
+    counted = set(TRAINING) | losses
+    others = {other for room in TRAINING for other in drawn_on(root, room)} - counted
+    assert others == {"files", "params", "settings", "kinds", "training.record"}
+
+
+@pytest.mark.parametrize("kind", ["baseline", "focal", "focal_tversky"])
+def test_a_training_depends_on_its_own_loss_alone(kind):
+    code = training_code(build_loss(kind))
+    assert "losses.paper" in code and not {"losses.more", "losses.adaptive"} & set(code)
+
+
+def test_a_loss_counts_with_its_bases_and_parts():
+    weighted = build_loss("dice_weighted", of={"kind": "dice_focal"})
+    assert {"losses.paper", "losses.more", "losses.adaptive"} <= set(training_code(weighted))

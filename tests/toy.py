@@ -1,4 +1,7 @@
-"""A prepared store of bright discs and squares, and runs on it: `python toy.py fit|validate STORE FOLDER`, alone or under torchrun."""
+"""A prepared store of bright discs and squares, and runs on it, alone or under torchrun.
+
+    python toy.py fit|validate STORE FOLDER
+"""
 import json
 import sys
 from pathlib import Path
@@ -16,42 +19,61 @@ def toy_store(path, cases=6, slices=4, size=32):
         plane[(row - r) ** 2 + (column - c) ** 2 < 30] = 1
         r, c = rng.integers(4, size - 8, 2)
         plane[r:r + 6, c:c + 6] = 2
-    image = (np.array([0.2, 0.5, 0.8])[label] + 0.05 * rng.standard_normal(label.shape)).clip(0, 1)
+    noise = 0.05 * rng.standard_normal(label.shape)
+    image = (np.array([0.2, 0.5, 0.8])[label] + noise).clip(0, 1)
     with h5py.File(path, "w") as f:
         f["slices/image"], f["slices/label"] = (255 * image).astype(np.uint8), label
-        f["slices/case"], f["slices/slice"] = np.repeat(np.arange(cases), slices), np.tile(np.arange(slices), cases)
+        f["slices/case"] = np.repeat(np.arange(cases), slices)
+        f["slices/slice"] = np.tile(np.arange(slices), cases)
         f["slices/voxels"] = np.stack([np.bincount(plane.ravel(), minlength=3) for plane in label])
-        f["cases/name"], f["cases/split"] = [f"toy{k}".encode() for k in range(cases)], [b"train"] * (cases - 2) + [b"valid"] * 2
+        f["cases/name"] = [f"toy{k}".encode() for k in range(cases)]
+        f["cases/split"] = [b"train"] * (cases - 2) + [b"valid"] * 2
         f["warnings/case"], f["warnings/text"] = [b""], [b""]
-        f.attrs.update(format=1, size=size, structures=json.dumps({"disc": 1, "square": 2}), manifest="toy")
+        structures = json.dumps({"disc": 1, "square": 2})
+        f.attrs.update(format=1, size=size, structures=structures, manifest="toy")
 
 
 def toy_run(loss="baseline", **training):
-    "A short run with drop path, an averaged copy of the weights and gradient accumulation, so that all state counts"
+    "A short run with drop path, averaged weights and accumulation, so that all state counts"
     from levit_study.params import Data, Model, Run, Training
-    settings = {"epochs": 4, "batch_size": 2, "accumulate": 2, "learning_rate": 1e-3, "precision": "fp32", "ema": 0.9, "schedule": "cosine",
+    settings = {"epochs": 4, "batch_size": 2, "accumulate": 2, "learning_rate": 1e-3,
+                "precision": "fp32", "ema": 0.9, "schedule": "cosine",
                 "warmup_epochs": 1, **training}
-    return Run(dataset="toy", loss=loss, seed=0, data=Data(folder="", structures={"disc": 1, "square": 2}, size=32), model=Model(variant="128s", drop_path=0.2),
-               training=Training(**settings), loss_settings={"kind": loss})
+    return Run(
+        dataset="toy", loss=loss, seed=0,
+        data=Data(folder="", structures={"disc": 1, "square": 2}, size=32),
+        model=Model(variant="128s", drop_path=0.2),
+        training=Training(**settings),
+        loss_settings={"kind": loss},
+    )
+
+
+def validate_toy(store, folder):
+    "Validate untrained weights in as many processes as there are"
+    from levit_study.data.dataset import PreparedStore
+    from levit_study.training.fit import share_buffers
+    from levit_study.training.scores import mean_scores, validate
+    from levit_study.training.state import make_fabric, make_trainer
+    run = toy_run()
+    fabric, data = make_fabric(run.training, "cpu"), PreparedStore(store)
+    t = make_trainer(run, fabric, data.num_classes, data.voxel_shares("train"))
+    for buffer in t.weights.buffers():  # training leaves each process with statistics of its own
+        if buffer.is_floating_point(): buffer += 0.5 * fabric.global_rank
+    share_buffers(fabric, t.weights)
+    # three batches: one of two processes has one more
+    loss, counts = validate(
+        fabric, t.weights, t.plain_criterion, data.load("valid"), data.num_classes, 3)
+    scores = {"loss": loss, "counts": counts.tolist(), **mean_scores(counts, data.structures)}
+    if fabric.is_global_zero:
+        Path(folder, f"scores{fabric.world_size}.json").write_text(json.dumps(scores))
 
 
 def main(action, store, folder):
     import torch
-    from levit_study.data.dataset import PreparedStore
-    from levit_study.training.state import make_fabric, make_trainer
-    from levit_study.training.scores import mean_scores, validate
-    from levit_study.training.fit import fit, share_buffers
+    from levit_study.training.fit import fit
     torch.set_num_threads(1)
-    if action == "fit": return fit(toy_run(), store, folder, folder, device="cpu", progress=False)
-    run = toy_run()
-    fabric, data = make_fabric(run.training, "cpu"), PreparedStore(store)
-    t = make_trainer(run, fabric, data.num_classes, data.voxel_shares("train"))
-    for buffer in t.weights.buffers():                                         # what training does to running statistics: each process has its own
-        if buffer.is_floating_point(): buffer += 0.5 * fabric.global_rank
-    share_buffers(fabric, t.weights)
-    loss, counts = validate(fabric, t.weights, t.plain_criterion, data.load("valid"), data.num_classes, 3)   # three batches: one process has one more
-    if fabric.is_global_zero: Path(folder, f"scores{fabric.world_size}.json").write_text(json.dumps({"loss": loss, "counts": counts.tolist(),
-                                                                                                     **mean_scores(counts, data.structures)}))
+    if action == "fit": fit(toy_run(), store, folder, folder, device="cpu", progress=False)
+    else: validate_toy(store, folder)
 
 
 if __name__ == "__main__": main(*sys.argv[1:])

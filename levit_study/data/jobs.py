@@ -120,7 +120,7 @@ def find_prepared(
                     if file.attrs["code"] != code_digest(): continue
                     digests |= json.loads(file.attrs.get("left_out", "{}"))
             prepared |= rows_of(path)
-        except (OSError, KeyError): continue
+        except (OSError, KeyError, ValueError): continue
     return prepared, digests | {key: case.digest for key, case in prepared.items()}
 
 # %% ../../nbs/18d_data.jobs.ipynb #f202520f
@@ -176,5 +176,5 @@ def split_jobs(
     splits = split_cases(listed, **settings, together=together)
     for job in jobs:
         job.split, job.left_out = splits.get(job.case.name, ""), ""
-    for group in groups if not getattr(data, "keep_copies", False) else ():
+    for group in groups if not data.keep_copies else ():
         _leave_out(group, jobs)

@@ -16,24 +16,17 @@ from .folders import entry_of, folder_levels, matching, read_json, read_list
 from .folders import read_text, refuse_other_formats, within
 
 # %% ../../nbs/13_data.layouts.ipynb #c6fe07cd
-def _by_key(folder, pattern):
-    "Return {key: [paths]} of the files in `folder` whose name matches; the first group is the key"
+def _by_key(pattern, *folders):
+    "Return {key: [paths]} of the folders' files whose name matches; the first group is the key"
     paths = {}
-    for name, match in matching(folder, pattern).items():
-        paths.setdefault(match[1], []).append(Path(folder)/name)
+    for folder in folders:
+        for name, match in matching(folder, pattern).items():
+            paths.setdefault(match[1], []).append(folder/name)
     return paths
-
-# %% ../../nbs/13_data.layouts.ipynb #91a6d673
-def _merged(*tables):
-    "Return one {key: [paths]} of several"
-    keys = sorted(set().union(*tables))
-    return {key: [path for table in tables for path in table.get(key, ())] for key in keys}
 
 # %% ../../nbs/13_data.layouts.ipynb #e7e31fb3
 def _pairs(images, labels):
-    """Yield (key, image, label, problem) for images and labels, each {key: [paths]}
-
-    Exactly one of each is no problem."""
+    "Yield (key, image, label, problem) of two {key: [paths]}: exactly one of each is no problem"
     for key in sorted(images | labels):
         scans, maps = images.get(key, []), labels.get(key, [])
         problem = None
@@ -52,8 +45,7 @@ def _find_btcv(folder):
     pattern = r"(\d{4})\.nii(?:\.gz)?"
     for base in (within(folder, "Training"), folder):
         images, labels = (
-            _merged(_by_key(base, part + pattern), _by_key(within(base, part), part + pattern))
-            for part in ("img", "label"))
+            _by_key(part + pattern, base, within(base, part)) for part in ("img", "label"))
         if images or labels: break
     return [Case(f"case{key}", f"case{key}", image, label, problem=problem)
             for key, image, label, problem in _pairs(images, labels)]
@@ -75,7 +67,7 @@ def _named_frames(info):
 # %% ../../nbs/13_data.layouts.ipynb #c96eeab0
 def _frames(folder, ending=""):
     "Return {two digits: [paths]} of a patient's frames, written as frame1 or frame01"
-    named = _by_key(folder, rf"{folder.name}_frame0*(\d+){ending}\.nii(?:\.gz)?")
+    named = _by_key(rf"{folder.name}_frame0*(\d+){ending}\.nii(?:\.gz)?", folder)
     return {number.zfill(2): paths for number, paths in named.items()}
 
 # %% ../../nbs/13_data.layouts.ipynb #fc313a29
@@ -107,15 +99,15 @@ def _find_acdc(folder):
     return cases
 
 # %% ../../nbs/13_data.layouts.ipynb #d4663e5b
-def _grouped_slices(folder, pattern):
-    """Return {volume: [paths]} of slices in numeric order
-
-    Groups of `pattern`: the volume's name in two parts, and the slice's number."""
+def _grouped_slices(pattern, *folders):
+    "Return {volume: [paths]} in numeric order; groups of `pattern`: volume in two parts, number"
     slices = {}
-    for name, match in matching(folder, pattern).items():
-        volume = (match[1] + match[2]).lower()
-        slices.setdefault(volume, []).append((int(match[3]), Path(folder)/name))
-    return {volume: [path for _, path in sorted(numbered)] for volume, numbered in slices.items()}
+    for folder in folders:
+        matches = matching(folder, pattern)
+        for name in sorted(matches, key=lambda name: int(matches[name][3])):
+            volume = matches[name][1] + matches[name][2]
+            slices.setdefault(volume.lower(), []).append(folder/name)
+    return slices
 
 # %% ../../nbs/13_data.layouts.ipynb #b104973f
 def _check_slices(slices):
@@ -206,7 +198,7 @@ def _find_ssl4mis(folder):
     for name in matching(data, r"patient\d+_frame\d+\.h5"):
         _add_volume(volumes, entry_of(name), data/name)
     pattern = r"(patient\d+)(_frame\d+)_slice_(\d+)\.h5"
-    slices = _merged(*(_grouped_slices(place, pattern) for place in (data, within(data, "slices"))))
+    slices = _grouped_slices(pattern, data, within(data, "slices"))
     _check_slices(slices)
     if not volumes and not slices: return []
     lists = {within(folder, f"{name}.list"): split for name, split in _ssl4mis_lists.items()}
@@ -225,7 +217,6 @@ _transunet_file = r"case_?\d+(_slice(E[DS]_)?\d+\.npz|(_volume_E[DS])?(\.npy)?\.
 _transunet_lists = {"train": "train", "valid": "valid", "val": "valid", "test_vol": "valid",
                     "test": "test"}
 
-# %% ../../nbs/13_data.layouts.ipynb #63803207
 def _transunet_files(folder):
     "Return {volume: file}, {volume: [slices]} and {volume: split} of TransUNet's folders"
     volumes, slices, folders = {}, {}, {}
@@ -286,8 +277,8 @@ def _first_fold(folder):
 def _decathlon_part(folder, part, splits):
     "Return the cases of imagesTr and labelsTr ('Tr'), or those of imagesTs with label maps ('Ts')"
     stem = r"([^.].*?)\.nii(?:\.gz)?"
-    labels = _by_key(within(folder, f"labels{part}"), stem)
-    images = _by_case(_by_key(within(folder, f"images{part}"), stem), labels)
+    labels = _by_key(stem, within(folder, f"labels{part}"))
+    images = _by_case(_by_key(stem, within(folder, f"images{part}")), labels)
     if part == "Ts":
         images = {key: paths for key, paths in images.items() if key in labels}
     cases = []

@@ -47,7 +47,8 @@ def _shared_lines(
             together.append((case, text))
         elif text not in done:
             done.add(text)
-            some = f"{len(names)} of {total} cases: {', '.join(names[:3])}" + " …" * (len(names) > 3)
+            more = " …" * (len(names) > 3)
+            some = f"{len(names)} of {total} cases: {', '.join(names[:3])}{more}"
             which = f"all {total} cases" if len(names) == total else some
             together.append(("", f"{text} ({which})"))
     return together

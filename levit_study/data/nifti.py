@@ -60,7 +60,7 @@ def check_shape(path, shape, dimensions=3):
 
 # %% ../../nbs/10_data.nifti.ipynb #0088da2e
 def _read_to(path, first, size):
-    "Return at least the `size(first bytes)` bytes that are needed of a file, gzipped or not"
+    "Return a file's bytes, gzipped or not, and how many are needed: `size` of the `first` ones"
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     with (gzip.open if packed else open)(path, "rb") as file:
@@ -75,13 +75,9 @@ def _read_to(path, first, size):
                 break
     return data, needed
 
-# %% ../../nbs/10_data.nifti.ipynb #a0cfe616
-def _read_bytes(
-    path,   # a file, gzipped or not, whatever its name says
-    first,  # bytes to read before the size is known
-    size,   # function from these bytes to the number of bytes that are needed
-):
-    "Return the needed bytes; `StudyError` if the file cannot be read, is too short or damaged"
+# %% ../../nbs/10_data.nifti.ipynb #3eba76a0
+def _read_bytes(path, first, size):
+    "Return what `_read_to` reads; `StudyError` if the file is unreadable, too short or damaged"
     try:
         data, needed = _read_to(path, first, size)
     except (EOFError, zlib.error, gzip.BadGzipFile) as problem:
@@ -160,7 +156,6 @@ def _shear(affine):
     axes = affine[:3, :3]/_lengths(affine)
     return np.abs(axes.T @ axes - np.eye(3)).max()
 
-# %% ../../nbs/10_data.nifti.ipynb #327028e9
 def _check_affine(path, affine):
     "Raise `StudyError` unless the affine is finite, without shear, and of plausible voxel size"
     lengths = _lengths(affine)
@@ -223,11 +218,8 @@ def _choose_affine(forms, sizes):
     alike = all(np.allclose(form, forms[agreeing[0]], atol=0.1) for form in forms.values())
     return forms[agreeing[0]], [] if alike else [forms_differ]
 
-# %% ../../nbs/10_data.nifti.ipynb #f6c8b7a3
-def header_affine(
-    header,          # of a NIfTI file, as it was read
-    path="header",   # for messages
-):
+# %% ../../nbs/10_data.nifti.ipynb #6b796b66
+def header_affine(header, path="header"):
     "Return the affine (stored index to mm) that a header deserves, and notes; `StudyError` if none"
     header = _mended(header)
     sizes = header["pixdim"][1:4].astype(float)
@@ -255,7 +247,7 @@ def _is_thick(size):
     return thick if size[thick] > 2*np.delete(size, thick).max() else None
 
 def _seen_from_the_feet(axes, thick):
-    "Return `stored_axes` of thick slices that are told apart as seen from the feet"
+    "Return where the stored axes run if the thick slices can be seen from the feet"
     one, other = (k for k in range(3) if k != thick)
     straight = abs(axes[0, one]*axes[1, other]) >= abs(axes[0, other]*axes[1, one])
     across, along = (one, other) if straight else (other, one)
@@ -278,12 +270,9 @@ def _stored_axes(affine):
     runs[:, 0] = [swapped.get(axis, axis) for axis in nearest[:, 0]]
     return runs
 
-# %% ../../nbs/10_data.nifti.ipynb #34424bd1
-def canonical(
-    array,   # (x, y, z) as stored
-    affine,  # of the stored index
-):
-    "Return an array as (slice, row, column) in the study's orientation, and that index's affine"
+# %% ../../nbs/10_data.nifti.ipynb #af859a2b
+def canonical(array, affine):
+    "Return a stored (x, y, z) array as the study's (slice, row, column), and that index's affine"
     turn = ornt_transform(_stored_axes(affine), axcodes2ornt(study_axes))
     turned = affine @ inv_ornt_aff(turn, array.shape)
     array = apply_orientation(array, turn).transpose(2, 1, 0)

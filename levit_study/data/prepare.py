@@ -96,6 +96,7 @@ def _prepare_missing(
         return case is None or _keeps_volume(job, data) and not case.volume
     missing = {job.case.name: job for job in jobs if job.used and lacks(job)}
     bar.total, bar.n = len(jobs), len(jobs) - len(missing)
+    bar.initial = bar.n  # the rate is of what is prepared now
     arguments = []
     for job in missing.values():
         part = Path(f"{store}.parts") / f"{job.key}-{code_digest()}.h5"

@@ -31,7 +31,6 @@ class Piece:
 # %% ../../nbs/15_data.shapes.ipynb #cfee46ce
 def _rounded(values): return np.round(values, 5).astype(np.float32)
 
-# %% ../../nbs/15_data.shapes.ipynb #c8094770
 @dataclass
 class Warp:
     "A smooth bending of space: each axis is shifted by a few waves over the other axes"

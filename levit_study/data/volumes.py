@@ -212,7 +212,7 @@ def _some_labels(case):
     label, = _read_prepared(case.image, 3, ["label"])
     return label[::1 + len(label)//32]
 
-# %% ../../nbs/12_data.volumes.ipynb #9ab232b1
+# %% ../../nbs/12_data.volumes.ipynb #6952a5ce
 def shared_orientation(
     cases,            # the data set's `Case`s
     label_map=None,   # see `label_table`
@@ -229,7 +229,7 @@ def shared_orientation(
             with one_problem(case.image):
                 evidence += axes_evidence(map_labels(_some_labels(case), table), structures)
         except StudyError:
-            continue   # said when the case itself is read
+            continue   # reported when the case itself is read
     return axes_code(evidence) or "auto"
 
 # %% ../../nbs/12_data.volumes.ipynb #f2387df5

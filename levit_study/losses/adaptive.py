@@ -55,8 +55,8 @@ class FrequencyWeightedLoss(ClassWeightedLoss):
 # %% ../../nbs/28_losses.adaptive.ipynb #00a33d3e
 @loss("dice_weighted")
 class DiceWeightedLoss(ClassWeightedLoss):
-    """Weighs another loss's classes by how badly they are segmented; equal weights in the first epoch.
-    `source: validation` lets validation scores into training"""
+    """Weighs another loss's classes by how badly they are segmented; equal weights in the first
+    epoch. `source: validation` lets validation scores into training"""
     def __init__(self, **settings):
         super().__init__(**settings)
         self.register_buffer("running_dice", None)

@@ -8,6 +8,8 @@ __all__ = ['LOSSES', 'SegmentationLoss', 'loss', 'loss_class', 'settings_of', 'F
 # %% ../../nbs/25_losses.interface.ipynb #9bcfb6e5
 import importlib
 import inspect
+import os
+import sys
 import torch
 from difflib import get_close_matches
 from pydantic import BaseModel, ConfigDict, create_model
@@ -24,7 +26,7 @@ class SegmentationLoss(nn.Module):
     Subclasses define `value(comparison)` and what it `needs`; their settings are attributes."""
     kind = None # its name in the registry
     settings = AnyLoss # what it may be given
-    needs = frozenset() # of "pixels" (log_true), "regions" (overlap, predicted, reference), "squares"
+    needs = frozenset() # of "pixels", "regions" and "squares", see `compare`
 
     def __init__(self, **settings):
         super().__init__()
@@ -68,8 +70,8 @@ class SegmentationLoss(nn.Module):
     def by_class(self, comparison):
         """Losses `(R,C)` of the classes and whether each is present, for weighting per class;
         R is the number of images, or 1 for the whole batch"""
-        raise StudyError(f"loss {self.kind!r}: has no value per class, so classes cannot be weighted "
-                         "by what they cost; use a loss of pixels or regions")
+        raise StudyError(f"loss {self.kind!r}: has no value per class, so classes cannot be "
+                         "weighted by what they cost; use a loss of pixels or regions")
 
     def vector(self, name, comparison):
         "The per-class setting or state `name` `(C,)`, on the logits' device, its length checked"
@@ -80,7 +82,8 @@ class SegmentationLoss(nn.Module):
         return values.to(comparison.logits.device, comparison.precision)
 
     def _load_from_state_dict(self, state, prefix, *rest):
-        "Take the size of what was learnt from the saved state: before that the number of classes is unknown"
+        """Take the size of what was learnt from the saved state: before that the number of classes
+        is unknown"""
         for name, value in [*self._buffers.items(), *self._parameters.items()]:
             if value is not None or prefix + name not in state: continue
             saved = state[prefix + name].clone()
@@ -101,6 +104,15 @@ def loss(
         return cls
     return register
 
+# %% ../../nbs/25_losses.interface.ipynb #da2012e4
+def _imported(
+    module:str, # dotted name
+):
+    "A module, the current folder's too, where a command does not look by itself"
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    return importlib.import_module(module)
+
 # %% ../../nbs/25_losses.interface.ipynb #058d0259
 def loss_class(
     kind:str, # a registered name, or the dotted path of a class
@@ -111,13 +123,17 @@ def loss_class(
         near = get_close_matches(str(kind), LOSSES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         known = ", ".join(LOSSES)
-        raise StudyError(f"loss: kind {kind!r} is not one of {known}, nor a path 'package.module.Class'{hint}")
+        raise StudyError(f"loss: kind {kind!r} is not one of {known}, "
+                         f"nor a path 'package.module.Class'{hint}")
     module, _, name = kind.rpartition(".")
     try:
-        cls = getattr(importlib.import_module(module), name)
+        cls = getattr(_imported(module), name)
     except Exception as error: # a module of the user's may fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise StudyError(f"loss: kind {kind!r} cannot be imported: {reason}; is the module on PYTHONPATH?") from None
+        hint = ""
+        if isinstance(error, ModuleNotFoundError):
+            hint = "; is the module in this folder or on PYTHONPATH?"
+        raise StudyError(f"loss: kind {kind!r} cannot be imported: {reason}{hint}") from None
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise StudyError(f"loss: kind {kind!r} is not a class derived from torch.nn.Module")
     return cls
@@ -130,7 +146,8 @@ def _arguments(
     try:
         parameters = list(inspect.signature(cls.__init__, eval_str=True).parameters.values())[1:]
     except Exception as error: # annotations are evaluated here
-        raise StudyError(f"loss {cls.__name__!r}: the arguments of its __init__ cannot be read: {error}") from None
+        raise StudyError(f"loss {cls.__name__!r}: the arguments of its __init__ "
+                         f"cannot be read: {error}") from None
     fields = {}
     for p in parameters:
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
@@ -142,10 +159,12 @@ def _arguments(
 def settings_of(
     cls:type[nn.Module], # a loss class
 ) -> type[BaseModel]:
-    "Settings of a loss: the arguments of `__init__`, and where it takes `**settings` those of its base"
+    """Settings of a loss: the arguments of `__init__`, and where it takes `**settings` those of
+    its base; `StudyError` if the arguments cannot be read"""
     fields, takes_others, ours = {}, False, issubclass(cls, SegmentationLoss)
     for ancestor in cls.__mro__:
-        if ancestor is SegmentationLoss: return create_model(cls.__name__, __base__=cls.settings, **fields)
+        if ancestor is SegmentationLoss:
+            return create_model(cls.__name__, __base__=cls.settings, **fields)
         if ancestor is nn.Module: break
         if "__init__" not in vars(ancestor): continue
         more, takes_others = _arguments(ancestor)
@@ -183,7 +202,8 @@ def build_loss(
     kind:str, # a registered name, or the dotted path of a class
     **settings, # what the loss may be given, see `levit_study.kinds`
 ) -> SegmentationLoss:
-    "Make a loss from its entry in params.yaml; `StudyError` for an unknown kind or setting, or a value out of range"
+    """Make a loss from its entry in params.yaml; `StudyError` for an unknown kind or setting, or
+    a value out of range"""
     cls = loss_class(kind)
     made = cls(**full_settings(kind, settings_of(cls), settings))
     if isinstance(made, SegmentationLoss): return made

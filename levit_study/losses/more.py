@@ -8,7 +8,6 @@ __all__ = ['DiceFocalLoss', 'HybridLoss', 'GeneralisedDiceLoss', 'ModifiedFocalL
 
 # %% ../../nbs/27_losses.more.ipynb #59ece6c1
 import torch
-from .comparison import Comparison
 from .interface import SegmentationLoss, build_loss, loss
 from .paper import CombinedLoss, FocalLoss, PixelLoss, RegionLoss
 from .paper import bounded_power, dice_within, power_of_wrong, tversky_error
@@ -79,8 +78,8 @@ class ModifiedFocalTverskyLoss(RegionLoss):
 # %% ../../nbs/27_losses.more.ipynb #3081cedc
 @loss("unified_focal")
 class UnifiedFocalLoss(CombinedLoss):
-    """Both parts: `delta` punishes misses of structures; `gamma` at once suppresses right background
-    pixels and enhances small structures"""
+    """Both parts: `delta` punishes misses of structures; `gamma` at once suppresses right
+    background pixels and enhances small structures"""
     def parts(self):
         common = {"delta": self.delta, "gamma": self.gamma, "asymmetric": self.asymmetric}
         region = ModifiedFocalTverskyLoss(**common, smooth=self.smooth, per_image=self.per_image)
@@ -89,7 +88,8 @@ class UnifiedFocalLoss(CombinedLoss):
 # %% ../../nbs/27_losses.more.ipynb #a06f6b24
 @loss("tvmf_dice")
 class TvMFDiceLoss(RegionLoss):
-    "Adaptive t-vMF Dice: the better a class is segmented, the more its last errors cost (Kato & Hotta 2022)"
+    """Adaptive t-vMF Dice: the better a class is segmented, the more its last errors cost
+    (Kato & Hotta 2022)"""
     needs = frozenset({"regions", "squares"})
 
     def __init__(self, **settings):

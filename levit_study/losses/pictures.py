@@ -66,35 +66,38 @@ def _pull_ratios(criterion, place):
     ratios = []
     for shift, zone in ((-2, inner), (-2, whole & ~inner), (2, outer & ~whole)):
         logits = logits_of(scene(*((shift, 0) if place == 0 else (0, shift))))
-        ours, plain = (pulls(c, logits, scene()[None])[0][zone].mean() for c in (criterion, F.cross_entropy))
-        ratios.append((ours / plain).item())
+        ours, plain = (pulls(c, logits, scene()[None])[0] for c in (criterion, F.cross_entropy))
+        ratios.append((ours[zone].mean() / plain[zone].mean()).item())
     return ratios
 
 # %% ../../nbs/25a_losses.pictures.ipynb #b0082925
 def style():
     "Small print and few lines, whatever the reader's settings are; for `with`"
-    return plt.rc_context({"font.size": 7, "axes.titlesize": 7, "legend.frameon": False,
-                           "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.2,
-                           "lines.markersize": 4, "figure.dpi": 80, "axes.prop_cycle": _COLORS})
-
-_COLORS = plt.cycler(color=["#0072B2", "#D55E00", "#009E73", "#9040F0", "#333333", "#C8003C"])
+    colors = ["#0072B2", "#D55E00", "#009E73", "#9040F0", "#333333", "#C8003C"]
+    return plt.rc_context({
+        "font.size": 7, "axes.titlesize": 7, "figure.dpi": 80,
+        "axes.prop_cycle": plt.cycler(color=colors),
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        "lines.linewidth": 1.2, "lines.markersize": 4})
 
 # %% ../../nbs/25a_losses.pictures.ipynb #087040bb
 def draw_losses(
     losses, # title: loss, for three classes
 ):
     "Draw for each loss what a moved boundary costs, and how hard it pulls on pixels"
-    shifts, zones = range(-5, 6), ["right", "missed", "invented"]
+    shifts, zones, size = range(-5, 6), ["right", "missed", "invented"], (2.5 * len(losses), 3.4)
     with style():
-        _, axes = plt.subplots(2, len(losses), figsize=(2.5 * len(losses), 3.4), layout="constrained", squeeze=False)
+        _, axes = plt.subplots(2, len(losses), figsize=size, layout="constrained", squeeze=False)
         for (costs, ratios), (title, criterion) in zip(axes.T, losses.items(), strict=True):
-            for place, (size, marker) in enumerate((("large structure", "o"), ("small structure", "s"))):
-                costs.plot(shifts, _added_costs(criterion, place, shifts), marker=marker, label=size)
+            for place, name in enumerate(("large structure", "small structure")):
+                added, marker = _added_costs(criterion, place, shifts), "os"[place]
+                costs.plot(shifts, added, marker=marker, label=name)
                 at = np.arange(3) + .2 * place - .1
                 ratios.plot(at, _pull_ratios(criterion, place), marker, markersize=6)
-            costs.set(title=title, xlabel="boundary moved by (pixels)")
+            costs.set(title=title, xlabel="moved by (pixels): missed < 0 < invented")
             ratios.axhline(1, color="black", linewidth=.8)
-            ratios.set(xticks=range(3), xticklabels=zones, xlim=(-.5, 2.5), yscale="log", ylim=(3e-4, 200))
+            ratios.set(xticks=range(3), xticklabels=zones, xlim=(-.5, 2.5))
+            ratios.set(yscale="log", ylim=(3e-4, 200))
         axes[0, 0].set_ylabel("added loss")
         axes[0, 0].legend()
         axes[1, 0].set_ylabel("pull on a pixel\n(cross-entropy = 1)")

@@ -256,7 +256,8 @@ def load_pretrained(
     new_head=False,  # leave the last convolution at its initial values, for other classes
 ):                   # `LoadReport`, also kept as `model.load_report`
     "Load what fits and report it; raise `StudyError` if a tensor that should come does not"
-    tensors = _hub_tensors(model.variant) if source is True else _read_tensors(source)
+    path = None if source is True else Path(source).expanduser()
+    tensors = _hub_tensors(model.variant) if path is None else _read_tensors(path)
     source = f"levit_{model.variant}.fb_dist_in1k" if source is True else str(source)
     form, state = _form_of(tensors, source), model.state_dict()
     names = _names_in(form, model)
