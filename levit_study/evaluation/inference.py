@@ -41,7 +41,7 @@ def prediction_settings(measurement: Measurement) -> PredictionSettings:
 
 # %% ../../nbs/41_evaluation.inference.ipynb #e5d9a173
 def pick_device(device: str = "auto") -> torch.device:
-    "The device that `device` names; auto takes a GPU if CUDA sees one; `StudyError` if it is absent"
+    "The device that `device` names; auto takes CUDA if it is there; `StudyError` if it is not"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
