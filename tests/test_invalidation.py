@@ -27,7 +27,7 @@ TABLE = {
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
 NOTHING = """files params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing
              training.record training.launch losses.pictures evaluation.targets evaluation.predict evidence.simulation report.examples
-             report.data_figures""".split()
+             report.data_figures report.overlay""".split()
 # A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing
 # (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.
 REACHED = {
@@ -36,7 +36,7 @@ REACHED = {
     "evaluate": ["files", "params", "kinds", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained",
                  "training.record", "training.state", "data.nifti", "data.labels", "data.volumes"],
     "report": ["files", "params", "kinds", "settings", "recipes", "losses", "data.nifti", "data.labels", "data.volumes"],
-    "site": ["files", "params", "kinds", "settings", "recipes", "losses", "data", "training", "report.look", "report.parts"],
+    "site": ["files", "params", "kinds", "settings", "recipes", "losses", "data", "training", "evidence.statistics", "report.parts"],
 }
 
 
