@@ -57,7 +57,7 @@ def share_orientation(
     cases, # its `Case`s
 ): # settings with `orientation`
     "Return the settings with the orientation that all files without an affine share"
-    if getattr(data, "orientation", "auto") != "auto": return data
+    if data.orientation != "auto": return data
     shared = shared_orientation(cases, data.label_map, data.structures)
     return data.model_copy(update={"orientation": shared})
 

@@ -111,7 +111,8 @@ def _case_entry(job, columns, classes):
 
 def _settings(data):
     "Return the settings that decide what is prepared, and how it is split"
-    names = ("layout", "intensity", "window", "label_map", "structures", "size", "crop")
+    names = ("layout", "intensity", "window", "label_map", "structures", "size", "crop",
+             "orientation")
     splitting = ("kind", "valid", "test", "seed", "stratify", "nested")
     split = {name: getattr(data.split, name) for name in splitting}
     return {name: getattr(data, name) for name in names} | {"split": split}

@@ -34,7 +34,7 @@ def reading(
     "Return the settings that decide how a scan is read"
     names = ("intensity", "window", "label_map", "structures")
     read = {name: getattr(data, name) for name in names}
-    return read | {"orientation": getattr(data, "orientation", "auto")}
+    return read | {"orientation": data.orientation}
 
 # %% ../../nbs/18a_data.voxels.ipynb #4b98f2ea
 def _check_values(

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import ValidationError
 from ..files import StudyError, write_json, written_whole
 from ..params import Data, as_line
-from ..data.nifti import read_nifti_pair, write_label_map
+from ..data.nifti import no_orientation, read_nifti_pair, write_label_map
 from ..data.volumes import Volume, read_scan, scale_intensity
 from ..model.weights import read_card
 from .card import card_file, settings_for
@@ -58,7 +58,7 @@ def _network_for(weights, changes: dict, device, precision) -> tuple[Network, Da
 def _read(scan, data: Data, assume_axes: bool):
     "A scan as a `Volume`, and its header; `StudyError` if it does not say how the patient lies"
     volume, header = read_scan(scan, data.intensity, data.window)
-    if header["sform_code"] == 0 and header["qform_code"] == 0 and not assume_axes:
+    if no_orientation in volume.notes and not assume_axes:
         remedy = "mend it, or take NIfTI's default axes with --assume-axes"
         raise StudyError(f"{scan}: its header gives no orientation (no affine); {remedy}")
     return volume, header
