@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['no_orientation', 'sform_wrong', 'affine_wrong', 'pixdim_wrong', 'forms_differ', 'study_axes', 'labels_rounded',
-           'first_line', 'one_problem', 'text_shape', 'check_shape', 'read_nifti', 'header_affine', 'canonical',
-           'read_oriented', 'read_nifti_pair', 'write_nifti', 'write_label_map']
+           'first_line', 'one_problem', 'text_shape', 'check_shape', 'header_affine', 'canonical', 'read_oriented',
+           'read_nifti_pair', 'write_nifti', 'write_label_map']
 
 # %% ../../nbs/10_data.nifti.ipynb #4a2032f5
 import gzip
@@ -126,7 +126,7 @@ def _read_header(path, head):
     return header
 
 # %% ../../nbs/10_data.nifti.ipynb #0c919831
-def read_nifti(path):
+def _read_nifti(path):
     "Return a NIfTI file's voxels as stored (3 axes, slope and intercept applied), and its header"
     def size(head):
         nonlocal header, shape
@@ -329,11 +329,11 @@ def _check_grids(label_path, image_path, shapes, affines):
         return [f"the label map's affine is off the image's by {apart:.2g} mm: the image's is used"]
     return []
 
-# %% ../../nbs/10_data.nifti.ipynb #fb4b54a1
+# %% ../../nbs/10_data.nifti.ipynb #41455e3e
 def read_oriented(path):
     "Return a NIfTI file's voxels in the study's orientation, their affine, the header, and notes"
     with one_problem(path):
-        stored, header = read_nifti(path)
+        stored, header = _read_nifti(path)
         affine, notes = header_affine(header, path)
         return *canonical(stored, affine), header, notes + _orientation_notes(affine)
 
@@ -343,7 +343,7 @@ def read_nifti_pair(image_path, label_path=None):
     if label_path is None:
         return image, None, affine, notes
     with one_problem(label_path):
-        stored, label_header = read_nifti(label_path)
+        stored, label_header = _read_nifti(label_path)
         label_affine, label_notes = header_affine(label_header, label_path)
         if no_orientation in label_notes and stored.shape == header.get_data_shape()[:3]:
             label_affine, _ = header_affine(header, image_path)
