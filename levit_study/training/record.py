@@ -147,9 +147,9 @@ def _starved(cpu: float, wall: float, threads: int) -> str | None:
     "Return what to do if `threads` got `cpu` seconds of processor time in `wall` seconds, or None"
     if cpu >= 0.6 * threads * wall: return None
     fewer = max(1, min(threads - 1, round(cpu / wall)))
-    got = f"{threads} threads get {cpu / wall:.1f} processors' time"
+    got = f"gets the processor time of {cpu / wall:.1f} threads and has {threads}"
     remedy = f"set compute.threads: {fewer}" if threads > 1 else "stop what else runs"
-    return f"{got}: the machine is busy, or has fewer cores than threads; {remedy} to go faster"
+    return f"{got}: the machine is busy, or has fewer cores; {remedy} to go faster"
 
 # %% ../../nbs/30b_training.record.ipynb #1ffbbadc
 class Stopped(StudyError):
