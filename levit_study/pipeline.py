@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .files import StudyError, bare_code, write_json, written_whole
 from .params import Params, load_params, pick_evaluation, pick_run
+from .settings import check_loss
 
 # %% ../nbs/70_pipeline.ipynb #d6caf642
 def notebook_code(
@@ -40,6 +41,7 @@ def _write_settings(params: Params, folder: Path):
         write_json(folder / dataset / "evaluation.json", evaluation.model_dump(mode="json"))
         for loss in params.study.losses:
             record = pick_run(params, dataset, loss, 0).record()
+            record["loss_settings"] = check_loss(record["loss_settings"], f"losses.{loss}")
             write_json(folder / dataset / f"{loss}.json", record)
 
 def write_code(
