@@ -132,7 +132,8 @@ def copied(image, label, random, size):
     if image.shape != (size, size):
         factors = [size / length for length in image.shape]
         image, label = ndimage.zoom(image, factors, order=3), ndimage.zoom(label, factors, order=0)
-    return torch.from_numpy(image.astype(np.float32))[None], torch.from_numpy(label.astype(np.int64))
+    image, label = image.astype(np.float32), label.astype(np.int64)
+    return torch.from_numpy(image)[None], torch.from_numpy(label)
 
 
 def rate(count, call):

@@ -100,11 +100,14 @@ def test_order_layout_and_integer_type_do_not_matter(case):
     for layout in LAYOUTS.values():
         for integer in (torch.uint8, torch.int32):
             again, its_gradient = with_gradient(criterion, layout(logits), target.to(integer))
-            torch.testing.assert_close(again, value); torch.testing.assert_close(its_gradient, gradient)
+            torch.testing.assert_close(again, value)
+            torch.testing.assert_close(its_gradient, gradient)
     order = torch.randperm(48)
     again, its_gradient = with_gradient(criterion, logits.flatten(2)[..., order].view(2, 4, 6, 8), target.flatten(1)[:, order].view(2, 6, 8))
-    torch.testing.assert_close(again, value); torch.testing.assert_close(its_gradient, gradient.flatten(2)[..., order].view(2, 4, 6, 8))
-    again, _ = with_gradient(criterion, logits.flip(0), target.flip(0)); torch.testing.assert_close(again, value)
+    torch.testing.assert_close(again, value)
+    torch.testing.assert_close(its_gradient, gradient.flatten(2)[..., order].view(2, 4, 6, 8))
+    again, _ = with_gradient(criterion, logits.flip(0), target.flip(0))
+    torch.testing.assert_close(again, value)
 
 
 # The background is a class of its own for the Unified Focal loss and where it is left out; a weighted loss is symmetric if its weights move along.
@@ -114,7 +117,8 @@ def test_names_of_classes_do_not_matter(case):
     logits, target, order = torch.randn(2, 4, 6, 8), torch.randint(4, (2, 6, 8)), torch.randperm(4)
     value, gradient = with_gradient(made(case), logits, target)
     renamed, its_gradient = with_gradient(made(case), logits[:, order], order.argsort()[target])
-    torch.testing.assert_close(renamed, value); torch.testing.assert_close(its_gradient, gradient[:, order])
+    torch.testing.assert_close(renamed, value)
+    torch.testing.assert_close(its_gradient, gradient[:, order])
 
 
 @pytest.mark.parametrize("case", KINDS)

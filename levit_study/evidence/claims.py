@@ -82,7 +82,7 @@ def judge(
 
 # %% ../../nbs/52_evidence.claims.ipynb #1f533891
 FEW = 5        # trainings per loss; fewer estimate their own spread too poorly to be believed alone
-SEED_SD = .02  # run-to-run standard deviation of a mean Dice, assumed at least below `FEW` trainings
+SEED_SD = .02  # standard deviation between trainings' mean Dice, assumed at least below `FEW`
 
 # how much more than mean Dice these differ from training to training: three trainings of three
 # losses on ACDC (reports/acdc/size128)
