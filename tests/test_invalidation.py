@@ -22,7 +22,7 @@ TABLE = {
     "report": """data.cases data.dataset data.native training.scores evidence.results evidence.statistics evidence.tables
                  evidence.claims evidence.paper report.look report.parts report.figures report.differences report.behaviour
                  report.segmentations""",
-    "site": "evidence.results report.pages report.summary report.contents report.site",
+    "site": "evidence.results report.look report.pages report.summary report.contents report.site",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
 NOTHING = """files kinds settings params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing
@@ -36,7 +36,7 @@ REACHED = {
     "evaluate": ["files", "params", "kinds", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained",
                  "training.record", "training.state", "data.nifti", "data.labels", "data.volumes"],
     "report": ["files", "params", "kinds", "settings", "recipes", "losses", "data.nifti", "data.labels", "data.volumes"],
-    "site": ["files", "params", "kinds", "settings", "recipes", "losses", "data", "training", "evidence.statistics", "report.look"],
+    "site": ["files", "params", "kinds", "settings", "recipes", "losses", "data", "training", "evidence.statistics"],
 }
 
 
