@@ -193,7 +193,7 @@ def test_unified_focal_agrees_with_monai_on_two_classes():
     torch.testing.assert_close(build_loss("unified_focal", focal_weight=.3, **settings)(logits, target), .3 * 2 * pixels + .7 * regions, rtol=1e-5, atol=1e-6)
 
 
-PARAMS = Path(__file__).parents[1] / "params.yaml"
+PARAMS = Path(__file__).with_name("params.yaml")
 
 
 def test_every_loss_of_params_yaml_is_one():

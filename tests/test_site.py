@@ -28,7 +28,7 @@ WIDE = pd.DataFrame(np.arange(42).reshape(3, 14) / 7, columns=LONG)
 
 
 def settings(root, **study):
-    params = load_params(root / "params.yaml")
+    params = load_params(root / "tests/params.yaml")
     study = {"datasets": list(DATASETS), "losses": list(LOSSES), "seeds": [0], **study}
     return params.model_copy(update={"study": params.study.model_copy(update=study)})
 
