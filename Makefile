@@ -10,7 +10,7 @@ env: .venv/.ready .dvc/plots/page.html
 .venv/.ready: pins.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 env")'
 	@command -v uv >/dev/null || test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet uv==0.13.9; }
-	@echo "Installing the pinned environment into .venv (about 6 GB, mostly PyTorch) ..."
+	@echo "Installing the pinned environment into .venv (7 GB, mostly PyTorch) ..."
 	@set -e; uv=$$(command -v uv || echo .uv/bin/uv); \
 	test -x .venv/bin/python || $$uv venv --quiet --python "$$(command -v $(PYTHON))" .venv; \
 	$$uv pip install --quiet --python .venv/bin/python --requirement pins.txt; \

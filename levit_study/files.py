@@ -78,12 +78,32 @@ def _speaks(node: ast.AST) -> bool:
     if not isinstance(node, ast.Call): return False
     return getattr(node.func, "attr", getattr(node.func, "id", None)) in _SPEAKING
 
+def _only_spoken(function: ast.AST) -> set:
+    "Return a function's messages, and the assignments of names that only these read"
+    nodes = list(ast.walk(function))
+    shared = {name for n in nodes if isinstance(n, ast.Nonlocal | ast.Global) for name in n.names}
+    spoken, found = set(), {node for node in nodes if _speaks(node)}
+    while found:
+        spoken |= found
+        inside = {part for node in spoken for part in ast.walk(node)}
+        read = {n.id for n in nodes if isinstance(n, ast.Name) and n not in inside
+                and isinstance(n.ctx, ast.Load)} | shared
+        found = set()
+        for node in nodes:
+            if isinstance(node, ast.Assign) and node not in spoken:
+                names = {getattr(target, "id", None) for target in node.targets}
+                if not names & {None, *read}: found.add(node)
+    return spoken
+
 def _without_words(tree: ast.AST):
     "Empty the docstrings and messages of a syntax tree"
     for node in ast.walk(tree):
         if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
             node.body[0].value.value = ""
-        for part in ast.walk(node) if _speaks(node) else ():
+    functions = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED[2:])]
+    messages = {node for node in ast.walk(tree) if _speaks(node)}
+    for message in messages.union(*map(_only_spoken, functions)):
+        for part in ast.walk(message):
             if isinstance(part, ast.Constant) and isinstance(part.value, str): part.value = ""
 
 def bare_code(text: str) -> str:

@@ -38,7 +38,8 @@ def _write_settings(params: Params, folder: Path):
         about = params.datasets[dataset]
         write_json(folder / dataset / "data.json", about.data.model_dump(mode="json"))
         evaluation = pick_evaluation(params, dataset)
-        write_json(folder / dataset / "evaluation.json", evaluation.model_dump(mode="json"))
+        decides = evaluation.model_dump(mode="json", exclude={"seed_sd"})  # the claims' alone
+        write_json(folder / dataset / "evaluation.json", decides)
         for loss in params.study.losses:
             record = pick_run(params, dataset, loss, 0).record()
             record["loss_settings"] = check_loss(record["loss_settings"], f"losses.{loss}")

@@ -21,7 +21,7 @@ from .state import resume, save_state, unwrapped
 from .scores import dice_from_counts, mean_scores, overlap_counts, summary
 from .record import Stopped, Watch, check_space, keep_epoch, keep_run, made_by
 from .record import memory_hint, stop_for_loss, watched
-from .scores import validate
+from .scores import best_epoch, validate
 
 # %% ../../nbs/31_training.fit.ipynb #4756eac9
 def fit(
@@ -55,7 +55,8 @@ def fit(
                 save_state(t, models / "checkpoints")
                 raise Stopped(t)
             t.history.append(close_epoch(t, train, valid, store.structures))
-            if fabric.is_global_zero: keep_epoch(t, store.structures, reports, models)
+            best = best_epoch(t.history) is t.history[-1]
+            if fabric.is_global_zero: keep_epoch(t, store.structures, reports, models, best)
             t.epoch, t.step, t.spent = t.epoch + 1, 0, 0.0
             if t.complete: t.made = made_by(t)
             save_state(t, models / "checkpoints")

@@ -61,10 +61,11 @@ def keep_epoch(
     structures: dict[str, int], # name -> class
     reports: Path,              # epochs.csv and training.json go here
     models: Path,               # best.safetensors goes here
+    best: bool,                 # whether the weights are the best so far
 ):
     "Write the epochs, and the weights if they are the best so far"
     run, row = t.run, t.history[-1]
-    if best_epoch(t.history) is row:
+    if best:
         about = {"dataset": run.dataset, "loss": run.loss, "seed": run.seed}
         about |= {"synthetic": run.data.phantom is not None, "structures": structures}
         about |= run.data.model_dump(include={"intensity", "window", "crop"})
