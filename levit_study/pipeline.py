@@ -80,7 +80,7 @@ def _same_python():
     "Return a manager class whose kernels run in this Python, whatever kernels are installed"
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
-    options = ["-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"]
+    options = ["-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=50"]
     class SamePython(AsyncKernelManager):
         kernel_spec = KernelSpec(argv=[sys.executable, *options], language="python")
         started = []  # their process ids
