@@ -66,7 +66,7 @@ def start(folder, name, environment):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_runs_end_with_the_same_result(whole, environment, number):
     name, moment, within = f"killed{number}", random.Random(int(number)), 0
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900   # a busy machine needs long
     seconds = json.loads((whole / "duration.json").read_text())
     for kills in range(20):
         process = start(whole, name, environment)
