@@ -193,7 +193,7 @@ def test_one_parameter_reruns_its_part_alone(study, environment):
     before = (study / "reports/runs/phantom_ct/baseline/seed0/epochs.csv").read_bytes()
     change(study, lambda c: c["losses"]["focal"].update(gamma=1.0, training={"learning_rate": 0.001}))
     stages, _ = repro(study, environment)
-    assert stages == ["train@phantom_ct-focal-0", "evaluate@phantom_ct-focal-0", "report", "site"]
+    assert stages == ["code", "train@phantom_ct-focal-0", "evaluate@phantom_ct-focal-0", "report", "site"]
     assert (study / "reports/runs/phantom_ct/baseline/seed0/epochs.csv").read_bytes() == before
     used = json.loads((study / "reports/runs/phantom_ct/focal/seed0/metrics.json").read_text())["parameters"]
     assert used["loss_settings"]["gamma"] == 1.0 and used["training"]["learning_rate"] == 0.001
