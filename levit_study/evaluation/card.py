@@ -66,12 +66,13 @@ def settings_for(
 ) -> tuple[PredictionSettings, str]:
     "How to predict with these weights, and in words where that comes from"
     values, missing = _read_card_file(weights)
-    origin = "as these weights were evaluated"
+    origin, source = "as these weights were evaluated", card_file(weights)
     if values is None and card.get("evaluation"):
         values, origin = card["evaluation"], "as the weights' header says"
+        source = f"{weights}: model card, evaluation"
     elif values is None:
         values, origin = {}, f"{missing}, so how they were evaluated is not known"
-    settings = _checked(values, f"{weights}: model card, evaluation")
+    settings = _checked(values, source)
     changes = {key: value for key, value in changes.items() if value is not None}
     if not changes: return settings, origin
     changes = {key: list(each) if key == "zooms" else each for key, each in changes.items()}
