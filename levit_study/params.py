@@ -377,6 +377,7 @@ def pick_run(params: Params, dataset: str, loss: str, seed: int, fold=None) -> R
     about, settings = params.datasets[dataset], dict(params.losses[loss])
     training = about.training.model_dump() | settings.pop("training", {})
     return Run(
-        dataset=dataset, loss=loss, seed=seed, fold=fold_number(fold), data=about.data, model=about.model,
+        dataset=dataset, loss=loss, seed=seed, fold=fold_number(fold),
+        data=about.data, model=about.model,
         training=Training.model_validate(training), loss_settings=settings,
     )
