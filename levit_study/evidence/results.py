@@ -19,9 +19,9 @@ from pydantic import ValidationError
 
 from ..data.dataset import PreparedStore
 from ..data.native import stored_volume
-from ..files import StudyError, run_folders
+from ..files import StudyError, run_folders, run_tail
 from ..params import Params, Run, pick_run
-from ..training.scores import best_epoch
+from ..training.scores import best_epoch, summary
 
 # %% ../../nbs/50_evidence.results.ipynb #8bda0f6a
 def best_and_last(
@@ -121,12 +121,22 @@ def read_record(path: Path) -> dict:
     return record
 
 def _read_run(folder: Path) -> dict:
-    "Return a run's files as {name: content}; `StudyError` names those that are missing or wrong"
-    missing = [name for name in COLUMNS if not (folder / name).exists()]
+    """Return a run's files as {name: content}; `StudyError` names those that are missing or wrong
+
+    A published run has no metrics.json, which follows from its other files, and may have been
+    recorded before reliability.csv was."""
+    published = (folder / "run.json").exists() and not (folder / "metrics.json").exists()
+    optional = {"metrics.json", "reliability.csv"} if published else set()
+    there = [name for name in COLUMNS if (folder / name).exists()]
+    missing = [name for name in COLUMNS if name not in {*there, *optional}]
     if missing:
         raise StudyError(f"{folder}: {', '.join(missing)} missing; run dvc repro to make them")
     readers = {".json": read_record, ".csv": read_table}
-    return {name: readers[Path(name).suffix](folder / name) for name in COLUMNS}
+    files = {name: readers[Path(name).suffix](folder / name) for name in there}
+    if published:
+        record = read_record(folder / "run.json")
+        files["metrics.json"] = summary(files["epochs.csv"].to_dict("records")) | record
+    return files
 
 # %% ../../nbs/50_evidence.results.ipynb #be5d824d
 @dataclass
@@ -157,11 +167,16 @@ def _with_defaults(record: dict) -> dict:
     try: return Run.model_validate_json(json.dumps(record)).record()
     except ValidationError: return record
 
-def collect(params: Params, root=".") -> Results:
+def collect(
+    params: Params,
+    root=".",
+    runs=None, # folder that holds the runs; None: reports/runs below `root`
+) -> Results:
     "Collect the study's runs; incomplete ones are `problems`, foreign ones a `StudyError`"
+    runs = Path(root, "reports", "runs") if runs is None else Path(runs)
     tables, problems = {name: [] for name in COLUMNS}, []
     for run in runs_of(params):
-        folder = run_folders(run.dataset, run.loss, run.seed, root, run.fold)[0]
+        folder = runs / run_tail(run.dataset, run.loss, run.seed, run.fold)
         try: files = _read_run(folder)
         except StudyError as error:
             problems.append(str(error))
@@ -174,9 +189,10 @@ def collect(params: Params, root=".") -> Results:
         files["metrics.json"] = pd.DataFrame([plain])
         for name, table in files.items(): tables[name].append(_named(table, run))
     if not tables["metrics.json"]:
-        where = Path(root, "reports", "runs")
         reason = "none of the study's runs can be read"
-        raise StudyError(f"{where}: {reason}; the first: {problems[0]}")
+        raise StudyError(f"{runs}: {reason}; the first: {problems[0]}")
+    names = ["dataset", "loss", "seed", "fold", *COLUMNS["reliability.csv"].split()]
+    tables["reliability.csv"] = tables["reliability.csv"] or [pd.DataFrame(columns=names)]
     joined = (pd.concat(tables[name], ignore_index=True) for name in COLUMNS)
     return Results(*joined, problems, params.study.fold_numbers != [None])
 
