@@ -19,7 +19,7 @@ TABLE = {
                 training.state training.scores training.fit""",
     "evaluate": """data.slices data.dataset data.native model.upsampling model.grids model.network model.precision model.build
                    model.inference training.scores evaluation.metrics evaluation.inference evaluation.card evaluation.evaluate""",
-    "report": """data.cases data.dataset data.native training.scores evidence.results evidence.statistics evidence.tables
+    "report": """data.cases data.dataset data.native training.scores evaluation.metrics evidence.results evidence.statistics evidence.tables
                  evidence.claims evidence.paper report.look report.parts report.figures report.differences report.behaviour
                  report.segmentations""",
     "site": "evidence.results report.look report.pages report.summary report.contents report.site",
