@@ -22,13 +22,15 @@ def split_table(
     jobs,   # `Job`s that were prepared
     slices, # dict case -> number of slices, of those used
 ): # text
-    "Return the splits as CSV: case, patient, group, split, slices"
+    "Return the splits as CSV: case, patient, group, split, slices, and what it is in each fold"
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["case", "patient", "group", "split", "slices"])
+    folds = [f"fold{number}" for number in range(max(len(job.folds) for job in jobs))]
+    rows.writerow(["case", "patient", "group", "split", "slices", *folds])
     for job in jobs:
         case, split = job.case, "left out" if job.left_out else job.split
-        rows.writerow([case.name, case.patient, case.group or "", split, slices.get(case.name, 0)])
+        about = [case.name, case.patient, case.group or "", split, slices.get(case.name, 0)]
+        rows.writerow([*about, *job.folds])
     return text.getvalue()
 
 # %% ../../nbs/18e_data.manifest.ipynb #025dcc11
@@ -102,6 +104,7 @@ def _case_entry(job, columns, classes):
         "patient": job.case.patient,
         "group": job.case.group,
         "split": job.split,
+        **({"folds": job.folds} if job.folds else {}),
         "slices": int(column("slices")),
         "shape": column("shape").tolist(),
         "spacing": None if math.isnan(spacing[0]) else spacing,
@@ -109,12 +112,13 @@ def _case_entry(job, columns, classes):
         "files": job.files,
     }
 
-def _settings(data):
+def _settings(data, folds):
     "Return the settings that decide what is prepared, and how it is split"
     names = ("layout", "intensity", "window", "label_map", "structures", "size", "crop",
              "orientation")
     splitting = ("kind", "valid", "test", "seed", "stratify", "nested")
     split = {name: getattr(data.split, name) for name in splitting}
+    if folds: split["folds"] = data.split.folds
     return {name: getattr(data, name) for name in names} | {"split": split}
 
 # %% ../../nbs/18e_data.manifest.ipynb #6834b1b1
@@ -136,7 +140,7 @@ def build_manifest(
     packages = ("levit-study", "numpy", "torch", "h5py", "nibabel")
     def without_folder(text): return text.replace(f"{Path(data.folder)}/", "")
     return {
-        "settings": _settings(data),
+        "settings": _settings(data, any(job.folds for job in used)),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "code": code_digest(),
         "slices": slices | {"all": sum(slices.values())},

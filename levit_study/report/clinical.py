@@ -71,16 +71,18 @@ def _draw_grid(part, values, measures, losses, about):
         differs = "percentage points" if unit == "%" else unit
         for ax, loss in zip(line, losses, strict=True):
             look = about.looks(losses)[loss]
-            _draw_agreement(ax, rows[rows["loss"] == loss], look, unit)
+            title = _draw_agreement(ax, rows[rows["loss"] == loss], look)
+            ax.set_title(title if len(losses) < 5 else title.replace(" ", "\n", 1), fontsize=6.5)
             ax.set_xlabel(f"Mean of both ({unit})")
         line[0].set_ylabel(f"{wrapped(measure, 24)}\nerror ({differs})")
     for ax, loss in zip(axes[0], losses, strict=True):
-        ax.set_title(f"{wrapped(about.name(loss), 110//len(losses))}\n{ax.get_title()}")
+        name = wrapped(about.name(loss), 100//len(losses))
+        ax.set_title(f"{name}\n{ax.get_title()}", fontsize=6.5)
 
-def _draw_agreement(ax, rows, look, unit):
-    "Draw one loss's differences with bias and limits; the title holds the numbers"
+def _draw_agreement(ax, rows, look): # -> bias and limits in words
+    "Draw one loss's differences with bias and limits"
     ax.axhline(0, color="#999999", lw=.7, ls=(0, (4, 3)))
-    if rows.empty: return
+    if rows.empty: return ""
     bias, low, high = _limits_of(rows)
     if np.isfinite(low): ax.axhspan(low, high, color=look["color"], alpha=.14, lw=0)
     ax.axhline(bias, color=look["color"], lw=1.2)
@@ -88,7 +90,7 @@ def _draw_agreement(ax, rows, look, unit):
     mark = dict(ms=2.4, mec="none", alpha=.6, color=look["color"], marker=look["marker"])
     ax.plot(middle, rows["predicted"] - rows["reference"], ls="none", **mark)
     limits = f" [{low:+.1f}, {high:+.1f}]" if np.isfinite(low) else ""
-    ax.set_title(f"{bias:+.1f}{limits} {unit}".replace("-", "−"), fontsize=6.5)
+    return f"{bias:+.1f}{limits}".replace("-", "−")
 
 # %% ../../nbs/62c_report.clinical.ipynb #eb9997fb
 def _agreement_in_words(values, about):
@@ -98,5 +100,6 @@ def _agreement_in_words(values, about):
         bias, low, high = _limits_of(rows)
         limits = f" ({low:+.1f} to {high:+.1f})" if np.isfinite(low) else ""
         name = f"{about.dataset(dataset)}, {measure}, {about.name(loss)}"
-        words.append(f"{name}: {bias:+.1f}{limits} {rows['unit'].iloc[0]}")
+        unit = rows["unit"].iloc[0].replace("%", "percentage points")
+        words.append(f"{name}: {bias:+.1f}{limits} {unit}")
     return f"Bias and limits of agreement: {'; '.join(words)}."

@@ -125,7 +125,8 @@ def convention_shift(
 _CONVENTIONS = (
     "Filled marks: this study's convention (an empty structure on one side: Dice 0, HD95 the"
     " diagonal, or left out where records lack it; distances in the stated unit); hollow: that of"
-    " published tables (a structure predicted but absent: Dice 1, HD95 0; missed or absent in both: 0 and 0; spacing ignored)."
+    " published tables (a structure predicted but absent: Dice 1, HD95 0; missed or absent in"
+    " both: 0 and 0; spacing ignored)."
     " Means over cases and trainings.")
 
 # %% ../../nbs/62_report.differences.ipynb #19c1948f
