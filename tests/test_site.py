@@ -134,7 +134,7 @@ def write_study(project, folder):
     reports = folder / "reports"
     figures = [picture("Best Dice"), picture("Course of training", (7, 4))]
     for k, each in enumerate(figures):
-        save_figure(each, reports / "figures", f"fig{k + 1}")
+        save_figure(each, reports / "figures", f"fig{k + 1}", "dvc repro report, revision 1a2b")
     write_report(reports / "report.ipynb", figures)
     for dataset in DATASETS:
         fingerprint = new_code_cell("fingerprint", outputs=[shown(WIDE)])
@@ -349,6 +349,8 @@ def test_single_page_prints_whole(study, browser):
 def test_figures_are_sharp_and_carry_their_words(study):
     text = (site_of(study[0]) / "report.html").read_text(encoding="utf-8")
     assert 'alt="Best Dice: the line rises from 0.2 to 0.6."' in text and "<figcaption>" in text
+    made = re.search(r'<a [^>]*href="([^"]*)"[^>]*>(?:<span[^>]*>)?Made by dvc repro report, revision 1a2b', text)
+    assert made and made[1].endswith("runs/index.html")
     assert "fetch('https" not in text
 
 
