@@ -99,6 +99,27 @@ def _runs(a):
     if table.empty: raise StudyError("reports/runs: holds no run yet; train with dvc repro")
     print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
+# %% ../nbs/72_commands.ipynb #26afad26
+def _add_choose(commands):
+    about = "compare ways to predict (flips, zooms, largest regions) on validation cases alone"
+    command = commands.add_parser("choose", help=about)
+    command.add_argument("dataset")
+    command.add_argument("--losses", nargs="+", help="whose networks; left out: the study's")
+    command.set_defaults(run=_choose)
+
+def _choose(a):
+    from levit_study.evidence.choice import choice_table, compare_predictions
+    from levit_study.params import load_params
+    enter_project()
+    params = load_params()
+    if a.dataset not in params.study.datasets:
+        raise StudyError(f"params.yaml: study.datasets does not name '{a.dataset}'")
+    scores = compare_predictions(params, a.dataset, a.losses)
+    table = choice_table(scores, params.evaluation.confidence, params.evaluation.bootstrap)
+    with written_whole(f"reports/choices/{a.dataset}.csv") as partial:
+        table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
+
 # %% ../nbs/72_commands.ipynb #72d61c47
 def _add_bench(commands):
     about = "images per second of the model, or time and memory of the losses"
@@ -176,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     p.add_argument("--version", action="version", version=f"levit-study {__version__}")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_predict, _add_export, _add_train, _add_runs, _add_bench):
+    for add in (_add_predict, _add_export, _add_train, _add_runs, _add_choose, _add_bench):
         add(commands)
     for add in (_add_notebook, _add_code, _add_plots_page):
         add(commands)

@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from .dataset import SPLITS, class_names
 from .jobs import code_digest
+from .folds import thin_groups
 from .splits import check_benchmark
 
 # %% ../../nbs/18e_data.manifest.ipynb #e92e05be
@@ -90,6 +91,10 @@ def _all_warnings(jobs, columns, data):
     unseen = ("a linked folder, which DVC does not look into: when its scans change, "
               "prepare again with dvc repro --force")
     lines += [("", f"{path}: {unseen}") for path in _linked_folders(data.folder)]
+    free = [job.case for job in used.values() if job.folds and job.split != "test"]
+    if free and data.split.stratify:
+        number = len(next(job for job in used.values() if job.folds).folds)
+        lines += [("", line) for line in thin_groups(free, number)]
     if data.split.kind == "benchmark" and data.phantom is None:
         slices = {case: int(column(case, "slices")) for case in used}
         lines += [("", line) for line in check_benchmark(slices)]
