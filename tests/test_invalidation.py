@@ -19,9 +19,9 @@ TABLE = {
                 training.state training.scores training.fit""",
     "evaluate": """data.slices data.dataset data.native model.upsampling model.grids model.network model.precision model.build
                    model.inference training.scores evaluation.metrics evaluation.inference evaluation.card evaluation.evaluate""",
-    "report": """data.cases data.dataset data.native training.scores evidence.results evidence.statistics evidence.tables
-                 evidence.claims evidence.paper report.look report.parts report.figures report.differences report.behaviour
-                 report.segmentations""",
+    "report": """data.cases data.dataset data.native training.scores evaluation.metrics evidence.results evidence.statistics evidence.tables
+                 evidence.derived evidence.claims evidence.paper report.look report.parts report.figures report.differences
+                 report.behaviour report.clinical report.segmentations""",
     "site": "evidence.results report.look report.pages report.summary report.contents report.site",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
@@ -32,10 +32,11 @@ NOTHING = """files kinds settings params machine pipeline bench commands data.fi
 # (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.
 REACHED = {
     "prepare": ["files", "params", "kinds", "settings", "recipes", "losses", "report", "data.fingerprint", "data.native"],
-    "train": ["files", "params", "kinds", "settings", "machine", "model.weights", "training.record", "training.launch", "report"],
+    "train": ["files", "params", "kinds", "settings", "machine", "model.weights", "training.record", "training.launch", "report",
+              "data.cases"],
     "evaluate": ["files", "params", "kinds", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained",
                  "training.record", "training.state", "data.nifti", "data.labels", "data.volumes"],
-    "report": ["files", "params", "kinds", "settings", "recipes", "losses", "data.nifti", "data.labels", "data.volumes"],
+    "report": ["files", "params", "kinds", "settings", "recipes", "losses", "machine", "data.nifti", "data.labels", "data.volumes"],
     "site": ["files", "params", "kinds", "settings", "recipes", "losses", "data", "training", "evidence.statistics"],
 }
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..data.native import stored_volume
 from ..files import StudyError, written_whole
 from .inference import Network, class_probabilities, largest_regions
-from .metrics import case_metrics
+from .metrics import case_metrics, with_worst_case
 
 # %% ../../nbs/42_evaluation.evaluate.ipynb #c4ffe4cb
 def _reliability_counts(probabilities, reference, bins=10) -> np.ndarray:
@@ -72,7 +72,7 @@ def evaluate(
     network: Network, # the best epoch's weights, with the settings to predict by
     predictions,     # HDF5 file that the label maps go to
     splits=("valid", "fold", "test"),
-    tolerance=None,  # of the normalised surface Dice, mm or voxels
+    tolerance=None,  # of the normalised surface Dice, mm or pixels
     progress=True,
 ):                   # (table of cases.csv, table of reliability.csv)
     "Evaluate a run's best weights on all cases of `splits`; `StudyError` where they do not fit"
@@ -99,10 +99,12 @@ def evaluate(
 # %% ../../nbs/42_evaluation.evaluate.ipynb #891099bf
 def mean_metrics(cases) -> dict: # the table of `evaluate`
     """`valid_native_dice`, `test_dice`, `test_jaccard`, `test_hd95`, …: means over structures of
-    the means over cases"""
-    named = {"valid": "valid_native", "fold": "fold", "test": "test"}
-    metrics = ("dice", "jaccard", "hd95", "sensitivity", "specificity")
-    return {
-        f"{named[split]}_{metric}": float(part.groupby("structure")[metric].mean().mean())
-        for split, part in cases.groupby("split") for metric in metrics
-    }
+    the means over cases; HD95 with the worst case"""
+    metrics = ("dice", "jaccard", "hd95", "nsd", "sensitivity", "specificity")
+    cases = cases.assign(hd95=with_worst_case(cases))
+    means = {}
+    for split, part in cases.groupby("split"):
+        name = "valid_native" if split == "valid" else split  # epochs have the network's grid
+        of_structures = part.groupby("structure")[list(metrics)].mean().mean()
+        means |= {f"{name}_{metric}": float(of_structures[metric]) for metric in metrics}
+    return means

@@ -9,6 +9,7 @@ __all__ = ['RUN_KEYS', 'TABLE1', 'to_markdown', 'organ_table', 'headline', 'opti
 import numpy as np
 import pandas as pd
 
+from ..evaluation.metrics import with_worst_case
 from .results import NATIVE, PROTOCOLS, best_and_last, judging_cases
 from .results import judging_splits
 from .statistics import ALL, bootstrap_interval, by_structure, interval_of
@@ -35,27 +36,57 @@ def to_markdown(
     options = dict(tablefmt="pipe", colalign=sides, disable_numparse=True)
     return tabulate(rows, headers=list(table.columns), **options)
 
-# %% ../../nbs/51a_evidence.tables.ipynb #070a96dc
-_MEASURES = ["dice", "jaccard", "hd95", "asd", "nsd", "sensitivity", "specificity", "precision",
-             "transunet_dice", "transunet_hd95"]
+# %% ../../nbs/51a_evidence.tables.ipynb #dd1686de
+def _found_by_all(part):
+    "Return which rows of a data set and split are of a case and structure that every loss found"
+    keys = [name for name in ("seed", "fold", "case", "structure") if name in part]
+    found = part[part.hd95.notna()].groupby(keys, dropna=False).loss.nunique()
+    counts = pd.MultiIndex.from_frame(part[keys]).map(found.to_dict())
+    return np.asarray(counts == part.loss.nunique())
 
+def _with_distances(part):
+    "Return the rows with HD95 at its worst case, and of what all losses found (`hd95_found`)"
+    found = part.hd95.where(_found_by_all(part))
+    return part.assign(hd95=with_worst_case(part), hd95_found=found)
+
+# %% ../../nbs/51a_evidence.tables.ipynb #070a96dc
+_MEASURES = ["dice", "jaccard", "hd95", "hd95_found", "asd", "nsd", "sensitivity", "specificity",
+             "precision", "transunet_dice", "transunet_hd95"]
+_BOUNDS = {"dice": (0, 1), "nsd": (0, 1), "hd95": (0, np.inf)}  # Student's interval knows none
+
+def _limits(rows, confidence, resamples):
+    "Return the intervals of the measures that have one, and what that of Dice rests on"
+    units, limits = (patients_of(rows), rows.seed, rows.structure, confidence, resamples), {}
+    for name, bounds in _BOUNDS.items():
+        if name not in rows: continue
+        interval = bootstrap_interval(rows[name], *units)
+        limits[f"{name}_low"] = np.clip(interval.low, *bounds)
+        limits[f"{name}_high"] = np.clip(interval.high, *bounds)
+        if name == "dice": rests_on = {"patients": interval.patients, "seeds": interval.seeds}
+    return limits, rests_on
+
+def _misses(rows):
+    "Return the numbers of structures missed and invented, and of those that HD95 leaves out"
+    if "predicted_voxels" not in rows: return {}, 0
+    there, predicted = rows.voxels > 0, rows.predicted_voxels > 0
+    missed, invented = there & ~predicted, ~there & predicted
+    left_out = (missed | invented) & rows.hd95.isna()
+    return {"missed": int(missed.sum()), "invented": int(invented.sum())}, int(left_out.sum())
+
+# %% ../../nbs/51a_evidence.tables.ipynb #289fba59
 def _structure_row(rows, confidence, resamples):
     "Return means, intervals and counts of the rows of one structure, or of all"
-    units = patients_of(rows), rows.seed, rows.structure, confidence, resamples
-    dice, hd95 = bootstrap_interval(rows.dice, *units), bootstrap_interval(rows.hd95, *units)
-    row = {"n": rows.dropna(subset=["dice"]).case.nunique()}
-    row |= {"patients": dice.patients, "seeds": dice.seeds}
+    limits, rests_on = _limits(rows, confidence, resamples)
+    misses, left_out = _misses(rows)
+    row = {"n": rows.dropna(subset=["dice"]).case.nunique()} | rests_on
     for name in _MEASURES:
         if name in rows: row[name] = rows.groupby("structure")[name].mean().mean()
-    # Student's interval knows no bounds, Dice does
-    row |= {"dice_low": np.clip(dice.low, 0, 1), "dice_high": np.clip(dice.high, 0, 1)}
-    row |= {"hd95_low": np.maximum(hd95.low, 0), "hd95_high": hd95.high}
-    if "predicted_voxels" in rows:
-        there, predicted = rows.voxels > 0, rows.predicted_voxels > 0
-        row["missed"] = int((there & ~predicted).sum())
-        row["invented"] = int((~there & predicted).sum())
+    row |= limits | misses
     row["unit"] = "/".join(sorted(set(rows.unit.dropna()))) if "unit" in rows else ""
-    return row | {"note": f"small: {dice.patients} patients" if dice.patients < 20 else ""}
+    patients, unknown = row["patients"], "no diagonal recorded"
+    notes = [f"small: {patients} patients"] if patients < 20 else []
+    if left_out: notes.append(f"HD95 leaves out {left_out} missed or invented: {unknown}")
+    return row | {"note": "; ".join(notes)}
 
 def organ_table(
     cases: pd.DataFrame, # collected cases.csv
@@ -63,7 +94,10 @@ def organ_table(
     resamples=2000,
 ) -> pd.DataFrame:
     "Return organs.csv: means, limits and counts per data set, loss, split and structure"
-    rows, judged = [], cases[cases.split.isin(PROTOCOLS)]
+    judged, tables = cases[cases.split.isin(PROTOCOLS)], []
+    for _, part in judged.groupby(["dataset", "split"], sort=False):
+        tables.append(_with_distances(part))
+    judged, rows = pd.concat(tables).loc[judged.index] if tables else judged, []
     keys = ["dataset", "loss", "split"]
     for (dataset, loss, split), part in judged.groupby(keys, sort=False):
         for structure, rows_of in by_structure(part):
@@ -76,13 +110,13 @@ def organ_table(
 def headline(
     organs: pd.DataFrame, # of `organ_table`
 ) -> dict:
-    "Return {data set: {loss: {test_dice, test_hd95}}}, or valid_…: means over structures"
+    "Return {data set: {loss: {test_dice, test_nsd, test_hd95}}}, or valid_…: means over structures"
     found = {}
     if not len(organs): return found
     for dataset, part in judging_cases(organs).groupby("dataset", sort=False):
         if part.structure.nunique() > 1: part = part[part.structure == ALL]
         for row in part.itertuples():
-            values = {name: getattr(row, name) for name in ("dice", "hd95")}
+            values = {name: getattr(row, name, None) for name in ("dice", "nsd", "hd95")}
             defined = {name: value for name, value in values.items() if pd.notna(value)}
             numbers = {f"{row.split}_{name}": round(value, 4) for name, value in defined.items()}
             found.setdefault(dataset, {})[row.loss] = numbers

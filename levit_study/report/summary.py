@@ -27,7 +27,7 @@ _TEMPLATE = """<div class="answer">
 {% if results %}
 <div class="scroll" tabindex="0"><table class="results">
 <thead><tr><th scope="col">Loss</th>{% for name in splits %}
-<th scope="col">Dice, {{ name }}</th>{% endfor %}<th scope="col">HD95</th></tr></thead>
+<th scope="col">Dice, {{ name }}</th>{% endfor %}<th scope="col">Surface Dice</th></tr></thead>
 <tbody>{% for heading, rows in results %}
 <tr class="data"><th colspan="{{ splits|length + 2 }}" scope="rowgroup">{{ heading }}</th></tr>
 {% for loss, cells in rows %}
@@ -121,17 +121,12 @@ def _is_number(value):
     return isinstance(value, (int, float)) and value == value
 
 # %% ../../nbs/63a_report.summary.ipynb #8d4aa712
-def _heading(rows, name, held): # rows: one data set's in organs.csv
-    "The name of a data set, its patients, the unit of its distances"
+def _heading(rows, name): # rows: one data set's in organs.csv
+    "The name of a data set and its patients"
     patients = {split: rows.loc[rows.split == split, "patients"].max() for split in _SPLITS}
     counts = [f"{patients[split]:.0f} {word}" for split, word in _SPLITS.items()
               if split in set(rows.split)]
-    words = f"{name}: " + (f"{_listed(counts)} patients" if counts else "no results yet")
-    units = sorted(set(rows.unit.dropna())) if "unit" in rows else []
-    if units:
-        where = " on validation patients" if held == "valid" else ""
-        words += f"; HD95 in {_listed(units)}{where}"
-    return words
+    return f"{name}: " + (f"{_listed(counts)} patients" if counts else "no results yet")
 
 # %% ../../nbs/63a_report.summary.ipynb #e60f8edb
 def _judged(organs): # -> splits, a column each
@@ -141,7 +136,7 @@ def _judged(organs): # -> splits, a column each
     return [split for split in _SPLITS if split in there]
 
 def _results(organs, dataset, losses, about: About): # -> heading, rows (loss, cells)
-    "Dice over all structures per loss, held out and as the paper selects, and HD95"
+    "Dice over all structures per loss, held out and as the paper selects; surface Dice"
     rows = organs[organs.dataset == dataset]
     rows = rows[(rows.structure == ALL) | (rows.structure.nunique() == 1)]
     held = next((split for split in _SPLITS if split in set(rows.split)), "valid")
@@ -155,9 +150,9 @@ def _results(organs, dataset, losses, about: About): # -> heading, rows (loss, c
             row = of_split.get(split, {})
             dice = _with_interval(row, "dice", 3)
             cells.append(_bold(dice) if row.get("dice") == best[split] else dice)
-        hd95 = _with_interval(of_split.get(held, {}), "hd95", 1)
-        shown.append((about.name(loss), [*cells, hd95]))
-    return _heading(rows, about.dataset(dataset), held), shown
+        surface = _with_interval(of_split.get(held, {}), "nsd", 3)
+        shown.append((about.name(loss), [*cells, surface]))
+    return _heading(rows, about.dataset(dataset)), shown
 
 # %% ../../nbs/63a_report.summary.ipynb #6c9d5407
 def _key(params: Params):
@@ -165,7 +160,8 @@ def _key(params: Params):
     study = params.study
     trainings = " and trainings" if len(study.seeds) * len(study.folds) > 1 else ""
     return ("Means over structures and patients; validation patients also chose the epoch, as in"
-            " the paper. Bold: highest Dice. HD95 leaves out structures that were not found."
+            " the paper. Bold: highest Dice. Surface Dice: share of the outlines within the"
+            " tolerance of the other's, of test patients where there are any; a miss counts 0."
             f" Brackets: {params.evaluation.confidence:.0%} interval over patients{trainings}.")
 
 # %% ../../nbs/63a_report.summary.ipynb #e0eaadef
