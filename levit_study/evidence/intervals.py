@@ -121,7 +121,7 @@ def _crossed(tables) -> _Chance:
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #808cba39
 def _reach(estimate, chance, confidence, draw):
-    "Return what makes an `Interval`: limits, method, error, freedom; `draw()` gives resampled means"
+    "Return limits, method, error and freedom of an `Interval`; `draw()` gives resampled means"
     variance = chance.variances.sum()
     if variance < 1e-24:
         return dict(low=estimate, high=estimate, method="bootstrap", error=0.0, freedom=np.inf)
@@ -252,6 +252,7 @@ def corrected_t(
     confidence=.95,
     estimate=None, # the middle; None: the mean of the means
     overlap=None,  # test patients per training patient; None: 1 / (folds - 1)
+    at_least=0.0,  # least standard deviation between trainings that is believed
 ) -> Interval:
     "Return Student's interval over trainings, corrected for training sets that overlap"
     means, number = np.asarray(means, dtype=float), len(np.unique(folds))
@@ -259,7 +260,7 @@ def corrected_t(
     estimate = float(means.mean()) if estimate is None and n else estimate
     if n < 2: return Interval(np.nan if n == 0 else estimate, np.nan, np.nan, n, 0, n, "none")
     if overlap is None: overlap = 1 / (number - 1) if number > 1 else 0
-    error = float((1 / n + overlap) ** .5 * means.std(ddof=1))
+    error = float((1 / n + overlap) ** .5 * max(means.std(ddof=1), at_least))
     reach = stats.t.ppf((1 + confidence) / 2, n - 1) * error
     rests_on = n, 0, n, "corrected t" if overlap else "Student t"
     return Interval(estimate, estimate - reach, estimate + reach, *rests_on, error, n - 1)

@@ -9,9 +9,10 @@ __all__ = ['RISING', 'TABLE1', 'to_markdown', 'organ_table', 'headline', 'optimi
 import numpy as np
 import pandas as pd
 
+from .intervals import bootstrap_interval, interval_of, patients_of
+from .intervals import tabulate_values, weighted_means
 from .results import NATIVE, PROTOCOLS, best_and_last, judging_cases
-from .statistics import ALL, bootstrap_interval, by_structure, interval_of
-from .statistics import patients_of, tabulate_values, weighted_means
+from .statistics import ALL, by_structure
 
 # %% ../../nbs/51a_evidence.tables.ipynb #113021c9
 def _as_text(value, digits):
@@ -133,7 +134,7 @@ def optimism(
     return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/51a_evidence.tables.ipynb #136ef30f
-RISING = .005  # Dice: a training whose last fifth gains more than this on the fifth before has not ended
+RISING = .005  # Dice: a gain of the last fifth of the epochs above which a training has not ended
 
 def _late(dice, window) -> dict:
     "Return how a curve of validation Dice ends: spread of the last epochs, gain of the last fifth"
