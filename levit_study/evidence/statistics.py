@@ -81,7 +81,9 @@ class Spread(NamedTuple):
 
     def __str__(self):
         if not self.measured: return f"an assumed run-to-run sd of {self.assumed:.2g}"
-        text = f"a run-to-run sd of {self.sd:.2g}, pooled with {self.measured} degrees of freedom"
+        plural = "s" * (self.measured > 1)
+        freedom = f"{self.measured} degree{plural} of freedom"
+        text = f"a run-to-run sd of {self.sd:.2g}, pooled with {freedom}"
         return text + (f" and an assumed {self.assumed:.2g}" if self.assumed else "")
 
 UNKNOWN = Spread(np.nan, 0, 0, 0)
