@@ -76,6 +76,7 @@ def _add_train(commands):
     command.add_argument("dataset")
     command.add_argument("loss")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--fold", default=".", help="fold0, fold1 …; left out: the one split")
     command.add_argument("--params", default="params.yaml")
     _add_device(command, default=None)
     command.set_defaults(run=_train)
@@ -83,7 +84,7 @@ def _add_train(commands):
 def _train(a):
     from levit_study.training.launch import train
     enter_project()
-    numbers = train(a.dataset, a.loss, a.seed, a.params, a.device)
+    numbers = train(a.dataset, a.loss, a.seed, a.params, a.device, a.fold)
     if int(os.environ.get("RANK", 0)) == 0: print(json.dumps(numbers, indent=1))
 
 # %% ../nbs/72_commands.ipynb #e8bd732c

@@ -12,7 +12,7 @@ from levit_study.training import state
 
 # stage -> the rooms that decide its numbers. What is not named here for any stage speaks, measures, describes, checks or starts.
 TABLE = {
-    "prepare": """data.nifti data.labels data.volumes data.folders data.cases data.layouts data.splits data.shapes data.abdomen
+    "prepare": """data.nifti data.labels data.volumes data.folders data.cases data.layouts data.splits data.folds data.shapes data.abdomen
                   data.heart data.phantom data.slices data.dataset data.voxels data.store data.jobs data.manifest data.prepare""",
     "train": """recipes data.augment data.dataset model.upsampling model.grids model.network model.pretrained
                 model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.adaptive

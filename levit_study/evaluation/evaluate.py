@@ -71,7 +71,7 @@ def evaluate(
     store,           # `PreparedStore`
     network: Network, # the best epoch's weights, with the settings to predict by
     predictions,     # HDF5 file that the label maps go to
-    splits=("valid", "test"),
+    splits=("valid", "fold", "test"),
     tolerance=None,  # of the normalised surface Dice, mm or voxels
     progress=True,
 ):                   # (table of cases.csv, table of reliability.csv)
@@ -80,7 +80,8 @@ def evaluate(
     rows, counts, card = [], {}, network.card
     patient = dict(zip(store.cases, store.text("cases/patient"), strict=True))
     cases = [(split, case) for split in splits for case in store.split(split)]
-    title = f"evaluate {card['dataset']} {card['loss']} seed {card['seed']}"
+    fold = f" fold {card['fold']}" if "fold" in card else ""
+    title = f"evaluate {card['dataset']} {card['loss']} seed {card['seed']}{fold}"
     bar = {"unit": "case", "desc": title, "file": sys.stderr, "ncols": 100}
     with written_whole(predictions) as partial, h5py.File(partial, "w") as file:
         for split, case in tqdm(cases, disable=not progress, **bar):
@@ -99,7 +100,7 @@ def evaluate(
 def mean_metrics(cases) -> dict: # the table of `evaluate`
     """`valid_native_dice`, `test_dice`, `test_jaccard`, `test_hd95`, …: means over structures of
     the means over cases"""
-    named = {"valid": "valid_native", "test": "test"}
+    named = {"valid": "valid_native", "fold": "fold", "test": "test"}
     metrics = ("dice", "jaccard", "hd95", "sensitivity", "specificity")
     return {
         f"{named[split]}_{metric}": float(part.groupby("structure")[metric].mean().mean())
