@@ -19,9 +19,9 @@ TABLE = {
                 training.state training.scores training.fit""",
     "evaluate": """data.slices data.dataset data.native model.upsampling model.grids model.network model.precision model.build
                    model.inference training.scores evaluation.metrics evaluation.inference evaluation.card evaluation.evaluate""",
-    "report": """data.cases data.dataset data.native training.scores evaluation.metrics evidence.results evidence.statistics evidence.tables
-                 evidence.derived evidence.claims evidence.paper report.look report.parts report.figures report.differences
-                 report.behaviour report.clinical report.segmentations""",
+    "report": """data.cases data.dataset data.native training.scores evaluation.metrics evidence.results evidence.intervals
+                 evidence.statistics evidence.tables evidence.derived evidence.claims evidence.verdicts evidence.paper report.look
+                 report.parts report.figures report.differences report.behaviour report.clinical report.segmentations""",
     "site": "evidence.results report.look report.pages report.summary report.contents report.site",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
@@ -37,7 +37,7 @@ REACHED = {
     "evaluate": ["files", "params", "kinds", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained",
                  "training.record", "training.state", "data.nifti", "data.labels", "data.volumes"],
     "report": ["files", "params", "kinds", "settings", "recipes", "losses", "machine", "data.nifti", "data.labels", "data.volumes"],
-    "site": ["files", "params", "kinds", "settings", "recipes", "losses", "data", "training", "evidence.statistics"],
+    "site": ["files", "params", "kinds", "settings", "recipes", "losses", "data", "training", "evidence.statistics", "evidence.intervals"],
 }
 
 
