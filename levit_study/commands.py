@@ -120,6 +120,34 @@ def _choose(a):
         table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
     print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
+# %% ../nbs/72_commands.ipynb #5b4fce79
+def _add_plan(commands):
+    about = "what difference a design decides and what it costs, from the spreads of trainings"
+    command = commands.add_parser("plan", help=about, description=about)
+    add, numbers = command.add_argument, dict(nargs="+", type=int, metavar="N")
+    recorded = "; left out: as recorded"
+    add("records", nargs="?", help="folder with trainings (reports/runs)")
+    add("--dataset", help="where the folder holds several")
+    add("--patients", **numbers, help=f"that judge, in all folds together{recorded}")
+    add("--folds", **numbers, default=[1], help="1: one split")
+    add("--seeds", **numbers, help=f"trainings per loss and fold{recorded}")
+    add("--losses", type=int, help=f"how many are compared, each with each{recorded}")
+    add("--difference", type=float, help="in Dice: its power, and which designs decide it")
+    add("--patient-sd", type=float, help="of the paired difference between patients, in Dice")
+    add("--seed-sd", type=float, help="of a loss's mean Dice between trainings")
+    add("--alpha", type=float, default=.05, help="level of all comparisons together")
+    add("--power", type=float, default=.8)
+    add("--seconds", type=float, help=f"per epoch{recorded}")
+    add("--epochs", type=int, help=f"per training{recorded}")
+    command.set_defaults(run=_plan)
+
+def _plan(a):
+    from levit_study.evidence.planning import Request, describe_plan
+    if a.records is None and (a.patient_sd is None or a.seed_sd is None):
+        enter_project()
+        a.records = "reports/runs"
+    print(describe_plan(Request(**{name: getattr(a, name) for name in Request._fields})))
+
 # %% ../nbs/72_commands.ipynb #72d61c47
 def _add_bench(commands):
     about = "images per second of the model, or time and memory of the losses"
@@ -197,7 +225,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     p.add_argument("--version", action="version", version=f"levit-study {__version__}")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_predict, _add_export, _add_train, _add_runs, _add_choose, _add_bench):
+    for add in (_add_predict, _add_export, _add_train, _add_runs):
+        add(commands)
+    for add in (_add_choose, _add_plan, _add_bench):
         add(commands)
     for add in (_add_notebook, _add_code, _add_plots_page):
         add(commands)

@@ -27,7 +27,7 @@ TABLE = {
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
 NOTHING = """files kinds settings params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing
              training.record training.launch losses.pictures evaluation.targets evaluation.predict evidence.simulation evidence.choice
-             report.data_figures report.examples report.overlay""".split()
+             evidence.planning report.data_figures report.examples report.overlay""".split()
 # A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing
 # (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.
 REACHED = {
