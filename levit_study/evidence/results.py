@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'NATIVE', 'COLUMNS', 'best_and_last', 'judging_splits', 'judging_cases', 'training_grid', 'check_record',
-           'read_table', 'read_record', 'Results', 'collect', 'special_trainings', 'list_runs', 'typical_cases',
-           'telling_slice', 'examples']
+           'read_table', 'read_record', 'Results', 'with_elsewhere', 'collect', 'special_trainings', 'list_runs',
+           'typical_cases', 'telling_slice', 'examples']
 
 # %% ../../nbs/50_evidence.results.ipynb #3289dd5d
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..data.dataset import PreparedStore
 from ..data.native import stored_volume
 from ..files import StudyError, run_folders
 from ..params import Params, pick_run
+from .elsewhere import read_elsewhere
 from ..training.scores import best_epoch
 
 # %% ../../nbs/50_evidence.results.ipynb #8bda0f6a
@@ -133,6 +134,13 @@ class Results:
     reliability: pd.DataFrame  # one row per run, split and bin of confidence
     problems: list[str]        # runs that could not be read, a line each
 
+# %% ../../nbs/50_evidence.results.ipynb #a645a7b3
+def with_elsewhere(results: Results, params: Params, root=".") -> Results:
+    "Return the results with the cases of methods from elsewhere"
+    rows, problems = read_elsewhere(params, judging_cases(results.cases), root)
+    cases = pd.concat([results.cases, rows], ignore_index=True) if len(rows) else results.cases
+    return replace(results, cases=cases, problems=[*results.problems, *problems])
+
 # %% ../../nbs/50_evidence.results.ipynb #7a7a1957
 def _named(table: pd.DataFrame, run) -> pd.DataFrame:
     "Return a table with the run's names in front"
@@ -166,8 +174,8 @@ def collect(params: Params, root=".") -> Results:
         where = Path(root, "reports", "runs")
         reason = "none of the study's runs can be read"
         raise StudyError(f"{where}: {reason}; the first: {problems[0]}")
-    joined = (pd.concat(tables[name], ignore_index=True) for name in COLUMNS)
-    return Results(*joined, problems)
+    joined = [pd.concat(tables[name], ignore_index=True) for name in COLUMNS]
+    return with_elsewhere(Results(*joined, problems), params, root)
 
 # %% ../../nbs/50_evidence.results.ipynb #03dfbaf9
 def special_trainings(params: Params) -> list[str]:
@@ -252,6 +260,7 @@ def examples(
     import h5py
     store = PreparedStore(Path(root, "data", "prepared", f"{dataset}.h5"))
     cases = results.cases[(results.cases.dataset == dataset) & (results.cases.split == split)]
+    cases = cases[cases.loss.isin(results.runs.loss)]  # elsewhere's label maps are not here
     kept, slices = _kept_predictions(cases, dataset, root), []
     for role, case in typical_cases(cases).items():
         volume, predictions = stored_volume(store, case), {}
