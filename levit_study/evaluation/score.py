@@ -125,7 +125,8 @@ def score(
         try: rows += [about | row for row in score_case(*files, rules)]
         except StudyError as problem: problems.append(str(problem))
     if not rows:
-        raise StudyError(f"{predictions}: none of {len(pairs)} cases can be scored; {problems[-1]}")
+        nothing = f"{predictions}: none of {len(pairs)} cases can be scored"
+        raise StudyError("; ".join([nothing, *problems]))
     return pd.DataFrame(rows), problems
 
 # %% ../../nbs/44_evaluation.score.ipynb #7b3314c3
