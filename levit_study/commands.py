@@ -120,6 +120,7 @@ def _add_train(commands):
     command.add_argument("dataset")
     command.add_argument("loss")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--fold", default=".", help="fold0, fold1 …; left out: the one split")
     command.add_argument("--params", default="params.yaml")
     _add_device(command, default=None)
     command.set_defaults(run=_train)
@@ -127,7 +128,7 @@ def _add_train(commands):
 def _train(a):
     from levit_study.training.launch import train
     enter_project()
-    numbers = train(a.dataset, a.loss, a.seed, a.params, a.device)
+    numbers = train(a.dataset, a.loss, a.seed, a.params, a.device, a.fold)
     if int(os.environ.get("RANK", 0)) == 0: print(json.dumps(numbers, indent=1))
 
 # %% ../nbs/72_commands.ipynb #e8bd732c
@@ -160,6 +161,27 @@ def _ensemble(a):
     params = load_params()
     if params.compute.threads: torch.set_num_threads(params.compute.threads)
     print(json.dumps(evaluate_ensembles(params, a.dataset, a.loss, a.over), indent=1))
+
+# %% ../nbs/72_commands.ipynb #26afad26
+def _add_choose(commands):
+    about = "compare ways to predict (flips, zooms, largest regions) on validation cases alone"
+    command = commands.add_parser("choose", help=about)
+    command.add_argument("dataset")
+    command.add_argument("--losses", nargs="+", help="whose networks; left out: the study's")
+    command.set_defaults(run=_choose)
+
+def _choose(a):
+    from levit_study.evidence.choice import choice_table, compare_predictions
+    from levit_study.params import load_params
+    enter_project()
+    params = load_params()
+    if a.dataset not in params.study.datasets:
+        raise StudyError(f"params.yaml: study.datasets does not name '{a.dataset}'")
+    scores = compare_predictions(params, a.dataset, a.losses)
+    table = choice_table(scores, params.evaluation.confidence, params.evaluation.bootstrap)
+    with written_whole(f"reports/choices/{a.dataset}.csv") as partial:
+        table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
 # %% ../nbs/72_commands.ipynb #72d61c47
 def _add_bench(commands):
@@ -240,7 +262,7 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_predict, _add_export, _add_score, _add_export_splits, _add_train, _add_runs):
         add(commands)
-    for add in (_add_ensemble, _add_bench):
+    for add in (_add_choose, _add_ensemble, _add_bench):
         add(commands)
     for add in (_add_notebook, _add_code, _add_plots_page):
         add(commands)

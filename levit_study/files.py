@@ -119,9 +119,16 @@ def digest_of_code(*files) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 # %% ../nbs/00_files.ipynb #2962afab
-def run_folders(dataset: str, loss: str, seed: int, root=".") -> tuple[Path, Path]:
+def run_folders(
+    dataset: str,
+    loss: str,
+    seed: int,
+    root=".",
+    fold: int | None = None, # None: the one split of a study without folds
+) -> tuple[Path, Path]:
     "Return a run's two folders: results that people read, and weights with checkpoints"
     tail = Path(dataset, loss, f"seed{seed}")
+    if fold is not None: tail = tail / f"fold{fold}"
     return Path(root, "reports", "runs", tail), Path(root, "models", tail)
 
 # %% ../nbs/00_files.ipynb #070f593e

@@ -12,7 +12,7 @@ from levit_study.training import state
 
 # stage -> the rooms that decide its numbers. What is not named here for any stage speaks, measures, describes, checks or starts.
 TABLE = {
-    "prepare": """data.nifti data.labels data.volumes data.folders data.cases data.layouts data.splits data.shapes data.abdomen
+    "prepare": """data.nifti data.labels data.volumes data.folders data.cases data.layouts data.splits data.folds data.shapes data.abdomen
                   data.heart data.phantom data.slices data.dataset data.voxels data.store data.jobs data.manifest data.prepare""",
     "train": """recipes data.augment data.dataset model.upsampling model.grids model.network model.pretrained
                 model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.adaptive
@@ -29,7 +29,7 @@ TABLE = {stage: names.split() for stage, names in TABLE.items()}
 NOTHING = """files kinds settings params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing
              training.record training.launch losses.pictures evaluation.targets evaluation.predict evaluation.ensemble evaluation.maps
              evaluation.score evaluation.exchange evaluation.ensemble_runs
-             evidence.simulation
+             evidence.simulation evidence.choice
              report.data_figures report.examples report.overlay""".split()
 # A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing
 # (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.

@@ -124,7 +124,9 @@ def test_folds_become_entries_of_splits_final(files, study, capsys):
     names = list(table.case)
     for fold in (0, 1): table[f"fold{fold}"] = ["test" if k >= 8 else "valid" if k // 4 == fold else "train" for k in range(10)]
     table.to_csv("reports/data/hearts/splits.csv", index=False)
+    open("params.yaml", "w").write(PARAMS.replace("seeds: [0, 1]", "seeds: [0, 1], folds: [fold0, fold1]"))
     assert run(capsys, "export-splits", "hearts", "nnUNet_raw", "--number", 502)[0] == 0
+    open("params.yaml", "w").write(PARAMS)
     open("reports/data/hearts/splits.csv", "w").write(before)
     entries = json.load(open("nnUNet_raw/Dataset502_hearts/splits_final.json"))
     assert [entry["val"] for entry in entries] == [names[:4], names[4:8]] and entries[0]["train"] == names[4:8]

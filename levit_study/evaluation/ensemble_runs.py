@@ -7,6 +7,7 @@ __all__ = ['Member', 'find_members', 'group_members', 'group_name', 'held_out_ca
 
 # %% ../../nbs/46_evaluation.ensemble_runs.ipynb #c6680991
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 import pandas as pd
 import torch
@@ -28,22 +29,18 @@ class Member:
     cases: Path  # its cases.csv
 
 def find_members(params: Params, dataset: str, loss: str, root=".") -> list[Member]:
-    "The evaluated trainings of a loss, seeds of the study, all folds; `StudyError` for a stale one"
-    members = []
-    for seed in params.study.seeds:
-        reports, models = run_folders(dataset, loss, seed, root)
-        whole = [models / "best.safetensors"]
-        for weights in sorted(models.glob("fold*/best.safetensors")) or whole:
-            tail = weights.parent.relative_to(models)
-            fold = int(tail.name.removeprefix("fold")) if tail.name else None
-            member = Member(seed, fold, weights, reports / tail / "cases.csv")
-            for path in (weights, member.cases):
-                if not path.exists():
-                    raise StudyError(f"{path}: not there; run dvc repro to make it")
-            if not is_evaluated(weights):
-                raise StudyError(f"{weights}: was trained again since; dvc repro evaluates it")
-            members.append(member)
-    return sorted(members, key=lambda member: (member.seed, member.fold or 0))
+    "The evaluated trainings of a loss, all seeds and folds; `StudyError` for a stale one"
+    members, trainings = [], product(params.study.seeds, params.study.fold_numbers)
+    for seed, fold in trainings:
+        reports, models = run_folders(dataset, loss, seed, root, fold)
+        member = Member(seed, fold, models / "best.safetensors", reports / "cases.csv")
+        for path in (member.weights, member.cases):
+            if not path.exists():
+                raise StudyError(f"{path}: not there; run dvc repro to make it")
+        if not is_evaluated(member.weights):
+            raise StudyError(f"{member.weights}: was trained again since; dvc repro evaluates it")
+        members.append(member)
+    return members
 
 # %% ../../nbs/46_evaluation.ensemble_runs.ipynb #511df5cf
 def group_members(members: list[Member], over: str) -> list[list[Member]]:

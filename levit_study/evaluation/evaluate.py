@@ -94,7 +94,7 @@ def evaluate(
     store,           # `PreparedStore`
     network,         # a `Network` with the best epoch's weights, or an `Ensemble`
     predictions=None, # HDF5 file that the label maps go to
-    splits=("valid", "test"),  # or dict split -> cases, where some alone are to be judged
+    splits=("valid", "fold", "test"),  # or dict split -> cases, where some alone are to be judged
     tolerance=None,  # of the normalised surface Dice, mm or voxels
     progress=True,
     watch=None,      # called with split, probabilities, reference of each batch
@@ -121,7 +121,7 @@ def evaluate(
 def mean_metrics(cases) -> dict: # the table of `evaluate`
     """`valid_native_dice`, `test_dice`, `test_jaccard`, `test_hd95`, …: means over structures of
     the means over cases"""
-    named = {"valid": "valid_native", "test": "test"}
+    named = {"valid": "valid_native", "fold": "fold", "test": "test"}
     metrics = ("dice", "jaccard", "hd95", "sensitivity", "specificity")
     return {
         f"{named[split]}_{metric}": float(part.groupby("structure")[metric].mean().mean())

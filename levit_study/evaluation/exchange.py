@@ -33,10 +33,14 @@ def read_splits(dataset: str, root=".") -> list[dict]: # case, patient, split, a
         raise StudyError(f"{path}: is no table of splits; prepare the data set again: dvc repro")
     return [row for row in rows if row["split"] != "left out"]
 
-def roles_by_fold(rows: list[dict]) -> list[dict]: # of `read_splits`
+def roles_by_fold(
+    rows: list[dict],      # of `read_splits`
+    in_folds: bool = True, # False: the one split, whatever folds the data have
+) -> list[dict]:
     "For each fold, or once without folds: {case: train, valid, fold or test}"
     folds = [name for name in rows[0] if name.startswith("fold") and name[4:].isdigit()]
-    return [{row["case"]: row[name] for row in rows} for name in folds or ["split"]]
+    columns = folds if in_folds and folds else ["split"]
+    return [{row["case"]: row[name] for row in rows} for name in columns]
 
 # %% ../../nbs/45_evaluation.exchange.ipynb #ed0a0eb3
 def nnunet_folds(roles: list[dict]) -> list[dict]: # of `roles_by_fold`
@@ -135,7 +139,8 @@ def export_splits(
     check_dataset(params, dataset)
     data = params.datasets[dataset].data
     target = _target(data, dataset, output, number)
-    roles = roles_by_fold(read_splits(dataset, root))
+    in_folds = params.study.fold_numbers != [None]
+    roles = roles_by_fold(read_splits(dataset, root), in_folds)
     cases = _chosen_cases(dataset, data, roles[0].keys(), root)
     unfinished = target.with_name(f".{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -78,7 +78,8 @@ class Network:
     @property
     def title(self) -> str:
         "Which training it comes from, in a few words"
-        return "{} {} seed {}".format(*map(self.card.get, ("dataset", "loss", "seed")))
+        fold = f" fold {self.card['fold']}" if self.card.get("fold") is not None else ""
+        return "{} {} seed {}".format(*map(self.card.get, ("dataset", "loss", "seed"))) + fold
 
     def probabilities(self, image, batch_size: int = 16):
         "See `class_probabilities`"
