@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'NATIVE', 'COLUMNS', 'best_and_last', 'judging_splits', 'judging_cases', 'training_grid', 'check_record',
-           'read_table', 'read_record', 'Results', 'runs_of', 'collect', 'special_trainings', 'list_runs',
-           'typical_cases', 'telling_slice', 'examples']
+           'read_table', 'read_record', 'Results', 'with_elsewhere', 'runs_of', 'collect', 'special_trainings',
+           'list_runs', 'typical_cases', 'telling_slice', 'examples']
 
 # %% ../../nbs/50_evidence.results.ipynb #3289dd5d
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ..data.dataset import PreparedStore
 from ..data.native import stored_volume
 from ..files import StudyError, run_folders, run_tail
 from ..params import Params, Run, pick_run
+from .elsewhere import read_elsewhere
 from ..training.scores import best_epoch, summary
 
 # %% ../../nbs/50_evidence.results.ipynb #8bda0f6a
@@ -149,6 +150,13 @@ class Results:
     problems: list[str]        # runs that could not be read, a line each
     in_folds: bool = False     # whether the study has folds; else `fold` is 0 throughout
 
+# %% ../../nbs/50_evidence.results.ipynb #a645a7b3
+def with_elsewhere(results: Results, params: Params, root=".") -> Results:
+    "Return the results with the cases of methods from elsewhere"
+    rows, problems = read_elsewhere(params, judging_cases(results.cases), root)
+    cases = pd.concat([results.cases, rows], ignore_index=True) if len(rows) else results.cases
+    return replace(results, cases=cases, problems=[*results.problems, *problems])
+
 # %% ../../nbs/50_evidence.results.ipynb #7a7a1957
 def _named(table: pd.DataFrame, run) -> pd.DataFrame:
     "Return a table with the run's names in front"
@@ -173,7 +181,8 @@ def collect(
     runs=None, # folder that holds the runs; None: reports/runs below `root`
 ) -> Results:
     "Collect the study's runs; incomplete ones are `problems`, foreign ones a `StudyError`"
-    runs = Path(root, "reports", "runs") if runs is None else Path(runs)
+    published = runs is not None
+    runs = Path(runs) if published else Path(root, "reports", "runs")
     tables, problems = {name: [] for name in COLUMNS}, []
     for run in runs_of(params):
         folder = runs / run_tail(run.dataset, run.loss, run.seed, run.fold)
@@ -193,8 +202,9 @@ def collect(
         raise StudyError(f"{runs}: {reason}; the first: {problems[0]}")
     names = ["dataset", "loss", "seed", "fold", *COLUMNS["reliability.csv"].split()]
     tables["reliability.csv"] = tables["reliability.csv"] or [pd.DataFrame(columns=names)]
-    joined = (pd.concat(tables[name], ignore_index=True) for name in COLUMNS)
-    return Results(*joined, problems, params.study.fold_numbers != [None])
+    joined = [pd.concat(tables[name], ignore_index=True) for name in COLUMNS]
+    results = Results(*joined, problems, params.study.fold_numbers != [None])
+    return results if published else with_elsewhere(results, params, root)
 
 # %% ../../nbs/50_evidence.results.ipynb #03dfbaf9
 def special_trainings(params: Params) -> list[str]:
@@ -284,6 +294,7 @@ def examples(
     import h5py
     store = PreparedStore(Path(root, "data", "prepared", f"{dataset}.h5"))
     cases = results.cases[(results.cases.dataset == dataset) & (results.cases.split == split)]
+    cases = cases[cases.loss.isin(results.runs.loss)]  # elsewhere's label maps are not here
     slices = []
     for role, case in typical_cases(cases).items():
         kept = _kept_predictions(cases[cases.case == case], results.in_folds, root)
