@@ -96,8 +96,9 @@ def _chance_squares(values) -> tuple[float, int]:
         return float(((values.value - cells.transform("mean")) ** 2).sum()), freedom
     # one seed: what is left of a fold when all losses' common ups and downs are taken out
     table = values.pivot_table(index="fold", columns="loss", values="value").dropna()
+    if min(table.shape) < 2: return 0.0, 0
     rest = table.sub(table.mean(axis=1), axis=0) - table.mean() + table.to_numpy().mean()
-    return float((rest.to_numpy() ** 2).sum()), max(0, (table.shape[0] - 1) * (table.shape[1] - 1))
+    return float((rest.to_numpy() ** 2).sum()), (table.shape[0] - 1) * (table.shape[1] - 1)
 
 def pooled_spread(
     values: pd.DataFrame, # columns loss, seed, value, and fold where there are some
