@@ -18,15 +18,18 @@ TABLE = {
                 model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.adaptive
                 training.state training.scores training.fit""",
     "evaluate": """data.slices data.dataset data.native model.upsampling model.grids model.network model.precision model.build
-                   model.inference training.scores evaluation.metrics evaluation.inference evaluation.card evaluation.evaluate""",
-    "report": """data.cases data.dataset data.native training.scores evaluation.metrics evidence.results evidence.statistics evidence.tables
-                 evidence.derived evidence.claims evidence.paper report.look report.parts report.figures report.differences
-                 report.behaviour report.clinical report.segmentations""",
-    "site": "evidence.results report.look report.pages report.summary report.contents report.site",
+                   model.inference training.scores evaluation.metrics evaluation.inference evaluation.card evaluation.calibration
+                   evaluation.evaluate""",
+    "report": """data.cases data.dataset data.native training.scores evaluation.metrics evaluation.calibration evidence.elsewhere
+                 evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.claims
+                 evidence.verdicts evidence.paper report.look report.parts report.figures report.differences report.behaviour
+                 report.clinical report.segmentations""",
+    "site": "evidence.elsewhere evidence.results report.look report.pages report.summary report.contents report.site",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
 NOTHING = """files kinds settings params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing
-             training.record training.launch losses.pictures evaluation.targets evaluation.predict evidence.simulation evidence.choice
+             training.record training.launch losses.pictures evaluation.targets evaluation.predict evaluation.ensemble evaluation.maps
+             evaluation.score evaluation.exchange evaluation.ensemble_runs evidence.simulation evidence.choice evidence.planning
              report.data_figures report.examples report.overlay""".split()
 # A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing
 # (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.
@@ -37,7 +40,7 @@ REACHED = {
     "evaluate": ["files", "params", "kinds", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained",
                  "training.record", "training.state", "data.nifti", "data.labels", "data.volumes"],
     "report": ["files", "params", "kinds", "settings", "recipes", "losses", "machine", "data.nifti", "data.labels", "data.volumes"],
-    "site": ["files", "params", "kinds", "settings", "recipes", "losses", "data", "training", "evidence.statistics"],
+    "site": ["files", "params", "kinds", "settings", "recipes", "losses", "data", "training", "evidence.statistics", "evidence.intervals"],
 }
 
 

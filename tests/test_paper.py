@@ -15,7 +15,7 @@ ORGANS = {"synapse": ["aorta", "gallbladder", "left kidney", "right kidney", "li
 
 @pytest.mark.parametrize("row", list(LITERATURE.itertuples(index=False)), ids=lambda row: f"{row.dataset}-{row.model}")
 def test_organs_average_to_the_stated_mean(row):
-    organs = LITERATURE.loc[(LITERATURE.dataset == row.dataset) & (LITERATURE.model == row.model), ORGANS[row.dataset]].iloc[0]
+    organs = LITERATURE.loc[(LITERATURE.dataset == row.dataset) & (LITERATURE.model == row.model), ORGANS.get(row.dataset, [])].iloc[0]
     if organs.isna().all():  # a row may state its mean alone, and then says why
         assert "organs left out" in row.note
     else:
@@ -29,6 +29,14 @@ def test_every_row_has_a_source_and_says_whether_it_was_checked():
     assert LITERATURE.loc[LITERATURE.verified == "no", "note"].str.contains("not checked").all()
     assert not LITERATURE.duplicated(["dataset", "model"]).any()
     assert LITERATURE.loc[:, "aorta":"left ventricle"].stack().dropna().between(1, 100).all()  # percent, not fractions
+
+
+def test_the_rows_of_equal_budgets_and_folds_are_kept_apart():
+    folds = LITERATURE[LITERATURE.protocol == "five folds"].set_index(["dataset", "model"])
+    assert folds.mean_dice["btcv", "nnU-Net"] == 83.08
+    assert folds.mean_dice["acdc", "nnU-Net (5 folds)"] == 91.54 and folds.mean_dice["acdc", "MedNeXt L k3 (5 folds)"] == 92.65
+    assert set(folds.patients["btcv"]) == {30} and set(folds.patients["acdc"]) == {100}
+    assert LITERATURE.patients.notna().all() and LITERATURE.protocol.notna().all()
 
 
 def test_the_papers_table_is_kept_as_printed():

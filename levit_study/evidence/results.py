@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'NATIVE', 'COLUMNS', 'best_and_last', 'judging_splits', 'judging_cases', 'training_grid', 'check_record',
-           'read_table', 'read_record', 'Results', 'runs_of', 'collect', 'special_trainings', 'list_runs',
-           'typical_cases', 'telling_slice', 'examples']
+           'read_table', 'read_record', 'Results', 'with_elsewhere', 'runs_of', 'collect', 'special_trainings',
+           'list_runs', 'typical_cases', 'telling_slice', 'examples']
 
 # %% ../../nbs/50_evidence.results.ipynb #3289dd5d
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from pydantic import ValidationError
 
 from ..data.dataset import PreparedStore
 from ..data.native import stored_volume
-from ..files import StudyError, run_folders
+from ..files import StudyError, run_folders, run_tail
 from ..params import Params, Run, pick_run
-from ..training.scores import best_epoch
+from .elsewhere import read_elsewhere
+from ..training.scores import best_epoch, summary
 
 # %% ../../nbs/50_evidence.results.ipynb #8bda0f6a
 def best_and_last(
@@ -121,12 +122,22 @@ def read_record(path: Path) -> dict:
     return record
 
 def _read_run(folder: Path) -> dict:
-    "Return a run's files as {name: content}; `StudyError` names those that are missing or wrong"
-    missing = [name for name in COLUMNS if not (folder / name).exists()]
+    """Return a run's files as {name: content}; `StudyError` names those that are missing or wrong
+
+    A published run has no metrics.json, which follows from its other files, and may have been
+    recorded before reliability.csv was."""
+    published = (folder / "run.json").exists() and not (folder / "metrics.json").exists()
+    optional = {"metrics.json", "reliability.csv"} if published else set()
+    there = [name for name in COLUMNS if (folder / name).exists()]
+    missing = [name for name in COLUMNS if name not in {*there, *optional}]
     if missing:
         raise StudyError(f"{folder}: {', '.join(missing)} missing; run dvc repro to make them")
     readers = {".json": read_record, ".csv": read_table}
-    return {name: readers[Path(name).suffix](folder / name) for name in COLUMNS}
+    files = {name: readers[Path(name).suffix](folder / name) for name in there}
+    if published:
+        record = read_record(folder / "run.json")
+        files["metrics.json"] = summary(files["epochs.csv"].to_dict("records")) | record
+    return files
 
 # %% ../../nbs/50_evidence.results.ipynb #be5d824d
 @dataclass
@@ -138,6 +149,13 @@ class Results:
     reliability: pd.DataFrame  # one row per run, split and bin of confidence
     problems: list[str]        # runs that could not be read, a line each
     in_folds: bool = False     # whether the study has folds; else `fold` is 0 throughout
+
+# %% ../../nbs/50_evidence.results.ipynb #a645a7b3
+def with_elsewhere(results: Results, params: Params, root=".") -> Results:
+    "Return the results with the cases of methods from elsewhere"
+    rows, problems = read_elsewhere(params, judging_cases(results.cases), root)
+    cases = pd.concat([results.cases, rows], ignore_index=True) if len(rows) else results.cases
+    return replace(results, cases=cases, problems=[*results.problems, *problems])
 
 # %% ../../nbs/50_evidence.results.ipynb #7a7a1957
 def _named(table: pd.DataFrame, run) -> pd.DataFrame:
@@ -157,11 +175,17 @@ def _with_defaults(record: dict) -> dict:
     try: return Run.model_validate_json(json.dumps(record)).record()
     except ValidationError: return record
 
-def collect(params: Params, root=".") -> Results:
+def collect(
+    params: Params,
+    root=".",
+    runs=None, # folder that holds the runs; None: reports/runs below `root`
+) -> Results:
     "Collect the study's runs; incomplete ones are `problems`, foreign ones a `StudyError`"
+    published = runs is not None
+    runs = Path(runs) if published else Path(root, "reports", "runs")
     tables, problems = {name: [] for name in COLUMNS}, []
     for run in runs_of(params):
-        folder = run_folders(run.dataset, run.loss, run.seed, root, run.fold)[0]
+        folder = runs / run_tail(run.dataset, run.loss, run.seed, run.fold)
         try: files = _read_run(folder)
         except StudyError as error:
             problems.append(str(error))
@@ -174,11 +198,13 @@ def collect(params: Params, root=".") -> Results:
         files["metrics.json"] = pd.DataFrame([plain])
         for name, table in files.items(): tables[name].append(_named(table, run))
     if not tables["metrics.json"]:
-        where = Path(root, "reports", "runs")
         reason = "none of the study's runs can be read"
-        raise StudyError(f"{where}: {reason}; the first: {problems[0]}")
-    joined = (pd.concat(tables[name], ignore_index=True) for name in COLUMNS)
-    return Results(*joined, problems, params.study.fold_numbers != [None])
+        raise StudyError(f"{runs}: {reason}; the first: {problems[0]}")
+    names = ["dataset", "loss", "seed", "fold", *COLUMNS["reliability.csv"].split()]
+    tables["reliability.csv"] = tables["reliability.csv"] or [pd.DataFrame(columns=names)]
+    joined = [pd.concat(tables[name], ignore_index=True) for name in COLUMNS]
+    results = Results(*joined, problems, params.study.fold_numbers != [None])
+    return results if published else with_elsewhere(results, params, root)
 
 # %% ../../nbs/50_evidence.results.ipynb #03dfbaf9
 def special_trainings(params: Params) -> list[str]:
@@ -268,6 +294,7 @@ def examples(
     import h5py
     store = PreparedStore(Path(root, "data", "prepared", f"{dataset}.h5"))
     cases = results.cases[(results.cases.dataset == dataset) & (results.cases.split == split)]
+    cases = cases[cases.loss.isin(results.runs.loss)]  # elsewhere's label maps are not here
     slices = []
     for role, case in typical_cases(cases).items():
         kept = _kept_predictions(cases[cases.case == case], results.in_folds, root)
