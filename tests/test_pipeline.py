@@ -77,7 +77,7 @@ def test_every_result_is_there(study):
         with open(run / "cases.csv") as file: rows = list(csv.DictReader(file))
         assert {r["split"] for r in rows} == {"valid", "test"} and len({r["structure"] for r in rows}) == 8
         assert not {r["case"] for r in rows if r["split"] == "valid"} & {r["case"] for r in rows if r["split"] == "test"}
-    for name in ["table1.csv", "table1.md", "organs.csv", "claims.csv", "index.html", "site/index.html", *[f"figures/fig{k}.{kind}" for k in range(1,
+    for name in ["table1.csv", "table1.md", "organs.csv", "derived.csv", "claims.csv", "index.html", "site/index.html", *[f"figures/fig{k}.{kind}" for k in range(1,
             5) for kind in ("png", "svg")]]:
         assert (study / "reports" / name).stat().st_size > 100, name
     with open(study / "reports/claims.csv") as file: assert {r["verdict"] for r in csv.DictReader(file)} <= {"supported", "contradicted", "inconclusive"}
