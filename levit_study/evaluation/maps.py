@@ -10,7 +10,7 @@ import math
 import re
 import numpy as np
 import torch
-from ..data.nifti import write_shares
+from ..data.nifti import write_label_map
 from .calibration import calibrated
 from .targets import Outputs, ScanFiles
 
@@ -49,7 +49,8 @@ class Maps:
 
     def write(self, files: ScanFiles, header):
         "Write them into the scan's folder of maps, on the grid of the scan with this header"
-        for name, shares in self.shares.items(): write_shares(files.map_file(name), shares, header)
+        for name, shares in self.shares.items():
+            write_label_map(files.map_file(name), shares, header, slope=1/255)
 
     def record(self) -> dict:
         "What the JSON file beside the label map says of them"
