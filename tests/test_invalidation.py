@@ -20,8 +20,8 @@ TABLE = {
     "evaluate": """data.slices data.dataset data.native model.upsampling model.grids model.network model.precision model.build
                    model.inference training.scores evaluation.metrics evaluation.inference evaluation.card evaluation.evaluate""",
     "report": """data.cases data.dataset data.native training.scores evidence.results evidence.statistics evidence.tables
-                 evidence.claims evidence.paper report.look report.parts report.figures report.differences report.behaviour
-                 report.segmentations""",
+                 evidence.claims evidence.paper evidence.survival evidence.ranking report.look report.parts report.figures
+                 report.differences report.design report.behaviour report.segmentations""",
     "site": "evidence.results report.look report.pages report.summary report.contents report.site",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
