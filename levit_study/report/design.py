@@ -67,7 +67,8 @@ def _draw_claims(ax, rows, about):
         if shaded.iloc[place]: ax.axhspan(place - .5, place + .5, color="#F4F4F4", lw=0, zorder=0)
         color = _VERDICTS.get(row.verdict, "#777777")
         if pd.notna(row.margin):
-            ax.fill_betweenx([place - .4, place + .4], -row.margin, row.margin, color="#CFE3F1", lw=0)
+            band = [place - .4, place + .4]
+            ax.fill_betweenx(band, -row.margin, row.margin, color="#CFE3F1", lw=0)
         ax.hlines(place, row.low, row.high, color=color, lw=1.3)
         alone = not np.isfinite(row.low)
         ax.plot(row.estimate, place, "o", ms=3.6, color=color, mfc="white" if alone else color)
@@ -99,7 +100,8 @@ def claims_forest(
             ax.set_xlabel(f"Difference in {scale}, right of 0: as the paper claims")
     marks = [Line2D([], [], marker="o", color=color, label=verdict)
              for verdict, color in (_VERDICTS | {"not decided": "#777777"}).items()]
-    hollow = Line2D([], [], marker="o", ls="none", color="#777777", mfc="white", label="no interval")
+    look = dict(marker="o", ls="none", color="#777777", mfc="white")
+    hollow = Line2D([], [], label="no interval", **look)
     legend_below(figure, [*marks, hollow])
     return finished(figure, "The paper's claims, comparison by comparison", _CLAIMS_BODY,
                     f"Forest plot. {_claims_in_words(table, about)}", table, about)
@@ -115,7 +117,8 @@ def _claims_in_words(table, about):
     "Say per data set which claims have which verdict"
     words = []
     for dataset, rows in table.groupby("dataset", sort=False):
-        verdicts = rows.drop_duplicates("claim").groupby("verdict", sort=False)["claim"].agg(", ".join)
+        verdicts = rows.drop_duplicates("claim").groupby("verdict", sort=False)["claim"]
+        verdicts = verdicts.agg(", ".join)
         listed = "; ".join(f"{verdict}: {claims}" for verdict, claims in verdicts.items())
         words.append(f"{about.dataset(dataset)}: {listed}.")
     return " ".join(words)
@@ -162,8 +165,8 @@ def rank_stability(
 
 _RANKING_BODY = (
     "Losses ranked by mean Dice in 2,000 bootstrap draws of patients (the same for all losses) and"
-    " of each loss's trainings; bars: in how many draws a loss holds the rank. With one training per"
-    " loss only patients are drawn, and the ranking looks steadier than it is.")
+    " of each loss's trainings; bars: in how many draws a loss holds the rank. With one training"
+    " per loss only patients are drawn, and the ranking looks steadier than it is.")
 
 def _firsts_in_words(table, about):
     "Say how often each loss comes first over all structures"
@@ -233,8 +236,8 @@ def survival_curves(
 _SURVIVAL_BODY = (
     "From means and number of patients alone; the spread between patients and the correlation of"
     " two methods over them are assumed, as most tables print neither. Grey: the spread that this"
-    " study's trainings have on ACDC; orange: the least spread of whatever the paper averaged, which"
-    " its own Dice and Jaccard imply (more than patients can differ: slices, perhaps). Chance"
+    " study's trainings have on ACDC; orange: the least spread of whatever the paper averaged,"
+    " which its own Dice and Jaccard imply (more than patients can differ: slices, perhaps). Chance"
     " between trainings, one each in all these tables, comes on top. After Christodoulou et al."
     " (2025), arXiv 2505.04720.")
 
