@@ -28,13 +28,16 @@ def _add_predict(commands):
     command = commands.add_parser("predict", help=about, description=f"{about}. {_RESEARCH}")
     add, either = command.add_argument, argparse.BooleanOptionalAction
     add("scan", help=".nii or .nii.gz, or a folder of them")
-    add("--weights", required=True, help="best.safetensors of a run, under models/")
+    several = "; several, or a folder of runs: their probabilities are averaged"
+    add("--weights", required=True, nargs="+", help=f"best.safetensors of a run{several}")
     add("--output", required=True, help="label map to write (a folder for a folder)")
     evaluated = "; left out: as the weights were evaluated"
     add("--flips", action=either, help=f"average over mirrored slices{evaluated}")
     add("--zooms", nargs="+", type=float, help=f"views that show more (below 1) or less{evaluated}")
     add("--largest-regions", action=either, help=f"keep each structure's largest region{evaluated}")
     add("--overlay", action="store_true", help="write a picture with contours, too")
+    add("--probabilities", action="store_true", help="write a volume per structure, too")
+    add("--uncertainty", action="store_true", help="write a volume of the entropy, 0 to 1, too")
     add("--volumes", help="CSV to write: volume of each structure per scan, in ml")
     existing = command.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace files that exist")
@@ -50,7 +53,7 @@ def _predict(a):
     overlay = None
     if a.overlay: from levit_study.report.overlay import draw_overlay as overlay
     existing = "overwrite" if a.overwrite else "keep" if a.keep else "refuse"
-    outputs = Outputs(a.output, a.volumes, overlay, existing)
+    outputs = Outputs(a.output, a.volumes, overlay, existing, a.probabilities, a.uncertainty)
     changes = {"flips": a.flips, "zooms": a.zooms, "largest_regions": a.largest_regions}
     scans = Scans(a.scan, a.assume_axes)
     for path in predict(scans, a.weights, outputs, changes, a.device, a.precision): print(path)
@@ -69,6 +72,47 @@ def _export(a):
     difference = export_onnx(model, a.output, **card)
     print(f"{a.output}: largest difference to the model {difference:.2e} of the largest logit")
 
+# %% ../nbs/72_commands.ipynb #823efca9
+def _add_score(commands):
+    about = "measure any method's label maps by this study's rules"
+    command = commands.add_parser("score", help=about)
+    add = command.add_argument
+    add("predictions", help="folder of label maps, .nii or .nii.gz, named as the references")
+    add("references", help="folder of label maps")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--structures", nargs="+", metavar="NAME=VALUE", help="what is measured")
+    which.add_argument("--dataset", help="of params.yaml: its structures and surface tolerance")
+    numbering = "numbering of the %s: btcv13 and others by name, or VALUE=NAME …"
+    add("--label-map", nargs="+", help=numbering % "predictions")
+    add("--reference-label-map", nargs="+", help=numbering % "references")
+    add("--tolerance", type=float, help="of the surface Dice, mm (2)")
+    add("--output", help="CSV to write, with the columns of cases.csv")
+    add("--as", dest="name", help="keep the scores as this method's for the report, with --dataset")
+    command.set_defaults(run=_score)
+
+def _score(a):
+    from levit_study.evaluation.score import mean_scores, score_folders, write_scores
+    if a.name and not a.dataset: raise StudyError("--as: needs --dataset, whose report shows it")
+    table, problems = score_folders(a)
+    for line in problems: print(f"levit-study: {line}", file=sys.stderr)
+    if a.output: write_scores(table, a.output)
+    print(mean_scores(table).to_string(float_format=lambda x: f"{x:.4f}"))
+
+def _add_export_splits(commands):
+    about = "write a data set with this study's splits as nnU-Net reads it"
+    command = commands.add_parser("export-splits", help=about)
+    command.add_argument("dataset")
+    command.add_argument("output", help="folder to write into, nnU-Net's nnUNet_raw")
+    command.add_argument("--number", type=int, default=501, help="of the data set (501)")
+    command.set_defaults(run=_export_splits)
+
+def _export_splits(a):
+    from levit_study.evaluation.exchange import export_splits
+    from levit_study.params import load_params
+    output = os.path.abspath(a.output)
+    enter_project()
+    print(export_splits(load_params(), a.dataset, output, a.number))
+
 # %% ../nbs/72_commands.ipynb #47f47547
 def _add_train(commands):
     about = "train one run of the study on its prepared data (what torchrun starts on several GPUs)"
@@ -76,6 +120,7 @@ def _add_train(commands):
     command.add_argument("dataset")
     command.add_argument("loss")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--fold", default=".", help="fold0, fold1 …; left out: the one split")
     command.add_argument("--params", default="params.yaml")
     _add_device(command, default=None)
     command.set_defaults(run=_train)
@@ -83,7 +128,7 @@ def _add_train(commands):
 def _train(a):
     from levit_study.training.launch import train
     enter_project()
-    numbers = train(a.dataset, a.loss, a.seed, a.params, a.device)
+    numbers = train(a.dataset, a.loss, a.seed, a.params, a.device, a.fold)
     if int(os.environ.get("RANK", 0)) == 0: print(json.dumps(numbers, indent=1))
 
 # %% ../nbs/72_commands.ipynb #e8bd732c
@@ -96,6 +141,46 @@ def _runs(a):
     enter_project()
     table = list_runs()
     if table.empty: raise StudyError("reports/runs: holds no run yet; train with dvc repro")
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
+
+# %% ../nbs/72_commands.ipynb #07a0550f
+def _add_ensemble(commands):
+    about = "judge the trainings of a loss together, on cases that all of them held out"
+    command = commands.add_parser("ensemble", help=about)
+    command.add_argument("dataset")
+    command.add_argument("loss")
+    averaged = "average over seeds (for each fold), folds (for each seed), or all (the default)"
+    command.add_argument("--over", default="all", choices=["seeds", "folds", "all"], help=averaged)
+    command.set_defaults(run=_ensemble)
+
+def _ensemble(a):
+    import torch
+    from levit_study.evaluation.ensemble_runs import evaluate_ensembles
+    from levit_study.params import load_params
+    enter_project()
+    params = load_params()
+    if params.compute.threads: torch.set_num_threads(params.compute.threads)
+    print(json.dumps(evaluate_ensembles(params, a.dataset, a.loss, a.over), indent=1))
+
+# %% ../nbs/72_commands.ipynb #26afad26
+def _add_choose(commands):
+    about = "compare ways to predict (flips, zooms, largest regions) on validation cases alone"
+    command = commands.add_parser("choose", help=about)
+    command.add_argument("dataset")
+    command.add_argument("--losses", nargs="+", help="whose networks; left out: the study's")
+    command.set_defaults(run=_choose)
+
+def _choose(a):
+    from levit_study.evidence.choice import choice_table, compare_predictions
+    from levit_study.params import load_params
+    enter_project()
+    params = load_params()
+    if a.dataset not in params.study.datasets:
+        raise StudyError(f"params.yaml: study.datasets does not name '{a.dataset}'")
+    scores = compare_predictions(params, a.dataset, a.losses)
+    table = choice_table(scores, params.evaluation.confidence, params.evaluation.bootstrap)
+    with written_whole(f"reports/choices/{a.dataset}.csv") as partial:
+        table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
     print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
 # %% ../nbs/72_commands.ipynb #5b4fce79
@@ -203,7 +288,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     p.add_argument("--version", action="version", version=f"levit-study {__version__}")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_predict, _add_export, _add_train, _add_runs, _add_plan, _add_bench):
+    for add in (_add_predict, _add_export, _add_score, _add_export_splits, _add_train, _add_runs):
+        add(commands)
+    for add in (_add_choose, _add_ensemble, _add_plan, _add_bench):
         add(commands)
     for add in (_add_notebook, _add_code, _add_plots_page):
         add(commands)

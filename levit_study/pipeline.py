@@ -36,7 +36,9 @@ def _write_settings(params: Params, folder: Path):
     "Write the settings that each stage of the study comes to"
     for dataset in params.study.datasets:
         about = params.datasets[dataset]
-        write_json(folder / dataset / "data.json", about.data.model_dump(mode="json"))
+        in_folds = {"in_folds": params.study.fold_numbers != [None]}
+        data = about.data.model_dump(mode="json") | in_folds
+        write_json(folder / dataset / "data.json", data)
         evaluation = pick_evaluation(params, dataset)
         decides = evaluation.model_dump(mode="json", exclude={"seed_sd"})  # the claims' alone
         write_json(folder / dataset / "evaluation.json", decides)

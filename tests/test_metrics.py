@@ -85,10 +85,10 @@ def monai_hd95(prediction, reference, spacing):
     return double
 
 
-@pytest.mark.parametrize("spacing", [None, (10.0, 1.37, 1.37), (2.5, 0.7, 0.9)])
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (10.0, 1.37, 1.37), (2.5, 0.7, 0.9)])
 def test_equal_to_monai(spacing):
     from monai.metrics import compute_average_surface_distance, compute_iou, compute_surface_dice
-    tolerance = 1 if spacing is None else 2
+    tolerance = 2
     for prediction, reference in pairs():
         measured = case_metrics(prediction, reference, STRUCTURES, spacing)
         maps, mm = (one_hot(prediction), one_hot(reference)), {"spacing": spacing}
@@ -145,7 +145,7 @@ masks = st.integers(0, 2**32 - 1).map(random_mask)
 @given(masks, masks)
 def test_symmetry_range_and_surroundings(prediction, reference):
     """Swapping the maps swaps sensitivity and precision and leaves the rest; a wider field of view
-    changes specificity alone"""
+    changes specificity and the diagonal alone"""
     def measured(*maps):
         return case_metrics(*maps, {"structure": 1}, (3, 1, .5))[0]
 
@@ -159,7 +159,7 @@ def test_symmetry_range_and_surroundings(prediction, reference):
         assert 0 <= one[name] <= 1
     # Background around both maps stays outside the surfaces: the rim was surface before as well.
     wide = measured(np.pad(prediction, 2), np.pad(reference, 2))
-    assert_same(one.keys() - {"structure", "unit", "specificity"}, wide)
+    assert_same(one.keys() - {"structure", "unit", "specificity", "diagonal"}, wide)
 
 
 @settings(max_examples=40, deadline=None)
@@ -173,6 +173,32 @@ def test_distances_by_brute_force(prediction, reference):
     one, other = surface_distances(prediction, reference, spacing)
     np.testing.assert_allclose(np.sort(one), np.sort(table.min(1)), atol=1e-12)
     np.testing.assert_allclose(np.sort(other), np.sort(table.min(0)), atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(masks, masks, st.integers(0, 7), st.integers(0, 7))
+def test_distances_within_slices_by_brute_force(prediction, reference, no_prediction, no_reference):
+    """Without spacing: per slice, pooled; a slice that one map leaves empty counts up to the middle of
+    the other's outline, and as wrong for the surface Dice"""
+    from scipy.ndimage import binary_erosion
+    from scipy.spatial.distance import cdist
+    for mask, empty in ((prediction, no_prediction), (reference, no_reference)):
+        mask[[place for place in range(3) if empty >> place & 1]] = False
+    if not (prediction.any() and reference.any()): return
+    distances, within = [[], []], []
+    for pair in zip(prediction, reference, strict=True):
+        rims = [np.argwhere(mask & ~binary_erosion(mask)) for mask in pair]
+        for lists, rim, other in zip(distances, rims, rims[::-1], strict=True):
+            if not len(rim): continue
+            alone = not len(other)
+            nearest = cdist(rim, [rim.mean(0)] if alone else other).min(1)
+            lists += list(nearest)
+            within += [not alone and distance <= 1 for distance in nearest]
+    row = case_metrics(prediction, reference, {"structure": 1})[0]
+    assert row["hd95"] == pytest.approx(max(np.percentile(lists, 95) for lists in distances))
+    assert row["asd"] == pytest.approx(np.mean(sum(distances, [])))
+    assert row["nsd"] == pytest.approx(np.mean(within))
+    assert (row["unit"], row["diagonal"]) == ("pixel", pytest.approx(np.hypot(6, 7)))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int64"])

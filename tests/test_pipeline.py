@@ -141,13 +141,13 @@ def test_reading_costs_no_training(study, environment):
         assert set(repro(study, environment)[0]) <= {"code"}
         notebook.cells[-1].source += "\nlen('more')"
         nbformat.write(notebook, path)
-        assert waiting(study, environment) == {f"train@phantom_ct-{loss}-0" for loss in LOSSES}
+        assert waiting(study, environment) == {f"train@phantom_ct-{loss}-0-." for loss in LOSSES}
     finally: path.write_text(before)
     assert repro(study, environment)[0] == ["code"]
 
 
 @pytest.mark.parametrize("room, stages", [("report/figures", {"report"}), ("evidence/statistics", {"report"}), ("bench", set()),
-                                          ("losses/paper", {f"train@phantom_ct-{loss}-0" for loss in LOSSES})])
+                                          ("losses/paper", {f"train@phantom_ct-{loss}-0-." for loss in LOSSES})])
 def test_code_changes_what_depends_on_it(study, environment, room, stages):
     path = study / "levit_study" / f"{room}.py"
     before = path.read_text()
@@ -161,7 +161,7 @@ def test_code_changes_what_depends_on_it(study, environment, room, stages):
 
 
 def test_changed_code_trains_anew(study, environment):
-    path, stage = study / "levit_study/losses/paper.py", "train@phantom_ct-focal-0"
+    path, stage = study / "levit_study/losses/paper.py", "train@phantom_ct-focal-0-."
     run = study / "reports/runs/phantom_ct/focal/seed0"
     before, record = path.read_text(), (run / "run.json").read_bytes()
     def first_loss():
@@ -193,7 +193,7 @@ def test_one_parameter_reruns_its_part_alone(study, environment):
     before = (study / "reports/runs/phantom_ct/baseline/seed0/epochs.csv").read_bytes()
     change(study, lambda c: c["losses"]["focal"].update(gamma=1.0, training={"learning_rate": 0.001}))
     stages, _ = repro(study, environment)
-    assert stages == ["code", "train@phantom_ct-focal-0", "evaluate@phantom_ct-focal-0", "report", "site"]
+    assert stages == ["code", "train@phantom_ct-focal-0-.", "evaluate@phantom_ct-focal-0-.", "report", "site"]
     assert (study / "reports/runs/phantom_ct/baseline/seed0/epochs.csv").read_bytes() == before
     used = json.loads((study / "reports/runs/phantom_ct/focal/seed0/metrics.json").read_text())["parameters"]
     assert used["loss_settings"]["gamma"] == 1.0 and used["training"]["learning_rate"] == 0.001

@@ -302,3 +302,72 @@ def test_other_formats_are_named_with_a_converter(place, capsys, name, head, con
     output = "labels" if scans == "series" else "labels.nii"
     line = refused(capsys, scans, "--output", output)
     assert name in line and converter in line and "convert it" in line
+
+
+def network(path, seed=1, **changes):
+    "Another network's weights"
+    torch.manual_seed(seed)
+    size = changes.pop("size", 32)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    save_weights(path, levit_unet("128s", 3, image_size=size), **CARD | {"seed": seed} | changes)
+    return path
+
+
+def test_a_folder_of_runs_is_the_mean_of_its_networks(place, capsys):
+    for seed in (0, 1, 2): network(f"runs/seed{seed}/best.safetensors", seed)
+    asked = "--output", "mean.nii.gz", "--probabilities", "--uncertainty"
+    status, printed, _ = predict(capsys, "scan.nii.gz", *asked, weights="runs")
+    assert status == 0 and printed == ["mean.nii.gz"]
+    by_hand = 0
+    for seed in (0, 1, 2):
+        member = f"runs/seed{seed}/best.safetensors"
+        predict(capsys, "scan.nii.gz", "--output", f"{seed}.nii.gz", "--probabilities", weights=member)
+        by_hand = by_hand + nib.load(f"{seed}_maps/myocardium.nii.gz").get_fdata() / 3
+    mean = nib.load("mean_maps/myocardium.nii.gz")
+    assert np.abs(mean.get_fdata() - by_hand).max() <= 1.01 / 255 and mean.get_data_dtype() == np.uint8
+    about = json.load(open("mean.json"))
+    assert [member["seed"] for member in about["model"]["ensemble"]] == [0, 1, 2]
+    assert about["maps"] == {"files": ["left_ventricle", "myocardium", "uncertainty"], "temperature": None}
+    status, _, _ = predict(capsys, "scan.nii.gz", *asked, "--keep", weights="runs")
+    assert status == 0
+    network("runs/seed3/best.safetensors", 3)   # another ensemble's label map is not kept as this one's
+    status, _, err = predict(capsys, "scan.nii.gz", *asked, "--keep", weights="runs")
+    assert status == 1 and "mean.nii.gz: kept, but mean.json does not say" in err
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"structures": {"liver": 1, "spleen": 2}}, "structures liver, spleen, where best.safetensors has left ventricle, myocardium"),
+    ({"size": 64}, "size [64, 64], where best.safetensors has [32, 32]"),
+    ({"crop": 0.8}, "crop 0.8, where best.safetensors has None"),
+    ({"intensity": "unit"}, "intensity unit, where best.safetensors has minmax"),
+])
+def test_networks_for_other_images_make_no_ensemble(place, capsys, changes, message):
+    other = network("other/best.safetensors", **changes)
+    before = snapshot()
+    status = main(["predict", "scan.nii.gz", "--weights", "best.safetensors", other, "--output", "x.nii", "--device", "cpu"])
+    err = capsys.readouterr().err.splitlines()
+    assert status == 1 and snapshot() == before and len(err) == 1 and f"error: {other}: {message}" in err[0]
+
+
+def test_no_map_replaces_what_is_there(place, capsys):
+    os.mkdir("labels_maps")
+    open("labels_maps/uncertainty.nii.gz", "w").close()
+    assert "labels_maps/uncertainty.nii.gz: exists already" in refused(capsys, "scan.nii.gz", "--output", "labels.nii", "--uncertainty")
+
+
+def test_an_ensemble_holds_one_network_at_a_time(place, capsys, monkeypatch):
+    import gc
+    import weakref
+    from levit_study.evaluation import ensemble as room
+    alive, most, true_load = weakref.WeakSet(), [], room.load_network
+
+    def load(*arguments):
+        gc.collect()
+        most.append(len(alive))
+        loaded = true_load(*arguments)
+        alive.add(loaded.model)
+        return loaded
+    monkeypatch.setattr(room, "load_network", load)
+    for seed in range(4): network(f"runs/seed{seed}/best.safetensors", seed)
+    assert predict(capsys, "scan.nii.gz", "--output", "mean.nii", weights="runs")[0] == 0
+    assert most == [0, 0, 0, 0]

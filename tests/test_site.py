@@ -90,10 +90,10 @@ def write_run(folder, dataset, loss, seed):
 
 
 def write_tables(reports):
-    common = {"patients": 4, "dice_low": .6, "dice_high": .8, "hd95_low": 3, "hd95_high": 8,
+    common = {"patients": 4, "dice_low": .6, "dice_high": .8, "nsd_low": .5, "nsd_high": .7,
               "unit": "mm"}
     rows = [common | {"dataset": dataset, "structure": structure, "loss": loss, "split": split,
-                      "dice": .7 + .02 * k, "hd95": 5.5 - k}
+                      "dice": .7 + .02 * k, "nsd": .6 + .01 * k}
             for dataset in DATASETS for k, loss in enumerate(LOSSES)
             for split in ("valid", "test") for structure in ("a", "b", ALL)]
     pd.DataFrame(rows).to_csv(reports / "organs.csv", index=False)
@@ -134,7 +134,7 @@ def write_study(project, folder):
     reports = folder / "reports"
     figures = [picture("Best Dice"), picture("Course of training", (7, 4))]
     for k, each in enumerate(figures):
-        save_figure(each, reports / "figures", f"fig{k + 1}")
+        save_figure(each, reports / "figures", f"fig{k + 1}", "dvc repro report, revision 1a2b")
     write_report(reports / "report.ipynb", figures)
     for dataset in DATASETS:
         fingerprint = new_code_cell("fingerprint", outputs=[shown(WIDE)])
@@ -349,6 +349,8 @@ def test_single_page_prints_whole(study, browser):
 def test_figures_are_sharp_and_carry_their_words(study):
     text = (site_of(study[0]) / "report.html").read_text(encoding="utf-8")
     assert 'alt="Best Dice: the line rises from 0.2 to 0.6."' in text and "<figcaption>" in text
+    made = re.search(r'<a [^>]*href="([^"]*)"[^>]*>(?:<span[^>]*>)?Made by dvc repro report, revision 1a2b', text)
+    assert made and made[1].endswith("runs/index.html")
     assert "fetch('https" not in text
 
 

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from levit_study.files import run_folders
 from levit_study.params import load_params, pick_run
 from levit_study.evidence.results import collect
-from levit_study.evidence.statistics import bootstrap_interval, holm, paired_tests
+from levit_study.evidence.intervals import bootstrap_interval
+from levit_study.evidence.statistics import holm, paired_tests
 from levit_study.evidence.tables import convergence, optimism, organ_table, table1, to_markdown
-from levit_study.evidence.claims import CLAIMS, claims_ledger
+from levit_study.evidence.claims import CLAIMS
+from levit_study.evidence.verdicts import claims_ledger
 
 LOSSES, VERDICTS = ["baseline", "focal", "focal_tversky"], {"supported", "contradicted", "inconclusive"}
 

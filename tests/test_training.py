@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import pandas as pd
 import psutil
 import pytest
 from safetensors.torch import load_file
 from toy import toy_run, toy_store
 
+from levit_study.files import StudyError
 from levit_study.losses import build_loss
 from levit_study.training.fit import fit
 from levit_study.training.record import Stopped
@@ -113,6 +115,38 @@ def test_a_first_training_goes_on_where_dvc_took_its_best_weights_away(toys, tmp
         train(name, (lines := []).append)
         assert "going on from epoch 4" in lines[0]
     same(tmp_path / "untouched", tmp_path / "taken")
+
+
+def test_a_complete_run_goes_on_for_more_epochs_as_if_it_had_been_asked_for_them(toys, tmp_path):
+    "With `keep_state` and a constant rate; otherwise it says why it starts anew"
+    def train(name, epochs, **settings):
+        run = toy_run(epochs=epochs, **{"schedule": "constant", "keep_state": True, **settings})
+        fit(run, toys / "toy.h5", tmp_path / name, tmp_path / name, "cpu", (lines := []).append, progress=False)
+        return lines
+    train("on", 2)
+    assert "going on from epoch 3" in train("on", 4)[0]
+    train("straight", 4)
+    same(tmp_path / "on", tmp_path / "straight")
+    train("other", 1, keep_state=False)
+    assert "training.epochs: 2, was 1; training.keep_state: true, set before, keeps" in train("other", 2, keep_state=False)[0]
+    train("cosine", 1, schedule="cosine")
+    assert "was 1; the rates of schedule cosine depend on it); starting anew" in train("cosine", 2, schedule="cosine")[0]
+    assert "starting anew" in train("on", 3)[0]   # fewer than are done
+
+
+def test_a_training_of_a_fold_sees_its_own_cases_alone(toys, tmp_path):
+    roles = ["fold train", "train fold", "train train", "valid train", "train valid", "test test"]
+    shutil.copy(toys / "toy.h5", tmp_path / "toy.h5")
+    with h5py.File(tmp_path / "toy.h5", "a") as file: file["cases/folds"] = [role.encode() for role in roles]
+    run = toy_run(epochs=1)
+    for fold in (0, 1):
+        one = run.model_copy(update={"fold": fold})
+        fit(one, tmp_path / "toy.h5", tmp_path / f"{fold}", tmp_path / f"{fold}", "cpu", print, progress=False)
+        assert json.loads((tmp_path / f"{fold}/run.json").read_text())["parameters"]["fold"] == fold
+    curves = [pd.read_csv(tmp_path / f"{fold}/epochs.csv") for fold in (0, 1)]
+    assert (curves[0].valid_dice != curves[1].valid_dice).all() and curves[0].train_case_dice.notna().all()
+    with pytest.raises(StudyError, match="no fold2; its data are divided into 2 folds"):
+        fit(run.model_copy(update={"fold": 2}), tmp_path / "toy.h5", tmp_path / "2", tmp_path / "2", "cpu", print, progress=False)
 
 
 def test_validation_is_the_same_with_two_processes(toys, environment):

@@ -38,7 +38,7 @@ def toy_run(loss="baseline", **training):
     from levit_study.params import Data, Model, Run, Training
     settings = {"epochs": 4, "batch_size": 2, "accumulate": 2, "learning_rate": 1e-3,
                 "precision": "fp32", "ema": 0.9, "schedule": "cosine",
-                "warmup_epochs": 1, **training}
+                "warmup_epochs": 1, "foreground": 0.5, **training}
     return Run(
         dataset="toy", loss=loss, seed=0,
         data=Data(folder="", structures={"disc": 1, "square": 2}, size=32),

@@ -19,7 +19,8 @@ from pathlib import Path
 from ..files import StudyError, digest_of_code, hash_file
 from .voxels import reading
 from .dataset import SPLITS, STORE_FORMAT
-from .splits import benchmark_valid, split_cases
+from .folds import fold_splits
+from .splits import benchmark_valid, joined, split_cases
 from .volumes import shared_orientation
 
 # %% ../../nbs/18d_data.jobs.ipynb #6f10ea97
@@ -31,6 +32,7 @@ class Job:
     key: str = ""       # see `_case_key`
     problem: str = ""   # why it cannot be prepared
     split: str = ""     # train, valid or test
+    folds: list = field(default_factory=list)  # what it is in each fold, where there are folds
     left_out: str = ""  # why it must not be used although it can be prepared
 
     @property
@@ -152,29 +154,48 @@ def _movable(groups, jobs, kind):
             parts[number, places[patient]].add(patient)
     return [part for part in parts.values() if len(part) > 1]
 
+def _place(job):
+    "Return whom a case judges: copies in two folds were dealt to one, so folds train and test"
+    return job.split if not job.folds or job.split == "test" else "train"
+
 def _leave_out(group, jobs):
     "Mark the cases of a group of patients but for those in the last of train, valid and test"
     members = [job for job in jobs if job.case.patient in group and not job.problem]
-    last = max((job.split for job in members), key=SPLITS.index)
-    judged = ", ".join(sorted({job.case.patient for job in members if job.split == last}))
+    last = max(map(_place, members), key=SPLITS.index)
+    judged = ", ".join(sorted({job.case.patient for job in members if _place(job) == last}))
     for job in members:
-        if job.split != last:
+        if _place(job) != last:
             job.left_out = f"same images as {judged} in {last}"
+
+# %% ../../nbs/18d_data.jobs.ipynb #bf60e4f5
+def _set_folds(jobs, data, groups):
+    "Set what each case is in each fold"
+    split = data.split
+    path = split.folds if isinstance(split.folds, int) else Path(data.folder, split.folds)
+    together = _movable(groups, [job for job in jobs if job.split != "test"], "fraction")
+    listed = joined([job.case for job in jobs if job.split], together)
+    tested = {job.case.name for job in jobs if job.split == "test"}
+    roles = fold_splits(listed, tested, path, split.nested, split.seed, split.stratify)
+    for job in jobs:
+        if job.split: job.folds = [fold[job.case.name] for fold in roles]
 
 # %% ../../nbs/18d_data.jobs.ipynb #509346bc
 def split_jobs(
     jobs,    # `Job`s of a data set
     data,    # its settings
     digests, # dict key -> digest of the image, of those known
+    folds=False, # whether the data are divided into folds, too
 ):
-    "Set each job's `split` and `left_out`; `StudyError` if the cases cannot be split"
+    "Set each job's split, folds and `left_out`; `StudyError` if the cases cannot be split"
     listed = [job.case for job in jobs if job.case.split or not job.case.problem]
     groups = _same_scans(jobs, digests)
     names = ("kind", "valid", "test", "seed", "stratify", "nested")
     settings = {name: getattr(data.split, name) for name in names}
+    if folds: settings["nested"] = 0.0  # it is meant within the folds
     together = _movable(groups, jobs, data.split.kind)
     splits = split_cases(listed, **settings, together=together)
     for job in jobs:
-        job.split, job.left_out = splits.get(job.case.name, ""), ""
+        job.split, job.folds, job.left_out = splits.get(job.case.name, ""), [], ""
+    if folds: _set_folds(jobs, data, groups)
     for group in groups if not data.keep_copies else ():
         _leave_out(group, jobs)

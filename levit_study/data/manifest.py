@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from .dataset import SPLITS, class_names
 from .jobs import code_digest
+from .folds import thin_groups
 from .splits import check_benchmark
 
 # %% ../../nbs/18e_data.manifest.ipynb #e92e05be
@@ -22,13 +23,15 @@ def split_table(
     jobs,   # `Job`s that were prepared
     slices, # dict case -> number of slices, of those used
 ): # text
-    "Return the splits as CSV: case, patient, group, split, slices"
+    "Return the splits as CSV: case, patient, group, split, slices, and what it is in each fold"
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["case", "patient", "group", "split", "slices"])
+    folds = [f"fold{number}" for number in range(max(len(job.folds) for job in jobs))]
+    rows.writerow(["case", "patient", "group", "split", "slices", *folds])
     for job in jobs:
         case, split = job.case, "left out" if job.left_out else job.split
-        rows.writerow([case.name, case.patient, case.group or "", split, slices.get(case.name, 0)])
+        about = [case.name, case.patient, case.group or "", split, slices.get(case.name, 0)]
+        rows.writerow([*about, *job.folds])
     return text.getvalue()
 
 # %% ../../nbs/18e_data.manifest.ipynb #025dcc11
@@ -88,6 +91,10 @@ def _all_warnings(jobs, columns, data):
     unseen = ("a linked folder, which DVC does not look into: when its scans change, "
               "prepare again with dvc repro --force")
     lines += [("", f"{path}: {unseen}") for path in _linked_folders(data.folder)]
+    free = [job.case for job in used.values() if job.folds and job.split != "test"]
+    if free and data.split.stratify:
+        number = len(next(job for job in used.values() if job.folds).folds)
+        lines += [("", line) for line in thin_groups(free, number)]
     if data.split.kind == "benchmark" and data.phantom is None:
         slices = {case: int(column(case, "slices")) for case in used}
         lines += [("", line) for line in check_benchmark(slices)]
@@ -102,6 +109,7 @@ def _case_entry(job, columns, classes):
         "patient": job.case.patient,
         "group": job.case.group,
         "split": job.split,
+        **({"folds": job.folds} if job.folds else {}),
         "slices": int(column("slices")),
         "shape": column("shape").tolist(),
         "spacing": None if math.isnan(spacing[0]) else spacing,
@@ -109,12 +117,13 @@ def _case_entry(job, columns, classes):
         "files": job.files,
     }
 
-def _settings(data):
+def _settings(data, folds):
     "Return the settings that decide what is prepared, and how it is split"
     names = ("layout", "intensity", "window", "label_map", "structures", "size", "crop",
              "orientation")
     splitting = ("kind", "valid", "test", "seed", "stratify", "nested")
     split = {name: getattr(data.split, name) for name in splitting}
+    if folds: split["folds"] = data.split.folds
     return {name: getattr(data, name) for name in names} | {"split": split}
 
 # %% ../../nbs/18e_data.manifest.ipynb #6834b1b1
@@ -136,7 +145,7 @@ def build_manifest(
     packages = ("levit-study", "numpy", "torch", "h5py", "nibabel")
     def without_folder(text): return text.replace(f"{Path(data.folder)}/", "")
     return {
-        "settings": _settings(data),
+        "settings": _settings(data, any(job.folds for job in used)),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "code": code_digest(),
         "slices": slices | {"all": sum(slices.values())},

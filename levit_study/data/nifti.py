@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['no_orientation', 'sform_wrong', 'affine_wrong', 'pixdim_wrong', 'forms_differ', 'study_axes', 'labels_rounded',
            'first_line', 'one_problem', 'text_shape', 'check_shape', 'header_affine', 'canonical', 'read_oriented',
-           'read_nifti_pair', 'write_nifti', 'write_label_map']
+           'read_nifti_pair', 'write_nifti', 'write_label_map', 'write_shares']
 
 # %% ../../nbs/10_data.nifti.ipynb #4a2032f5
 import gzip
@@ -381,13 +381,9 @@ _grid_fields = (
     "pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
     "qoffset_y", "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")
 
-def write_label_map(
-    path,    # .nii or .nii.gz
-    labels,  # (slice, row, column) in the study's orientation, values below 256
-    like,    # header of the scan, from `read_scan`
-):
-    "Write a label map on the scan's own grid; names and remarks in its header are left out"
-    stored = _as_stored(np.asarray(labels), header_affine(like, path)[0])
+def _on_grid_of(array, like, path):
+    "Return a (slice, row, column) array as a uint8 image on the grid of the scan with this header"
+    stored = _as_stored(np.asarray(array), header_affine(like, path)[0])
     if stored.shape != like.get_data_shape()[:3]:
         drawn, scanned = text_shape(stored.shape), text_shape(like.get_data_shape())
         sizes = f"label map of {drawn} voxels for a scan of {scanned}"
@@ -396,4 +392,24 @@ def write_label_map(
     image = form(stored.astype(np.uint8), None)
     for name in _grid_fields:
         image.header[name] = like[name]
+    return image
+
+# %% ../../nbs/10_data.nifti.ipynb #75881ec2
+def write_label_map(
+    path,    # .nii or .nii.gz
+    labels,  # (slice, row, column) in the study's orientation, values below 256
+    like,    # header of the scan, from `read_scan`
+):
+    "Write a label map on the scan's own grid; names and remarks in its header are left out"
+    write_nifti(path, _on_grid_of(labels, like, path))
+
+# %% ../../nbs/10_data.nifti.ipynb #b230d51b
+def write_shares(
+    path,    # .nii or .nii.gz
+    shares,  # (slice, row, column) uint8 in the study's orientation: 255 stands for 1
+    like,    # header of the scan, from `read_scan`
+):
+    "Write values from 0 to 1 on the scan's own grid, a byte each, with their slope in the header"
+    image = _on_grid_of(shares, like, path)
+    image.header.set_slope_inter(1 / 255, 0)
     write_nifti(path, image)

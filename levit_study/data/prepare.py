@@ -80,7 +80,7 @@ def _run_cases(
 # %% ../../nbs/19_data.prepare.ipynb #9cc6f050
 def _keeps_volume(job, data):
     "Say whether the case's own grid is needed: results are measured on it"
-    return job.split != "train" or data.keep_training_volumes
+    return job.split != "train" or bool(job.folds) or data.keep_training_volumes
 
 def _prepare_missing(
     jobs,     # all `Job`s, split
@@ -197,6 +197,7 @@ def _write_results(
     warnings = record["warnings"]
     tables = {"warnings/case": [warning["case"] for warning in warnings],
               "warnings/text": [warning["warning"] for warning in warnings]}
+    if used[0].folds: tables["cases/folds"] = [" ".join(job.folds) for job in used]
     slices = {name: case["slices"] for name, case in record["cases"].items()}
     joined = outputs.parts / ".joined.h5"
     _check_room({case for case, *_ in sources}, outputs.parts)
@@ -217,6 +218,7 @@ def prepare(
     workers=None,  # processes; None: one per core where there is enough to do
     progress=True, # show a bar with rate and time left
     splits=None,   # CSV file to write; None: splits.csv beside the manifest
+    folds=False,   # divide the patients into `data.split.folds` folds, too
 ): # the manifest, as a dict
     """Prepare a data set: find, split, read, resize, count; one store, one manifest, one table
 
@@ -235,7 +237,7 @@ def prepare(
         prepared, digests = find_prepared(store)
         with tqdm(unit="case", desc=name, disable=not progress, mininterval=0.5) as bar:
             while True:  # a second round only where copies were found and cases change places
-                split_jobs(jobs, data, digests)
+                split_jobs(jobs, data, digests, folds)
                 if not _prepare_missing(jobs, store, data, prepared, workers, bar): break
                 digests |= {key: case.digest for key, case in prepared.items()}
         _check_jobs(jobs, data, errors)

@@ -73,6 +73,7 @@ def join_cases(
         for place, (store, row, split, keep) in enumerate(sources):
             with h5py.File(store, "r") as source:
                 columns = _append_case(target, source, row, place, keep)
+            columns.pop("cases/folds", None)  # those of now are among the tables
             collected.append(columns | {"cases/split": text_column([split])})
         for column in collected[0]:
             target[column] = np.concatenate([columns[column] for columns in collected])

@@ -7,6 +7,8 @@ __all__ = ['evaluate', 'mean_metrics']
 
 # %% ../../nbs/42_evaluation.evaluate.ipynb #ab17de8c
 import sys
+from contextlib import contextmanager
+from functools import partial
 import h5py
 import numpy as np
 import pandas as pd
@@ -14,8 +16,8 @@ import torch
 from tqdm import tqdm
 from ..data.native import stored_volume
 from ..files import StudyError, written_whole
-from .inference import Network, class_probabilities, largest_regions
-from .metrics import case_metrics
+from .inference import largest_regions
+from .metrics import case_metrics, with_worst_case
 
 # %% ../../nbs/42_evaluation.evaluate.ipynb #c4ffe4cb
 def _reliability_counts(probabilities, reference, bins=10) -> np.ndarray:
@@ -43,19 +45,20 @@ def _reliability_table(counts: dict) -> pd.DataFrame: # split -> (bins, 3)
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/42_evaluation.evaluate.ipynb #1d8336e4
-def _segment_case(network: Network, volume):
+def _segment_case(network, volume, watch=None):
     "The label map (slice, row, column) of a case, and its reliability counts"
     reliability, labels = 0, []
-    for first, p in class_probabilities(network, volume.image):
+    for first, p in network.probabilities(volume.image):
         reference = volume.label[first:first + len(p)]
         reference = torch.as_tensor(reference, dtype=torch.int64, device=p.device)
         reliability = reliability + _reliability_counts(p, reference)
+        if watch is not None: watch(p, reference)
         labels.append(p.argmax(1).to(torch.uint8).cpu().numpy())
     labels = np.concatenate(labels)
     return largest_regions(labels) if network.settings.largest_regions else labels, reliability
 
 # %% ../../nbs/42_evaluation.evaluate.ipynb #fa4aa992
-def _check_fits(store, network: Network):
+def _check_fits(store, network):
     "Raise `StudyError` unless the network knows the store's structures and its slices"
     card, name = network.card, network.weights
     if card["structures"] != store.structures:
@@ -66,42 +69,63 @@ def _check_fits(store, network: Network):
         there = f"{store.path} has {store.size}, {store.crop}"
         raise StudyError(f"{name}: {trained}; {there}; train anew")
 
+# %% ../../nbs/42_evaluation.evaluate.ipynb #1d4942d8
+def _cases_of(store, splits) -> list[tuple]:
+    "(split, case) of all cases of some splits, or of those that a dict split -> cases names"
+    named = isinstance(splits, dict)
+    return [(split, case) for split in splits
+            for case in (splits[split] if named else store.split(split))]
+
+@contextmanager
+def _label_file(path):
+    "Yield an HDF5 file that is written whole or not at all; None where there is no path"
+    if path is None: yield None
+    else:
+        with written_whole(path) as unfinished, h5py.File(unfinished, "w") as file: yield file
+
+def _keep_labels(file, case, labels):
+    "Add a case's label map to an HDF5 file, a slice a chunk"
+    if file is None: return
+    packed = {"compression": "gzip", "compression_opts": 1}
+    file.create_dataset(case, data=labels, chunks=(1, *labels.shape[1:]), **packed)
+
 # %% ../../nbs/42_evaluation.evaluate.ipynb #441aa297
 def evaluate(
     store,           # `PreparedStore`
-    network: Network, # the best epoch's weights, with the settings to predict by
-    predictions,     # HDF5 file that the label maps go to
-    splits=("valid", "test"),
-    tolerance=None,  # of the normalised surface Dice, mm or voxels
+    network,         # a `Network` with the best epoch's weights, or an `Ensemble`
+    predictions=None, # HDF5 file that the label maps go to
+    splits=("valid", "fold", "test"),  # or dict split -> cases, where some alone are to be judged
+    tolerance=None,  # of the normalised surface Dice, mm or pixels
     progress=True,
+    watch=None,      # called with split, probabilities, reference of each batch
 ):                   # (table of cases.csv, table of reliability.csv)
-    "Evaluate a run's best weights on all cases of `splits`; `StudyError` where they do not fit"
+    "Evaluate a network on all cases of `splits`; `StudyError` where they do not fit"
     _check_fits(store, network)
-    rows, counts, card = [], {}, network.card
+    rows, counts, cases = [], {}, _cases_of(store, splits)
     patient = dict(zip(store.cases, store.text("cases/patient"), strict=True))
-    cases = [(split, case) for split in splits for case in store.split(split)]
-    title = f"evaluate {card['dataset']} {card['loss']} seed {card['seed']}"
-    bar = {"unit": "case", "desc": title, "file": sys.stderr, "ncols": 100}
-    with written_whole(predictions) as partial, h5py.File(partial, "w") as file:
+    bar = {"unit": "case", "desc": f"evaluate {network.title}", "file": sys.stderr, "ncols": 100}
+    with _label_file(predictions) as file:
         for split, case in tqdm(cases, disable=not progress, **bar):
             volume = stored_volume(store, case)
-            labels, reliability = _segment_case(network, volume)
+            watched = None if watch is None else partial(watch, split)
+            labels, reliability = _segment_case(network, volume, watched)
             maps = labels, volume.label
             measured = case_metrics(*maps, store.structures, volume.spacing, tolerance)
             about = {"split": split, "case": case, "patient": patient[case]}
             rows += [about | row for row in measured]
             counts[split] = counts.get(split, 0) + reliability
-            packed = {"compression": "gzip", "compression_opts": 1}
-            file.create_dataset(case, data=labels, chunks=(1, *labels.shape[1:]), **packed)
+            _keep_labels(file, case, labels)
     return pd.DataFrame(rows), _reliability_table(counts)
 
 # %% ../../nbs/42_evaluation.evaluate.ipynb #891099bf
 def mean_metrics(cases) -> dict: # the table of `evaluate`
     """`valid_native_dice`, `test_dice`, `test_jaccard`, `test_hd95`, …: means over structures of
-    the means over cases"""
-    named = {"valid": "valid_native", "test": "test"}
-    metrics = ("dice", "jaccard", "hd95", "sensitivity", "specificity")
-    return {
-        f"{named[split]}_{metric}": float(part.groupby("structure")[metric].mean().mean())
-        for split, part in cases.groupby("split") for metric in metrics
-    }
+    the means over cases; HD95 with the worst case"""
+    metrics = ("dice", "jaccard", "hd95", "nsd", "sensitivity", "specificity")
+    cases = cases.assign(hd95=with_worst_case(cases))
+    means = {}
+    for split, part in cases.groupby("split"):
+        name = "valid_native" if split == "valid" else split  # epochs have the network's grid
+        of_structures = part.groupby("structure")[list(metrics)].mean().mean()
+        means |= {f"{name}_{metric}": float(of_structures[metric]) for metric in metrics}
+    return means

@@ -75,6 +75,16 @@ class Network:
         "Part of a slice that it was trained on, see `levit_study.data.slices.margins`"
         return self.card.get("crop")
 
+    @property
+    def title(self) -> str:
+        "Which training it comes from, in a few words"
+        fold = f" fold {self.card['fold']}" if self.card.get("fold") is not None else ""
+        return "{} {} seed {}".format(*map(self.card.get, ("dataset", "loss", "seed"))) + fold
+
+    def probabilities(self, image, batch_size: int = 16):
+        "See `class_probabilities`"
+        return class_probabilities(self, image, batch_size)
+
 # %% ../../nbs/41_evaluation.inference.ipynb #36cf3c45
 def load_network(
     weights,                 # a safetensors file of this study
@@ -129,16 +139,18 @@ def largest_regions(labels: np.ndarray) -> np.ndarray: # (slices, rows, columns)
 
 # %% ../../nbs/41_evaluation.inference.ipynb #d20d25ab
 def predict_volume(
-    network: Network,
+    network,               # a `Network`, or an `Ensemble`
     image: np.ndarray,     # (slices, rows, columns) in [0, 1]
     batch_size: int = 16,  # slices
     progress: bool = False,
+    watch=None,            # called with the first slice and the probabilities of each batch
 ) -> np.ndarray:           # (slices, rows, columns) uint8
     "The label map of a volume on its own grid, by the network's settings"
     from tqdm import tqdm
     labels, shown = [], {"disable": not progress, "file": sys.stderr, "ncols": 100}
     with tqdm(total=len(image), unit="slice", desc="predict", **shown) as bar:
-        for _, p in class_probabilities(network, image, batch_size):
+        for first, p in network.probabilities(image, batch_size):
+            if watch is not None: watch(first, p)
             labels.append(p.argmax(1).to(torch.uint8).cpu().numpy())
             bar.update(len(p))
     labels = np.concatenate(labels)

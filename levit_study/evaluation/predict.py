@@ -9,6 +9,7 @@ __all__ = ['predict']
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
@@ -17,8 +18,10 @@ from ..params import Data, as_line
 from ..data.nifti import no_orientation, read_nifti_pair, write_label_map
 from ..data.volumes import Volume, read_scan, scale_intensity
 from ..model.weights import read_card
-from .card import card_file, settings_for
-from .inference import Network, load_network, predict_volume
+from .card import card_file, settings_for, temperature_for
+from .ensemble import load_ensemble, weight_files
+from .inference import PredictionSettings, load_network, predict_volume
+from .maps import Maps, map_names
 from .targets import Outputs, ScanFiles, Scans, cannot_write
 from .targets import check_targets, scan_files
 
@@ -45,14 +48,26 @@ def _card_data(card: dict, weights) -> Data:
     return data
 
 # %% ../../nbs/43_evaluation.predict.ipynb #cdfec1a1
-def _network_for(weights, changes: dict, device, precision) -> tuple[Network, Data]:
-    "The network of a weight file with the settings to use, and the images that it is for"
-    card = read_card(weights)
-    data = _card_data(card, weights)
-    settings, origin = settings_for(weights, card, **changes)
-    network = load_network(weights, settings, device, precision)
-    print(f"predicting with {settings} ({origin})", file=sys.stderr)
-    return network, data
+def _settings_of(files, changes: dict) -> PredictionSettings:
+    "How to predict with these weights; `StudyError` where an ensemble's were evaluated differently"
+    each = [settings_for(file, read_card(file), **changes) for file in files]
+    for file, (settings, _) in zip(files, each, strict=True):
+        if settings != each[0][0]:
+            both = f"predicts with {settings}, {files[0]} with {each[0][0]}"
+            remedy = "say --flips, --zooms and --largest-regions for all"
+            raise StudyError(f"{file}: {both}; {remedy}")
+    origins = dict.fromkeys(origin for _, origin in each)
+    print(f"predicting with {each[0][0]} ({'; '.join(origins)})", file=sys.stderr)
+    return each[0][0]
+
+def _network_for(files, changes: dict, device, precision):
+    "The network of a weight file, or the ensemble of several, and the images that it is for"
+    data = _card_data(read_card(files[0]), files[0])
+    compute = device, precision
+    if len(files) == 1: return load_network(files[0], _settings_of(files, changes), *compute), data
+    ensemble = load_ensemble(files, device=device, precision=precision)
+    print(f"{ensemble.title} networks, probabilities averaged", file=sys.stderr)
+    return replace(ensemble, settings=_settings_of(files, changes)), data
 
 # %% ../../nbs/43_evaluation.predict.ipynb #9f363f89
 def _read(scan, data: Data, assume_axes: bool):
@@ -72,11 +87,15 @@ def _volumes_ml(labels, spacing, structures: dict) -> dict:
 
 def _model(card: dict) -> dict:
     "What a result says of the network that made it"
-    return {key: card.get(key) for key in ("dataset", "loss", "seed", "variant", "synthetic")}
+    if "members" in card: return {"ensemble": card["members"]}
+    fold = {"fold": card["fold"]} if card.get("fold") is not None else {}
+    names = ("dataset", "loss", "seed", "variant", "synthetic")
+    return {key: card.get(key) for key in names} | fold
 
 # %% ../../nbs/43_evaluation.predict.ipynb #1fa9e1ad
-def _write(files: ScanFiles, labels, header, about: dict):
-    "Write a scan's JSON file and label map, both or none; `StudyError` if one cannot be written"
+def _write(files: ScanFiles, labels, header, about: dict, maps: Maps | None = None):
+    "Write a scan's maps, JSON file and label map; `StudyError` if one cannot be written"
+    if maps is not None: maps.write(files, header)
     try:
         write_json(files.side, about)
     except OSError as error:
@@ -91,10 +110,18 @@ def _write(files: ScanFiles, labels, header, about: dict):
 # %% ../../nbs/43_evaluation.predict.ipynb #ca2c0e66
 _use = "For research only, not for clinical decisions."
 
-def _segment(network: Network, data: Data, files: ScanFiles, assume_axes=False, progress=False):
-    "Segment one scan and write the result; return the volumes in ml, the `Volume`, the label map"
+def _temperature(network) -> float | None:
+    "What the probabilities are scaled by: a single network's temperature; None for an ensemble"
+    if "members" in network.card: return None
+    return temperature_for(network.weights, network.settings)
+
+def _segment(network, data: Data, files: ScanFiles, assume_axes=False, progress=False, names=()):
+    """Segment one scan and write the result, with the maps of `map_names`; return the volumes in
+    ml, the `Volume`, the label map"""
     volume, header = _read(files.scan, data, assume_axes)
-    labels = predict_volume(network, volume.image, progress=progress)
+    maps = Maps(names, volume.image.shape, _temperature(network)) if names else None
+    watch = None if maps is None else maps.add
+    labels = predict_volume(network, volume.image, progress=progress, watch=watch)
     volumes = _volumes_ml(labels, volume.spacing, data.structures)
     about = {
         "labels": {"background": 0, **data.structures},
@@ -103,12 +130,12 @@ def _segment(network: Network, data: Data, files: ScanFiles, assume_axes=False, 
         "predicted": network.settings.record(),
         "notes": volume.notes,
         "use": _use,
-    }
-    _write(files, labels, header, about)
+    } | ({} if maps is None else maps.record())
+    _write(files, labels, header, about, maps)
     return volumes, volume, labels
 
 # %% ../../nbs/43_evaluation.predict.ipynb #e302d072
-def _kept_volumes(network: Network, files: ScanFiles) -> dict:
+def _kept_volumes(network, files: ScanFiles) -> dict:
     "The volumes of a label map that is there; `StudyError` unless it is this network's"
     try:
         about = json.loads(files.side.read_text(encoding="utf-8"))
@@ -157,21 +184,27 @@ def _draw(outputs: Outputs, files: ScanFiles, volume, labels, card):
 
 def _one_scan(network, data, files: ScanFiles, scans: Scans, outputs: Outputs, progress) -> dict:
     "Segment a scan, or keep what is there, with its picture; return its volumes in ml"
-    kept = outputs.existing == "keep" and files.labels.exists()
+    names, there = map_names(outputs, data.structures), [*map(files.map_file, files.maps)]
+    kept = outputs.existing == "keep" and all(path.exists() for path in (files.labels, *there))
     if kept:
         volumes = _kept_volumes(network, files)
         if outputs.overlay is None or files.picture.exists(): return volumes
         shown = _read_kept(data, files)
     else:
-        volumes, *shown = _segment(network, data, files, scans.assume_axes, progress)
+        volumes, *shown = _segment(network, data, files, scans.assume_axes, progress, names)
     if outputs.overlay is not None:
         _draw(outputs, files, *shown, network.card)
     return volumes
 
 # %% ../../nbs/43_evaluation.predict.ipynb #6e221e0e
+def _map_files(outputs: Outputs, weights) -> tuple:
+    "The names of the maps that are asked for; the weights' card knows the structures"
+    if not (outputs.probabilities or outputs.uncertainty): return ()
+    return tuple(map_names(outputs, _card_data(read_card(weights[0]), weights[0]).structures))
+
 def predict(
     scans: Scans,
-    weights,               # safetensors file of this study
+    weights,               # safetensors file of this study; several, or a folder: their ensemble
     outputs: Outputs,      # `overlay` gets the picture's path, `Volume`, label map, weights' card
     changes: dict | None = None,  # flips, zooms, largest_regions; left out: as evaluated
     device="auto",
@@ -181,8 +214,9 @@ def predict(
     """Segment new scans with trained weights; `StudyError` before any work if a result could not be
     written, and at the end for scans that could not be segmented, when the others are done"""
     from tqdm import tqdm
-    files = scan_files(scans, outputs)
-    check_targets(files, outputs, [weights, card_file(weights)])
+    weights = weight_files(weights)
+    files = scan_files(scans, outputs, _map_files(outputs, weights))
+    check_targets(files, outputs, [*weights, *map(card_file, weights)])
     network, data = _network_for(weights, changes or {}, device, precision)
     rows, written, problems, single = [], [], [], len(files) == 1
     shown = {"disable": not progress or single, "file": sys.stderr, "ncols": 100}

@@ -27,6 +27,8 @@ class Outputs:
     volumes: str | Path | None = None  # CSV with the volume of each structure per scan
     overlay: Callable | None = None    # draws a picture beside each label map, see `predict`
     existing: str = "refuse"           # or "overwrite", or "keep": segment only the rest
+    probabilities: bool = False        # a volume per structure, in a folder beside the label map
+    uncertainty: bool = False          # a volume of the entropy there
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #aaa0ebd6
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class ScanFiles:
     scan: Path
     labels: Path
     pictured: bool = False
+    maps: tuple = ()  # names of the volumes in the folder of maps
 
     @property
     def side(self): return self._beside(".json")
@@ -43,7 +46,11 @@ class ScanFiles:
     def picture(self): return self._beside(".png")
 
     @property
-    def targets(self): return [self.labels, self.side] + [self.picture] * self.pictured
+    def targets(self):
+        maps = [self.map_file(name) for name in self.maps]
+        return [self.labels, self.side, *maps] + [self.picture] * self.pictured
+
+    def map_file(self, name): return self._beside("_maps") / f"{name}.nii.gz"
 
     def _beside(self, ending):
         name = self.labels.name.removesuffix(".gz").removesuffix(".nii")
@@ -59,20 +66,20 @@ def _label_name(scan) -> str:
     return scan.name[:cut] + scan.name[cut:].lower()
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #e4e48760
-def scan_files(scans: Scans, outputs: Outputs) -> list[ScanFiles]:
+def scan_files(scans: Scans, outputs: Outputs, maps=()) -> list[ScanFiles]:
     "Pair each scan with its files; `StudyError` without a scan, or for a file where a folder goes"
     source, output = Path(scans.path), Path(outputs.labels)
-    pictured, is_file = outputs.overlay is not None, output.name.endswith((".nii", ".nii.gz"))
+    is_file, more = output.name.endswith((".nii", ".nii.gz")), (outputs.overlay is not None, maps)
     if not source.exists(): raise StudyError(f"{source}: no such file or folder")
     refuse_other_formats(source)
     if not source.is_dir():
-        if is_file: return [ScanFiles(source, output, pictured)]
+        if is_file: return [ScanFiles(source, output, *more)]
         problem = "the label map of one scan is a file"
         raise StudyError(f"{output}: {problem}; name it .nii.gz or .nii")
     if is_file: raise StudyError(f"{output}: {source} is a folder, so --output must be one, too")
     found = sorted(path for path in source.iterdir() if _is_nifti(path) and path.is_file())
     if not found: raise StudyError(f"{source}: holds no .nii or .nii.gz file")
-    return [ScanFiles(path, output / _label_name(path), pictured) for path in found]
+    return [ScanFiles(path, output / _label_name(path), *more) for path in found]
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #a6c62770
 def _identity(path):

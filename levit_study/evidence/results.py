@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'NATIVE', 'COLUMNS', 'best_and_last', 'judging_splits', 'judging_cases', 'training_grid', 'check_record',
-           'read_table', 'read_record', 'Results', 'collect', 'special_trainings', 'list_runs', 'typical_cases',
-           'telling_slice', 'examples']
+           'read_table', 'read_record', 'Results', 'with_elsewhere', 'runs_of', 'collect', 'special_trainings',
+           'list_runs', 'typical_cases', 'telling_slice', 'examples']
 
 # %% ../../nbs/50_evidence.results.ipynb #3289dd5d
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pydantic import ValidationError
 
 from ..data.dataset import PreparedStore
 from ..data.native import stored_volume
-from ..files import StudyError, run_folders
-from ..params import Params, pick_run
-from ..training.scores import best_epoch
+from ..files import StudyError, run_folders, run_tail
+from ..params import Params, Run, pick_run
+from .elsewhere import read_elsewhere
+from ..training.scores import best_epoch, summary
 
 # %% ../../nbs/50_evidence.results.ipynb #8bda0f6a
 def best_and_last(
@@ -34,15 +37,18 @@ def best_and_last(
     return scored[scored.epoch == best].iloc[0], last
 
 # %% ../../nbs/50_evidence.results.ipynb #de0cc663
-PROTOCOLS = {"valid": "paper", "test": "held-out"}  # the split that judges -> the protocol's name
+# the split that judges -> the protocol's name
+PROTOCOLS = {"valid": "paper", "fold": "cross-validated", "test": "held-out"}
 
 def judging_splits(
     cases: pd.DataFrame, # collected cases.csv: columns dataset and split
 ) -> dict[str, str]:
-    "Return, for each data set, the split whose cases judge: test where there is one, else valid"
-    by_dataset = cases.groupby("dataset", sort=False).split
-    held_out = by_dataset.agg(lambda splits: (splits == "test").any())
-    return {dataset: "test" if test else "valid" for dataset, test in held_out.items()}
+    "Return, for each data set, the split whose cases judge: fold, else test, else valid"
+    judging = {}
+    for dataset, splits in cases.groupby("dataset", sort=False).split:
+        there = set(splits)
+        judging[dataset] = next((split for split in ("fold", "test") if split in there), "valid")
+    return judging
 
 def judging_cases(cases: pd.DataFrame) -> pd.DataFrame:
     "Return the rows of the cases that judge their data set"
@@ -116,58 +122,89 @@ def read_record(path: Path) -> dict:
     return record
 
 def _read_run(folder: Path) -> dict:
-    "Return a run's files as {name: content}; `StudyError` names those that are missing or wrong"
-    missing = [name for name in COLUMNS if not (folder / name).exists()]
+    """Return a run's files as {name: content}; `StudyError` names those that are missing or wrong
+
+    A published run has no metrics.json, which follows from its other files, and may have been
+    recorded before reliability.csv was."""
+    published = (folder / "run.json").exists() and not (folder / "metrics.json").exists()
+    optional = {"metrics.json", "reliability.csv"} if published else set()
+    there = [name for name in COLUMNS if (folder / name).exists()]
+    missing = [name for name in COLUMNS if name not in {*there, *optional}]
     if missing:
         raise StudyError(f"{folder}: {', '.join(missing)} missing; run dvc repro to make them")
     readers = {".json": read_record, ".csv": read_table}
-    return {name: readers[Path(name).suffix](folder / name) for name in COLUMNS}
+    files = {name: readers[Path(name).suffix](folder / name) for name in there}
+    if published:
+        record = read_record(folder / "run.json")
+        files["metrics.json"] = summary(files["epochs.csv"].to_dict("records")) | record
+    return files
 
 # %% ../../nbs/50_evidence.results.ipynb #be5d824d
 @dataclass
 class Results:
-    "The study's tables, each with the leading columns dataset, loss, seed"
+    "The study's tables, each with the leading columns dataset, loss, seed, fold"
     runs: pd.DataFrame         # one row per run: the numbers of metrics.json
     epochs: pd.DataFrame       # one row per run and epoch, scored on the network's grid
     cases: pd.DataFrame        # one row per run, case and structure, on the scan's grid
     reliability: pd.DataFrame  # one row per run, split and bin of confidence
     problems: list[str]        # runs that could not be read, a line each
+    in_folds: bool = False     # whether the study has folds; else `fold` is 0 throughout
+
+# %% ../../nbs/50_evidence.results.ipynb #a645a7b3
+def with_elsewhere(results: Results, params: Params, root=".") -> Results:
+    "Return the results with the cases of methods from elsewhere"
+    rows, problems = read_elsewhere(params, judging_cases(results.cases), root)
+    cases = pd.concat([results.cases, rows], ignore_index=True) if len(rows) else results.cases
+    return replace(results, cases=cases, problems=[*results.problems, *problems])
 
 # %% ../../nbs/50_evidence.results.ipynb #7a7a1957
 def _named(table: pd.DataFrame, run) -> pd.DataFrame:
     "Return a table with the run's names in front"
-    names = {"dataset": run.dataset, "loss": run.loss, "seed": run.seed}
+    names = {"dataset": run.dataset, "loss": run.loss, "seed": run.seed, "fold": run.fold or 0}
     front = pd.DataFrame(names, index=table.index)
     return pd.concat([front, table.drop(columns=list(names), errors="ignore")], axis=1)
 
-def _runs_of(params: Params):
+def runs_of(params: Params):
     "Yield the runs that a study names"
-    for dataset in params.study.datasets:
-        for loss in params.study.losses:
-            for seed in params.study.seeds:
-                yield pick_run(params, dataset, loss, seed)
+    study = params.study
+    for names in product(study.datasets, study.losses, study.seeds, study.fold_numbers):
+        yield pick_run(params, *names)
 
-def collect(params: Params, root=".") -> Results:
+def _with_defaults(record: dict) -> dict:
+    "Return the parameters that a run used, with the defaults of settings younger than the run"
+    try: return Run.model_validate_json(json.dumps(record)).record()
+    except ValidationError: return record
+
+def collect(
+    params: Params,
+    root=".",
+    runs=None, # folder that holds the runs; None: reports/runs below `root`
+) -> Results:
     "Collect the study's runs; incomplete ones are `problems`, foreign ones a `StudyError`"
+    published = runs is not None
+    runs = Path(runs) if published else Path(root, "reports", "runs")
     tables, problems = {name: [] for name in COLUMNS}, []
-    for run in _runs_of(params):
-        folder = run_folders(run.dataset, run.loss, run.seed, root)[0]
+    for run in runs_of(params):
+        folder = runs / run_tail(run.dataset, run.loss, run.seed, run.fold)
         try: files = _read_run(folder)
         except StudyError as error:
             problems.append(str(error))
             continue
         metrics = files["metrics.json"]
-        check_record(metrics.get("parameters", {}), run.record(), folder / "metrics.json")
+        used = _with_defaults(metrics.get("parameters", {}))
+        check_record(used, run.record(), folder / "metrics.json")
         nested = (dict, list)
         plain = {key: value for key, value in metrics.items() if not isinstance(value, nested)}
         files["metrics.json"] = pd.DataFrame([plain])
         for name, table in files.items(): tables[name].append(_named(table, run))
     if not tables["metrics.json"]:
-        where = Path(root, "reports", "runs")
         reason = "none of the study's runs can be read"
-        raise StudyError(f"{where}: {reason}; the first: {problems[0]}")
-    joined = (pd.concat(tables[name], ignore_index=True) for name in COLUMNS)
-    return Results(*joined, problems)
+        raise StudyError(f"{runs}: {reason}; the first: {problems[0]}")
+    names = ["dataset", "loss", "seed", "fold", *COLUMNS["reliability.csv"].split()]
+    tables["reliability.csv"] = tables["reliability.csv"] or [pd.DataFrame(columns=names)]
+    joined = [pd.concat(tables[name], ignore_index=True) for name in COLUMNS]
+    results = Results(*joined, problems, params.study.fold_numbers != [None])
+    return results if published else with_elsewhere(results, params, root)
 
 # %% ../../nbs/50_evidence.results.ipynb #03dfbaf9
 def special_trainings(params: Params) -> list[str]:
@@ -202,12 +239,14 @@ def _listed(path: Path) -> dict | None:
 def list_runs(root=".") -> pd.DataFrame:
     "Return a table of all runs under reports/runs; Dice on the network's grid"
     rows = []
-    for path in sorted(Path(root, "reports", "runs").glob("*/*/seed*/epochs.csv")):
-        dataset, loss, seed = path.parent.parts[-3:]
+    folder = Path(root, "reports", "runs")
+    for path in sorted(folder.glob("*/*/seed*/**/epochs.csv")):
+        dataset, loss, seed, *fold = path.parent.relative_to(folder).parts
         if numbers := _listed(path):
             names = {"dataset": dataset, "loss": loss, "seed": seed.removeprefix("seed")}
-            rows.append(names | numbers)
-    return pd.DataFrame(rows)
+            rows.append(names | {"fold": "".join(fold).removeprefix("fold")} | numbers)
+    table = pd.DataFrame(rows)
+    return table if rows and table.fold.any() else table.drop(columns="fold", errors="ignore")
 
 # %% ../../nbs/50_evidence.results.ipynb #d35fbf75
 def typical_cases(
@@ -230,15 +269,18 @@ def telling_slice(
     return int(np.lexsort((sizes[:, sizes.sum(0).argmin()], (sizes > 0).sum(1)))[-1])
 
 # %% ../../nbs/50_evidence.results.ipynb #9a1754bc
-def _kept_predictions(cases: pd.DataFrame, dataset: str, root) -> dict[str, Path]:
-    "Return {loss: file} of each loss's first seed with predictions; `StudyError` if none has"
-    kept = {}
-    for loss, seed in cases[["loss", "seed"]].drop_duplicates().itertuples(index=False):
-        path = run_folders(dataset, loss, seed, root)[1] / "predictions.h5"
-        if path.exists(): kept.setdefault(loss, path)
-    for loss in cases.loss.unique():
+def _kept_predictions(cases: pd.DataFrame, in_folds: bool, root) -> dict[str, Path]:
+    """Return {loss: file} with the predictions of one case, of the first seed that has them
+
+    `StudyError` if a loss has none."""
+    kept, missing = {}, {}
+    names = cases[["dataset", "loss", "seed", "fold"]].drop_duplicates()
+    for dataset, loss, seed, fold in names.itertuples(index=False):
+        folder = run_folders(dataset, loss, seed, root, fold if in_folds else None)[1]
+        path = folder / "predictions.h5"
+        (kept if path.exists() else missing).setdefault(loss, path)
+    for loss, path in missing.items():
         if loss not in kept:
-            path = run_folders(dataset, loss, cases.seed.min(), root)[1] / "predictions.h5"
             raise StudyError(f"{path}: missing; run dvc repro evaluate, or dvc pull")
     return kept
 
@@ -252,8 +294,10 @@ def examples(
     import h5py
     store = PreparedStore(Path(root, "data", "prepared", f"{dataset}.h5"))
     cases = results.cases[(results.cases.dataset == dataset) & (results.cases.split == split)]
-    kept, slices = _kept_predictions(cases, dataset, root), []
+    cases = cases[cases.loss.isin(results.runs.loss)]  # elsewhere's label maps are not here
+    slices = []
     for role, case in typical_cases(cases).items():
+        kept = _kept_predictions(cases[cases.case == case], results.in_folds, root)
         volume, predictions = stored_volume(store, case), {}
         number = telling_slice(volume.label)
         for loss, path in kept.items():

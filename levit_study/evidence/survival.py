@@ -12,9 +12,9 @@ import pandas as pd
 from scipy import stats
 
 from .claims import BASELINE, FOCAL, TVERSKY
+from .intervals import patients_of
 from .paper import least_spread
 from .results import judging_cases
-from .statistics import patients_of
 
 # %% ../../nbs/53a_evidence.survival.ipynb #7c0f33ab
 def difference_error(n: int, sd: float, correlation: float) -> float:

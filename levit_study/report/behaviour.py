@@ -11,7 +11,8 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from .look import About, checked, study_style
-from .parts import bands, finished, legend_below, log_axis, loss_handles
+from .parts import QUARTILES, bands, finished, has_spread, legend_below, log_axis
+from .parts import loss_handles, per_training
 from .parts import means_in_words, number, row_height, shade_rows, structures_of
 from .parts import wrapped
 
@@ -37,14 +38,20 @@ def dice_against_size(
         dice_ax, size_ax = part.subplots(2, 1, sharex=True, height_ratios=heights)
         rows = means[means["dataset"] == dataset]
         _draw_dice(dice_ax, rows, size, losses, about)
+        for ax in (dice_ax, size_ax):
+            _shade_smallest(ax, rows, size)
         _draw_sizes(size_ax, rows[rows["loss"] == losses[0]], size, structures[dataset])
         size_ax.set_xlabel(label)
-    legend_below(figure, loss_handles(losses, about))
-    body = ("Points: one structure of one case, mean over seeds; marks: medians of bins with"
-            " equally many points; vertical lines: their middle half. Below: median size per"
-            " structure and the range of the middle 90 %. Structures absent from the reference"
-            " have no size and are left out.")
-    title, alt = "Dice against the size of the structure", _halves_in_words(means, size, about)
+    quartiles = Line2D([], [], label="median and quartiles", **QUARTILES)
+    smallest = Patch(color=_SMALLEST, label="smallest third")
+    legend_below(figure, [*loss_handles(losses, about), quartiles, smallest])
+    body = ("Points: one structure of one case, mean over trainings; marks: medians of bins with"
+            " equally many points; vertical lines: from the lower to the upper quartile. Shaded:"
+            " the third of all structures of all cases that is smallest; slope: least squares of"
+            " Dice on the logarithm of size, per doubling. Below: median size per structure and"
+            " the range of the middle 90 %. Structures absent from the reference have no size and"
+            " are left out.")
+    title, alt = "Dice against the size of the structure", _thirds_in_words(means, size, about)
     return finished(figure, title, body, f"Scatter plot. {alt}", cases, about)
 
 # %% ../../nbs/62b_report.behaviour.ipynb #5e990abb
@@ -61,9 +68,26 @@ def _binned(table, size, bins): # -> size, median, low, high
     quartiles.columns = ["low", "median", "high"]
     return quartiles.assign(size=groups[size].median())
 
+# %% ../../nbs/62b_report.behaviour.ipynb #4b65b2d7
+_SMALLEST = "#FBF1D8"
+
+def _smallest_third(table, size):
+    "The size below which a third of all structures of all cases lies (each counts once)"
+    return table.drop_duplicates(["case", "structure"])[size].quantile(1/3)
+
+def _shade_smallest(ax, table, size):
+    "Shade the smallest third"
+    ax.axvspan(1e-12, _smallest_third(table, size), color=_SMALLEST, lw=0, zorder=.1)
+
+def _slope(table, size):
+    "Least-squares slope of Dice on the logarithm of size, per doubling; NaN for one size"
+    doublings = np.log2(table[size].to_numpy(float))
+    if len(doublings) < 3 or np.ptp(doublings) == 0: return np.nan
+    return float(np.polyfit(doublings, table["dice"].to_numpy(float), 1)[0])
+
 # %% ../../nbs/62b_report.behaviour.ipynb #233d6815
 def _draw_dice(ax, cases, size, losses, about):
-    "Draw points, binned medians and the middle half; the losses' marks stand 4 % apart"
+    "Draw points, binned medians and quartiles; the losses' marks stand 4 % apart"
     looks = about.looks(losses)
     for k, loss in enumerate(losses):
         rows, look = cases[cases["loss"] == loss], looks[loss]
@@ -74,6 +98,9 @@ def _draw_dice(ax, cases, size, losses, about):
         place = line["size"]*1.04**(k - (len(losses) - 1)/2)
         ax.vlines(place, line["low"], line["high"], color=color, lw=.9)
         ax.plot(place, line["median"], ms=3.6, lw=1, mec="white", mew=.4, **look)
+    slopes = [f"{about.name(loss)} {_slope(cases[cases['loss'] == loss], size):+.3f}"
+              for loss in losses if np.isfinite(_slope(cases[cases["loss"] == loss], size))]
+    if slopes: ax.set_title(wrapped(f"slope per doubling: {', '.join(slopes)}", 88), loc="right")
     log_axis(ax, cases[size].min(), cases[size].max())
     ax.set(ylim=(max(-.03, cases["dice"].min() - .05), 1.03), ylabel="Dice (0 to 1)")
 
@@ -87,15 +114,17 @@ def _draw_sizes(ax, table, size, structures):
     shade_rows(ax, structures)
 
 # %% ../../nbs/62b_report.behaviour.ipynb #a784a3b6
-def _halves_in_words(means, size, about):
-    "Put the median Dice of the smaller and the larger half into words"
-    small = means[size] <= means.groupby("dataset")[size].transform("median")
-    means = means.assign(half=np.where(small, "small", "large"))
-    halves = means.groupby(["dataset", "loss", "half"], sort=False)["dice"].median()
-    halves = halves.unstack().reindex(columns=["small", "large"])
-    words = [f"{about.dataset(d)}, {about.name(loss)}: {number(r.small)} and {number(r.large)}"
-             for (d, loss), r in halves.iterrows()]
-    return f"Median Dice of the smaller and the larger half: {'; '.join(words)}."
+def _thirds_in_words(means, size, about):
+    "Put the mean Dice of the smallest third and of the rest, and the slope, into words"
+    words = []
+    for dataset, rows in means.groupby("dataset", sort=False):
+        small = rows[size] <= _smallest_third(rows, size)
+        for loss, part in rows.groupby("loss", sort=False):
+            two = " and ".join(number(part["dice"][small == side].mean()) for side in (True, False))
+            slope = number(_slope(part, size))
+            words.append(f"{about.dataset(dataset)}, {about.name(loss)}: {two}, slope {slope}")
+    return ("Mean Dice of the smallest third and of the rest, slope per doubling of size:"
+            f" {'; '.join(words)}.")
 
 # %% ../../nbs/62b_report.behaviour.ipynb #410bba2c
 @study_style()
@@ -117,8 +146,9 @@ def sensitivity_specificity(
         shares = quartiles["false_alarm"]
         log_axis(ax, shares.min(axis=None), shares.max(axis=None))
         _label_outside(part, "1 − specificity (share, log)", "Sensitivity (0 to 1)")
-    legend_below(figure, loss_handles(losses, about, ls="none"))
-    body = ("Marks: median over cases (seeds averaged first); crosses: middle half."
+    quartiles = Line2D([], [], label="median and quartiles", **QUARTILES)
+    legend_below(figure, [*loss_handles(losses, about, ls="none"), quartiles])
+    body = ("Marks: median over cases (trainings averaged first); crosses: lower to upper quartile."
             " Shares under one in ten million are drawn there.")
     means = means_in_words(cases, ["sensitivity", "specificity"], about)
     title, alt = "Sensitivity against specificity per structure", f"Scatter plots. Means. {means}"
@@ -167,57 +197,91 @@ def reliability(
     bins, # dataset, loss, seed, bin, confidence (its mean), accuracy (share that is right), pixels
     about=About(), # what the caption must say
 ): # -> Picture
-    "Draw accuracy against confidence per loss with the share of pixels in each bin and the ECE"
+    "Draw accuracy against confidence per loss with intervals, the share of pixels and the ECE"
     columns = ["dataset", "loss", "seed", "bin", "confidence", "accuracy", "pixels"]
     bins = checked(bins, "reliability", columns, about)
-    losses, keys = list(bins["loss"].unique()), ["dataset", "loss"]
-    heights = [-(-len(losses)//4)*46 + 14]*bins["dataset"].nunique()
+    losses = list(bins["loss"].unique())
+    heights = [-(-len(losses)//4)*49 + 14]*bins["dataset"].nunique()
     figure, parts = bands(bins, heights, about)
-    by_seed = bins.groupby([*keys, "seed"], sort=False)[["confidence", "accuracy", "pixels"]]
-    errors = by_seed.apply(_calibration_error).groupby(level=keys, sort=False).mean()
+    errors = _calibration_errors(bins)
     for dataset, part in parts.items():
         for ax, loss in _panel_grid(part, losses, 4):
             rows = bins[(bins["dataset"] == dataset) & (bins["loss"] == loss)]
-            _draw_reliability(ax, _pooled_bins(rows), about.looks(losses)[loss])
-            error = number(errors.get((dataset, loss), np.nan))
-            ax.set_title(f"{wrapped(about.name(loss), 26)}\nECE {error}")
+            _draw_reliability(ax, rows, about.looks(losses)[loss])
+            words = _error_in_words(errors, dataset, loss)
+            ax.set_title(f"{wrapped(about.name(loss), 26)}\n{words}")
         _label_outside(part, "Confidence (predicted probability, 0 to 1)",
                        "Accuracy; share of pixels (0 to 1)")
     diagonal = Line2D([], [], label="perfect calibration", **_DIAGONAL)
     shares = Patch(color="#CFCFCF", label="share of pixels")
     legend_below(figure, [*loss_handles(losses, about), diagonal, shares])
-    body = ("Pixels where prediction or reference is foreground. Lines: their accuracy in each bin"
-            " of confidence, seeds pooled; grey bars: share of the pixels in the bin; ECE:"
-            " expected calibration error, mean over seeds. Below the diagonal a model is too sure"
-            " of itself.")
-    words = "; ".join(f"{about.dataset(d)}, {about.name(loss)}: {number(error)}"
-                      for (d, loss), error in errors.items())
+    words = "; ".join(f"{about.dataset(d)}, {about.name(loss)}: {_error_in_words(errors, d, loss)}"
+                      for d, loss in errors.index)
     title = "Calibration of the predicted probabilities"
     alt = f"Reliability diagrams. Expected calibration error: {words}."
-    return finished(figure, title, body, alt, bins, about)
+    return finished(figure, title, _RELIABILITY, alt, bins, about)
+
+_RELIABILITY = (
+    "Pixels where prediction or reference is foreground. Lines: their accuracy in each bin of"
+    " confidence, trainings pooled, with binomial 95 % intervals (Wilson; pixels taken as"
+    " independent, so too narrow); bands: range of the trainings; grey bars: share of the pixels"
+    " in the bin; bins of fewer than 100 pixels are not drawn. ECE: expected calibration error,"
+    " mean over trainings; signed: confidence less accuracy, above 0 too sure. Below the diagonal"
+    " a model is too sure of itself.")
 
 # %% ../../nbs/62b_report.behaviour.ipynb #43f78c22
 def _calibration_error(bins): # confidence, accuracy, pixels
-    "Expected calibration error; NaN where no pixel counts"
+    "Expected calibration error, and the same with its sign; NaN where no pixel counts"
     bins = bins[bins["pixels"] > 0]
-    if bins.empty: return np.nan
-    gaps = (bins["accuracy"] - bins["confidence"]).abs()
-    return float((bins["pixels"]*gaps).sum()/bins["pixels"].sum())
+    if bins.empty: return pd.Series({"ece": np.nan, "signed": np.nan})
+    gaps, weights = bins["confidence"] - bins["accuracy"], bins["pixels"]/bins["pixels"].sum()
+    return pd.Series({"ece": (weights*gaps.abs()).sum(), "signed": (weights*gaps).sum()})
 
-def _pooled_bins(bins): # -> confidence, accuracy, share, by bin
-    "Join the seeds' bins of one loss, weighted by their numbers of pixels"
+def _calibration_errors(bins): # -> ece, signed by data set and loss
+    "Both errors of each training, and their mean over trainings"
+    keys = ["dataset", "loss"]
+    by_training = bins.groupby([*keys, *per_training(bins)], sort=False)
+    errors = by_training[["confidence", "accuracy", "pixels"]].apply(_calibration_error)
+    return errors.groupby(level=keys, sort=False).mean()
+
+def _error_in_words(errors, dataset, loss):
+    "A loss's errors, as in 'ECE 0.034, signed +0.021'"
+    if (dataset, loss) not in errors.index: return "ECE –"
+    error = errors.loc[dataset, loss]
+    if not np.isfinite(error["ece"]): return "ECE –"
+    signed = f"{error['signed']:+.3f}".replace("-", "−")
+    return f"ECE {number(error['ece'])}, signed {signed}"
+
+# %% ../../nbs/62b_report.behaviour.ipynb #becb6e7e
+def _wilson(share, count, z=1.96):
+    "Wilson's 95 % interval of a share among `count`: what is below it and above it"
+    middle = (share + z**2/(2*count))/(1 + z**2/count)
+    half = z*np.sqrt(share*(1 - share)/count + z**2/(4*count**2))/(1 + z**2/count)
+    return share - (middle - half), (middle + half) - share
+
+def _pooled_bins(bins): # -> confidence, accuracy, pixels, share, by bin
+    "Join the trainings' bins of one loss, weighted by their numbers of pixels"
     bins, values = bins[bins["pixels"] > 0], ["confidence", "accuracy"]
     weighted = bins[values].mul(bins["pixels"], axis=0)
     sums = weighted.assign(bin=bins["bin"], pixels=bins["pixels"]).groupby("bin").sum()
     means = sums[values].div(sums["pixels"], axis=0)
-    return means.assign(share=sums["pixels"]/sums["pixels"].sum())
+    return means.assign(pixels=sums["pixels"], share=sums["pixels"]/sums["pixels"].sum())
 
 # %% ../../nbs/62b_report.behaviour.ipynb #1a8fd5f9
 _DIAGONAL = {"color": "#999999", "lw": .7, "ls": (0, (4, 3))}
+_FEWEST = 100  # pixels of a bin that is drawn
 
-def _draw_reliability(ax, pooled, look):
-    "Draw one loss's accuracy over the shares of its pixels"
+def _draw_reliability(ax, bins, look):
+    "Draw one loss's accuracy with intervals and range over the shares of its pixels"
+    pooled, enough = _pooled_bins(bins), bins[bins["pixels"] >= _FEWEST]
+    pooled = pooled[pooled["pixels"] >= _FEWEST]
+    x, y = pooled["confidence"], pooled["accuracy"]
     ax.plot([0, 1], [0, 1], **_DIAGONAL)
-    ax.bar(pooled["confidence"], pooled["share"], width=.05, color="#CFCFCF")
-    ax.plot(pooled["confidence"], pooled["accuracy"], ms=3.6, **look)
+    ax.bar(x, pooled["share"], width=.05, color="#CFCFCF")
+    if has_spread(bins):
+        ends = enough.groupby("bin")["accuracy"].agg(["min", "max"]).reindex(pooled.index)
+        ax.fill_between(x, ends["min"], ends["max"], color=look["color"], alpha=.16, lw=0)
+    ax.plot(x, y, ms=3.6, **look)
+    interval = np.clip(_wilson(y, pooled["pixels"]), 0, 1)
+    ax.errorbar(x, y, yerr=interval, fmt="none", ecolor=look["color"], elinewidth=.9, capsize=1.5)
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect=1)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from ..files import StudyError, run_folders
 from ..params import Params
@@ -86,19 +87,25 @@ class _Run:
     dataset: str
     loss: str
     seed: int
+    fold: int | None = None  # None: the one split of a study without folds
 
     @property
     def page(self):
-        return f"runs/{self.dataset}-{self.loss}-seed{self.seed}"
+        fold = "" if self.fold is None else f"-fold{self.fold}"
+        return f"runs/{self.dataset}-{self.loss}-seed{self.seed}{fold}"
+
+    @property
+    def chance(self):
+        return f"seed {self.seed}" + ("" if self.fold is None else f", fold {self.fold}")
 
     def folder(self, root="."):
-        return run_folders(self.dataset, self.loss, self.seed, root)[0]
+        return run_folders(self.dataset, self.loss, self.seed, root, self.fold)[0]
 
 # %% ../../nbs/63b_report.contents.ipynb #fc6ed7ba
 def _runs_of(params: Params):
     study = params.study
-    return [_Run(dataset, loss, seed)
-            for dataset in study.datasets for loss in study.losses for seed in study.seeds]
+    names = product(study.datasets, study.losses, study.seeds, study.fold_numbers)
+    return [_Run(*each) for each in names]
 
 def _readable(sources, root, notes):
     "The notebooks that can be read; each of the others becomes a line of `notes`"
@@ -129,8 +136,8 @@ def study_pages(params: Params, root=".") -> tuple[list[Page], list[str]]: # pag
         add(f"data/{dataset}", title, title, [f"reports/data/{dataset}/prepare.ipynb"])
     pages.append(overview := Page("runs/index", "All runs", "", "The study"))
     for run in _runs_of(params):
-        short = f"{about.name(run.loss)}, seed {run.seed} ({run.dataset})"
-        title = f"{about.dataset(run.dataset)}: {about.name(run.loss)}, seed {run.seed}"
+        short = f"{about.name(run.loss)}, {run.chance} ({run.dataset})"
+        title = f"{about.dataset(run.dataset)}: {about.name(run.loss)}, {run.chance}"
         sources = [f"{run.folder().as_posix()}/{name}.ipynb" for name in ("train", "evaluate")]
         there[run] = add(run.page, short, title, sources, above="runs/index")
     overview.content = _overview(about, there, root)
@@ -144,14 +151,15 @@ def _row(about: About, run: _Run, has_page, root):
         numbers = json.loads(text)
     except (OSError, ValueError):
         numbers = {}
-    forms = {"best_epoch": "g", "best_dice": ".3f", "test_dice": ".3f"}
+    judged = "test_dice" if run.fold is None else "fold_dice"
+    forms = {"best_epoch": "g", "best_dice": ".3f", judged: ".3f"}
     shown = [f"{numbers[key]:{form}}" if isinstance(numbers.get(key), (int, float)) else "–"
              for key, form in forms.items()]
     loss = about.name(run.loss)
     name = f"[{loss}](/{run.page})" if has_page else f"{loss} (not there yet)"
-    return f"| {name} | {run.seed} | {' | '.join(shown)} |"
+    return f"| {name} | {run.chance.removeprefix('seed ')} | {' | '.join(shown)} |"
 
-_HEAD = ("| loss | seed | best epoch | Dice, validation | Dice, test |\n"
+_HEAD = ("| loss | seed | best epoch | Dice, validation | Dice, held out |\n"
          "|---|--:|--:|--:|--:|")
 
 # %% ../../nbs/63b_report.contents.ipynb #982a4da8

@@ -9,9 +9,10 @@ __all__ = ['forest', 'convention_shift', 'optimism_shift']
 from dataclasses import replace
 import numpy as np
 import pandas as pd
+from ..evaluation.metrics import with_worst_case
 from .look import About, DOUBLE, checked, study_style
 from .parts import bands, finished, label_rows, legend_below, loss_handles, number
-from .parts import pair_handles, print_right, row_height, shade_rows
+from .parts import pair_handles, per_training, print_right, row_height, shade_rows
 from .parts import structures_of
 
 # %% ../../nbs/62_report.differences.ipynb #09145f43
@@ -103,6 +104,7 @@ def convention_shift(
     metrics = ["dice", "hd95", "transunet_dice", "transunet_hd95"]
     columns = ["dataset", "loss", "case", "structure", *metrics, "unit"]
     cases = checked(cases, "convention_shift", columns, about)
+    cases = cases.assign(hd95=with_worst_case(cases))
     losses, structures = list(cases["loss"].unique()), structures_of(cases)
     structures = {d: [*names, "mean over structures"] for d, names in structures.items()}
     heights = [_band_height(names, losses) for names in structures.values()]
@@ -121,10 +123,11 @@ def convention_shift(
     return finished(figure, title, _CONVENTIONS, f"Paired dots. {alt}", cases, about)
 
 _CONVENTIONS = (
-    "Filled marks: this study's convention (an empty structure on one side: Dice 0, HD95 undefined"
-    " and left out; distances in the stated unit); hollow: that of published tables (a structure"
-    " predicted but absent: Dice 1, HD95 0; missed or absent in both: 0 and 0; spacing ignored)."
-    " Means over cases and seeds.")
+    "Filled marks: this study's convention (an empty structure on one side: Dice 0, HD95 the"
+    " diagonal, or left out where records lack it; distances in the stated unit); hollow: that of"
+    " published tables (a structure predicted but absent: Dice 1, HD95 0; missed or absent in"
+    " both: 0 and 0; spacing ignored)."
+    " Means over cases and trainings.")
 
 # %% ../../nbs/62_report.differences.ipynb #19c1948f
 def _mean_pairs(cases, first, second): # -> loss, structure, first, second
@@ -186,17 +189,18 @@ def optimism_shift(
             ax.set_xlabel(f"Mean {metric.capitalize()} (0 to 1)")
     legend_below(figure, pair_handles("validation cases (paper)", "test cases (held-out)"))
     body = ("Filled: best epoch on the validation cases, reported on them; hollow: the same weights"
-            " on cases that did not choose the epoch; large marks: mean over seeds, small dots:"
-            f" seeds. Numbers: paper minus held-out{'' if gaps is None else ' with its interval'}."
+            " on cases that did not choose the epoch; large marks: mean over trainings, small"
+            " dots: trainings. Numbers: paper minus held-out"
+            f"{'' if gaps is None else ' with its interval'}."
             " The two sets of cases differ, so part of the gap is chance.")
     title = "Optimism of choosing and reporting on the same cases"
     alt = f"Paired dots. {_gaps_in_words(cases, about)}"
     return finished(figure, title, body, alt, cases, about)
 
 # %% ../../nbs/62_report.differences.ipynb #7187d55d
-def _split_means(cases, metric): # -> loss, seed, valid, test
-    "Mean over structures of the mean over cases per loss, seed and split"
-    keys = ["loss", "seed", "split"]
+def _split_means(cases, metric): # -> loss, seed, perhaps fold, valid, test
+    "Mean over structures of the mean over cases per training and split"
+    keys = ["loss", *per_training(cases), "split"]
     means = cases.groupby([*keys, "structure"], sort=False)[metric].mean()
     means = means.groupby(keys, sort=False).mean().unstack()
     return means.reindex(columns=["valid", "test"]).reset_index()

@@ -109,7 +109,7 @@ def check_figure(picture, panels=None, units=True):
     "Raise AssertionError unless all can be read, all axes are named and the words fit"
     with study_style():
         picture.figure.draw_without_rendering()
-    texts, page = _texts_of(picture.figure), picture.figure.bbox
+        texts, page = _texts_of(picture.figure), picture.figure.bbox
     axes = [ax for ax in picture.figure.findobj(matplotlib.axes.Axes) if ax.axison]
     outside = [t for t, box in texts if min(box.x0, box.y0) < -1
                or box.x1 > page.x1 + 1 or box.y1 > page.y1 + 1]

@@ -12,25 +12,27 @@ import numpy as np
 from matplotlib.lines import Line2D
 from .look import About, NAMES, checked, study_style
 from .parts import bands, finished, label_rows, legend_below, loss_handles
-from .parts import means_in_words, number, print_right, row_height, wrapped
+from .parts import has_spread, means_in_words, number, per_training
+from .parts import print_right, row_height, score, wrapped
 
 # %% ../../nbs/61_report.figures.ipynb #68b77dca
 @study_style()
 def fig1(
     runs, # dataset, loss, seed, train_loss, valid_loss, valid_dice, valid_jaccard; a row per run
     about=About(), # what the caption must say
-    paper=None, # data/paper/table1.csv (metric, a column per loss, note), drawn as diamonds
+    paper=None, # data/paper/table1.csv (metric, a column per loss, note), diamonds on its data sets
 ): # -> Picture
     "Draw the last epoch's training loss, validation loss, Dice and Jaccard per loss"
     metrics = ["train_loss", "valid_loss", "valid_dice", "valid_jaccard"]
     checked(runs, "fig1", ["dataset", "loss", "seed", *metrics])
     about = replace(about, protocol="last")
+    paper = _paper_for(runs, about, paper)
     figure = _metric_panels(runs, metrics, about, paper, bars=True)
     for part in figure.subfigs:
         for ax in part.axes[2:]:
             ax.set_xlim(0, 1)
     legend_below(figure, _run_handles(paper))
-    body = ("Bars and numbers: mean over seeds; dots: seeds; line: their range."
+    body = ("Bars and numbers: mean over trainings; dots: trainings; line: their range."
             f"{_notes(paper, metrics)} Losses of different kinds are on different scales and not"
             " comparable between rows; Dice and Jaccard are.")
     alt = f"Horizontal bars, one per loss. {means_in_words(runs, metrics, about)}"
@@ -44,15 +46,16 @@ def _metric_panels(runs, metrics, about, paper, bars):
     figure, parts = bands(runs, [height]*runs["dataset"].nunique(), about)
     for dataset, part in parts.items():
         axes = part.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+        shown = paper if about.paper_applies(dataset) else None
         for ax, metric in zip(axes, metrics, strict=True):
-            _draw_runs(ax, runs[runs["dataset"] == dataset], metric, losses, about, paper, bars)
+            _draw_runs(ax, runs[runs["dataset"] == dataset], metric, losses, about, shown, bars)
             ax.set_xlabel(about.name(metric))
             ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
     return figure
 
 # %% ../../nbs/61_report.figures.ipynb #d258b4cf
 def _draw_runs(ax, runs, metric, losses, about, paper, bars):
-    "Draw per loss: bar or mark for the mean, range and dots of the seeds, the paper's diamond"
+    "Draw per loss: bar or mark for the mean, range and dots of the trainings, the paper's diamond"
     looks, means = about.looks(losses), []
     for row, loss in enumerate(losses):
         values, color = runs.loc[runs["loss"] == loss, metric].dropna(), looks[loss]["color"]
@@ -69,7 +72,12 @@ def _draw_runs(ax, runs, metric, losses, about, paper, bars):
         ax.plot(values, row + spread, "o", color=color, **dot)
         ax.plot(_paper_value(paper, metric, loss), row, **diamond)
     label_rows(ax, [about.name(loss) for loss in losses])
-    print_right(ax, [number(mean) for mean in means])
+    print_right(ax, [score(mean, metric) for mean in means])
+
+# %% ../../nbs/61_report.figures.ipynb #34b946b2
+def _paper_for(runs, about, paper):
+    "The paper's table if it may be of a data set that is drawn, else None"
+    return paper if any(map(about.paper_applies, runs["dataset"].unique())) else None
 
 # %% ../../nbs/61_report.figures.ipynb #041b804b
 def _paper_value(paper, metric, loss):
@@ -93,9 +101,9 @@ def _notes(paper, metrics):
 
 # %% ../../nbs/61_report.figures.ipynb #4cfc654d
 def _run_handles(paper):
-    "Legend of seeds, range and the paper's marks, grey because the rows carry the colours"
-    handles = [Line2D([], [], color="#555555", marker="o", ms=2.6, ls="none", label="one seed"),
-               Line2D([], [], color="#555555", lw=1.2, label="seed range")]
+    "Legend of trainings, range and the paper's marks, grey because the rows carry the colours"
+    handles = [Line2D([], [], color="#555555", marker="o", ms=2.6, ls="none", label="one training"),
+               Line2D([], [], color="#555555", lw=1.2, label="range of trainings")]
     if paper is None: return handles
     look = dict(marker="D", ls="none", mfc="none", mec="#222222")
     return [*handles, Line2D([], [], label="the paper (Table 1)", **look)]
@@ -106,67 +114,107 @@ def fig2(
     epochs, # dataset, loss, seed, epoch, train_loss, valid_loss, valid_dice; a row per epoch
     about=About(), # what the caption must say
 ): # -> Picture
-    "Draw both losses over the epochs, an axis per loss, and the validation Dice on a shared axis"
+    "Draw both losses over the epochs, an axis per loss, and the validation Dice on shared axes"
     columns = ["dataset", "loss", "seed", "epoch", "train_loss", "valid_loss", "valid_dice"]
     checked(epochs, "fig2", columns)
     losses, about = list(epochs["loss"].unique()), replace(about, protocol="")
-    rows = -(-(len(losses) + 1)//4)
-    heights = [rows*40 + 8]*epochs["dataset"].nunique()
+    heights = [-(-len(losses)//4)*36 + 62 + 2*len(losses)]*epochs["dataset"].nunique()
     figure, parts = bands(epochs, heights, about, extra=18)
     for dataset, part in parts.items():
         _draw_course(part, epochs[epochs["dataset"] == dataset], losses, about)
     grey = [Line2D([], [], color="#555555", label="training loss"),
             Line2D([], [], color="#555555", ls=(0, (3, 1.5)), label="validation loss")]
     legend_below(figure, [*grey, *loss_handles(losses, about)])
-    body = ("Lines: mean over seeds; bands: smallest to largest seed. Each loss has its own scale;"
-            " marks on the shared axis: best epoch of the mean validation Dice.")
+    body = ("Lines: mean over trainings; bands: smallest to largest. Each loss has its own scale."
+            " At the foot of the shared axis, a row per loss: the best epoch of the mean validation"
+            f" Dice, dots: of each training.{_early_in_words(epochs)}")
     alt = f"Line charts. {_course_in_words(epochs, about)}"
     return finished(figure, "Training and validation over the epochs", body, alt, epochs, about)
 
 # %% ../../nbs/61_report.figures.ipynb #c53086cb
+_EARLY = 10  # epochs
+
+def _early_in_words(epochs):
+    "Say that the first epochs are drawn again; empty where there are hardly more"
+    longer = epochs["epoch"].max() > _EARLY + 2
+    return f" At the right: the first {_EARLY} epochs again." if longer else ""
+
 def _draw_course(part, epochs, losses, about):
-    "Fill a data set's band: a panel per loss, then the shared Dice over the rest of the row"
-    columns, looks = min(4, len(losses) + 1), about.looks(losses)
-    grid = part.add_gridspec(-(-(len(losses) + 1)//columns), columns)
-    for k, loss in enumerate(losses):
-        ax = part.add_subplot(grid[k//columns, k % columns])
-        rows, color = epochs[epochs["loss"] == loss], looks[loss]["color"]
-        _draw_curve(ax, rows, "train_loss", color=color)
-        _draw_curve(ax, rows, "valid_loss", color=color, ls=(0, (3, 1.5)))
+    "Fill a data set's band: a panel per loss, then the shared Dice, all epochs and the first ones"
+    columns, looks = min(4, len(losses)), about.looks(losses)
+    rows = -(-len(losses)//columns)
+    above, below = part.subfigures(2, 1, height_ratios=[rows*36, 50 + 2*len(losses)])
+    axes = above.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[len(losses):]:
+        ax.set_axis_off()
+    for ax, loss in zip(axes, losses, strict=False):
+        of_loss, color = epochs[epochs["loss"] == loss], looks[loss]["color"]
+        _draw_curve(ax, of_loss, "train_loss", color=color)
+        _draw_curve(ax, of_loss, "valid_loss", color=color, ls=(0, (3, 1.5)))
         ax.set(title=wrapped(about.name(loss), 26), ylabel="Loss (own scale)")
-    shared = part.add_subplot(grid[len(losses)//columns, len(losses) % columns:])
-    _draw_shared_dice(shared, epochs, losses, about)
-    for ax in part.axes:
+    _draw_shared(below, epochs, losses, about)
+    for ax in (*axes[:len(losses)], *below.axes):
         ax.set_xlabel("Epoch")
         locator = matplotlib.ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
         ax.xaxis.set_major_locator(locator)
 
+def _draw_shared(part, epochs, losses, about):
+    "Draw the validation Dice of all losses; beside it the first epochs of a longer training"
+    early, longer = epochs[epochs["epoch"] <= _EARLY], _early_in_words(epochs)
+    axes = part.subplots(1, 2, width_ratios=[3, 2]) if longer else [part.subplots()]
+    _draw_dice(axes[0], epochs, losses, about)
+    axes[0].set_title("all losses")
+    _draw_best(axes[0], epochs, losses, about)
+    if longer:
+        _draw_dice(axes[1], early, losses, about)
+        axes[1].set_title(f"all losses, first {_EARLY} epochs")
+
 # %% ../../nbs/61_report.figures.ipynb #43c0434b
 def _draw_curve(ax, epochs, column, **look):
-    "Draw the mean over seeds with the seeds' range; a single epoch becomes a mark"
+    "Draw the mean over trainings with their range; a single epoch becomes a mark"
     curve = epochs.groupby("epoch")[column].agg(["mean", "min", "max"]).dropna()
     low, high, color = curve["min"], curve["max"], look["color"]
     if len(curve) == 1:
         look |= {"marker": look.get("marker") or "o"}
     ax.plot(curve.index, curve["mean"], **look)
-    if epochs["seed"].nunique() > 1:
+    if has_spread(epochs):
         ax.fill_between(curve.index, low, high, color=color, alpha=.16, lw=0)
         if len(curve) == 1:
             ax.vlines(curve.index, low, high, color=color, lw=1)
     return curve["mean"]
 
 # %% ../../nbs/61_report.figures.ipynb #4241d0a4
-def _draw_shared_dice(ax, epochs, losses, about):
-    "Draw every loss's validation Dice, with its marker at the best epoch of the mean curve"
+def _draw_dice(ax, epochs, losses, about):
+    "Draw every loss's validation Dice"
     looks = about.looks(losses)
     for loss in losses:
-        rows, look = epochs[epochs["loss"] == loss], looks[loss]
-        line = {key: look[key] for key in ("color", "linestyle")}
-        mean = _draw_curve(ax, rows, "valid_dice", **line)
-        best = dict(marker=look["marker"], mec="white", mew=.5, ms=5.5, zorder=4)
-        if len(mean):
-            ax.plot(mean.idxmax(), mean.max(), color=look["color"], **best)
-    ax.set(title="all losses", ylabel=about.name("valid_dice"))
+        line = {key: looks[loss][key] for key in ("color", "linestyle")}
+        _draw_curve(ax, epochs[epochs["loss"] == loss], "valid_dice", **line)
+    ax.set_ylabel(about.name("valid_dice"))
+
+def _best_epochs(epochs):
+    "The best epoch of the mean validation Dice, and that of each training"
+    scored = epochs.dropna(subset=["valid_dice"])
+    mean = scored.groupby("epoch")["valid_dice"].mean()
+    if mean.empty: return np.nan, []
+    by_training = scored.set_index("epoch").groupby(per_training(scored))["valid_dice"]
+    return mean.idxmax(), list(by_training.idxmax())
+
+def _draw_best(ax, epochs, losses, about):
+    "Mark the best epochs at the foot of the axis, a row per loss, so that none hides another"
+    looks, place = about.looks(losses), ax.get_xaxis_transform()
+    foot = .05*len(losses) + .03
+    low, high = ax.get_ylim()
+    ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
+    ax.set(ylim=(low - (high - low)*foot/(1 - foot), high), yticks=ticks)
+    ax.axhline(low, color="#999999", lw=.6)
+    ax.text(.01, foot/2, "best epochs", transform=ax.transAxes, va="center", fontsize=6)
+    for row, loss in enumerate(losses):
+        best, others = _best_epochs(epochs[epochs["loss"] == loss])
+        look, y = looks[loss], .03 + .05*row
+        ax.plot(others, [y]*len(others), "o", ms=2, mew=0, color=look["color"], transform=place)
+        mark = dict(marker=look["marker"], mec="white", mew=.5, ms=5, zorder=4, transform=place)
+        ax.plot(best, y, color=look["color"], **mark)
 
 # %% ../../nbs/61_report.figures.ipynb #3b49ba53
 def _course_in_words(epochs, about):
@@ -188,9 +236,10 @@ def fig3(
     "Draw the best Dice and the best Jaccard per loss with seeds and their range"
     metrics = ["best_dice", "best_jaccard"]
     checked(runs, "fig3", ["dataset", "loss", "seed", *metrics])
+    paper = _paper_for(runs, about, paper)
     figure = _metric_panels(runs, metrics, about, paper, bars=False)
     legend_below(figure, _run_handles(paper))
-    body = ("Large marks and numbers: mean over seeds; small dots: seeds; lines: seed range."
-            f"{_notes(paper, metrics)} The axes do not start at zero.")
+    body = ("Large marks and numbers: mean over trainings; small dots: trainings; lines:"
+            f" their range.{_notes(paper, metrics)} The axes do not start at zero.")
     alt = f"Dot plot, one row per loss. {means_in_words(runs, metrics, about)}"
     return finished(figure, "Best epoch: Dice and Jaccard", body, alt, runs, about)

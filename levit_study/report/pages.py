@@ -190,17 +190,19 @@ def escaped(text):
     return re.sub(r"([\\`*_{}\[\]<>$#|~])", r"\\\1", text)
 
 # %% ../../nbs/63_report.pages.ipynb #f09e151b
-def _set_words(cell, alt, caption, width):
+def _set_words(cell, alt, caption, width, source=""):
     "Tell MyST-NB what to write around a cell's picture"
     cell.metadata["mystnb"] = {"image": {"alt": alt}}
     if width:
         cell.metadata["mystnb"]["image"]["width"] = f"{width}px"
     if caption:
-        cell.metadata["mystnb"]["figure"] = {"caption": escaped(caption)}
+        made = f" [Made by {escaped(source)}](/runs/index)" if source else ""
+        cell.metadata["mystnb"]["figure"] = {"caption": escaped(caption) + made}
 
 # %% ../../nbs/63_report.pages.ipynb #3a772baf
 def with_words(cells, figures):
-    "The cells with a text alternative for every picture, and captions for those that have one"
+    """The cells with a text alternative for every picture, and captions for those that have one,
+    which say what made the picture and link to the runs that it is of"""
     heading, before, shown = "", "", []
     for cell in cells:
         if cell.cell_type == "markdown":
@@ -210,5 +212,6 @@ def with_words(cells, figures):
             shown.append(part)
             for output in filter(_is_picture, part.get("outputs", [])):
                 alt, caption, file = _describe(output, figures, heading, before)
-                _set_words(part, alt, caption, _with_better_copy(output, file))
+                source = figures.get(caption, {}).get("source", "")
+                _set_words(part, alt, caption, _with_better_copy(output, file), source)
     return shown

@@ -7,6 +7,7 @@ __all__ = ['summary_html']
 
 # %% ../../nbs/63a_report.summary.ipynb #3cdfdd41
 import re
+from math import prod
 from pathlib import Path
 import pandas as pd
 from jinja2 import Environment
@@ -25,10 +26,10 @@ _TEMPLATE = """<div class="answer">
 <section><h2>What came out</h2>
 {% if results %}
 <div class="scroll" tabindex="0"><table class="results">
-<thead><tr>{% for name in ("Loss", "Dice, test", "Dice, validation", "HD95") %}
-<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<thead><tr><th scope="col">Loss</th>{% for name in splits %}
+<th scope="col">Dice, {{ name }}</th>{% endfor %}<th scope="col">Surface Dice</th></tr></thead>
 <tbody>{% for heading, rows in results %}
-<tr class="data"><th colspan="4" scope="rowgroup">{{ heading }}</th></tr>
+<tr class="data"><th colspan="{{ splits|length + 2 }}" scope="rowgroup">{{ heading }}</th></tr>
 {% for loss, cells in rows %}
 <tr><th scope="row">{{ loss }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}{% endfor %}</tbody></table></div>
@@ -95,16 +96,17 @@ def _effort(params: Params, about: About):
         variant, epochs = settings.model.variant, _count(settings.training.epochs, "epoch")
         text = Markup("{} (LeViT-UNet-{}, {})")
         data.append(text.format(_bold(about.dataset(name)), variant, epochs))
-    sizes = [len(study.datasets), len(study.losses), len(study.seeds)]
-    parts = map(_count, sizes, ("data set", "loss function", "seed"))
-    trainings = _count(sizes[0]*sizes[1]*sizes[2], "training")
+    sizes = [len(study.datasets), len(study.losses), len(study.seeds), len(study.folds)]
+    parts = list(map(_count, sizes, ("data set", "loss function", "seed", "fold")))
+    if study.fold_numbers == [None]: parts.pop()
+    trainings = _count(prod(sizes), "training")
     text = Markup("Data: {}. {}: {}.").format(_listed(data), trainings, " × ".join(parts))
     for terms in special_trainings(params):
         text += f" Trained on terms of its own: {terms}."
     return text
 
 # %% ../../nbs/63a_report.summary.ipynb #251905de
-_SPLITS = {"test": "test", "valid": "validation"}
+_SPLITS = {"fold": "cross-validation", "test": "test", "valid": "validation"}
 
 def _with_interval(row, name, digits): # row: a mapping
     "A mean with its interval, or a dash"
@@ -119,44 +121,47 @@ def _is_number(value):
     return isinstance(value, (int, float)) and value == value
 
 # %% ../../nbs/63a_report.summary.ipynb #8d4aa712
-def _heading(rows, name, held): # rows: one data set's in organs.csv
-    "The name of a data set, its patients, the unit of its distances"
+def _heading(rows, name): # rows: one data set's in organs.csv
+    "The name of a data set and its patients"
     patients = {split: rows.loc[rows.split == split, "patients"].max() for split in _SPLITS}
     counts = [f"{patients[split]:.0f} {word}" for split, word in _SPLITS.items()
               if split in set(rows.split)]
-    words = f"{name}: " + (f"{_listed(counts)} patients" if counts else "no results yet")
-    units = sorted(set(rows.unit.dropna())) if "unit" in rows else []
-    if units:
-        where = " on validation patients" if held == "valid" else ""
-        words += f"; HD95 in {_listed(units)}{where}"
-    return words
+    return f"{name}: " + (f"{_listed(counts)} patients" if counts else "no results yet")
 
 # %% ../../nbs/63a_report.summary.ipynb #e60f8edb
+def _judged(organs): # -> splits, a column each
+    "The splits that the table shows: the folds where there are some, else the test; validation"
+    there = set(organs.split)
+    if "fold" not in there: return ["test", "valid"]
+    return [split for split in _SPLITS if split in there]
+
 def _results(organs, dataset, losses, about: About): # -> heading, rows (loss, cells)
-    "Dice over all structures per loss, held out and as the paper selects, and HD95"
+    "Dice over all structures per loss, held out and as the paper selects; surface Dice"
     rows = organs[organs.dataset == dataset]
     rows = rows[(rows.structure == ALL) | (rows.structure.nunique() == 1)]
-    held = "test" if "test" in set(rows.split) else "valid"
+    held = next((split for split in _SPLITS if split in set(rows.split)), "valid")
     best = {split: rows[rows.split == split].dice.max() for split in _SPLITS}
     shown = []
     for loss in losses:
         if loss not in set(rows.loss): continue
         of_split = {row["split"]: row for row in rows[rows.loss == loss].to_dict("records")}
         cells = []
-        for split in _SPLITS:
+        for split in _judged(organs):
             row = of_split.get(split, {})
             dice = _with_interval(row, "dice", 3)
             cells.append(_bold(dice) if row.get("dice") == best[split] else dice)
-        hd95 = _with_interval(of_split.get(held, {}), "hd95", 1)
-        shown.append((about.name(loss), [*cells, hd95]))
-    return _heading(rows, about.dataset(dataset), held), shown
+        surface = _with_interval(of_split.get(held, {}), "nsd", 3)
+        shown.append((about.name(loss), [*cells, surface]))
+    return _heading(rows, about.dataset(dataset)), shown
 
 # %% ../../nbs/63a_report.summary.ipynb #6c9d5407
 def _key(params: Params):
     "How to read the table of results"
-    trainings = " and trainings" if len(params.study.seeds) > 1 else ""
+    study = params.study
+    trainings = " and trainings" if len(study.seeds) * len(study.folds) > 1 else ""
     return ("Means over structures and patients; validation patients also chose the epoch, as in"
-            " the paper. Bold: highest Dice. HD95 leaves out structures that were not found."
+            " the paper. Bold: highest Dice. Surface Dice: share of the outlines within the"
+            " tolerance of the other's, of test patients where there are any; a miss counts 0."
             f" Brackets: {params.evaluation.confidence:.0%} interval over patients{trainings}.")
 
 # %% ../../nbs/63a_report.summary.ipynb #e0eaadef
@@ -194,9 +199,10 @@ def _tally(claims, synthetic):
 def _points(organs, claims, params: Params, about: About): # organs, claims: tables or None
     "What limits the numbers"
     points = list(_tally(claims, about.synthetic)) if claims is not None else []
-    seeds = len(params.study.seeds)
+    number = len(params.study.seeds) * len(params.study.folds)
     points.append(
-        f"{seeds} trainings per loss: the intervals hold the chance of training, too." if seeds > 1
+        f"{number} trainings per loss: the intervals hold the chance of training, too."
+        if number > 1
         else Markup("<b>One training per loss</b>: how far two trainings differ by chance is not"
                     " known. Verdicts assume it, or stay open."))
     least = organs.groupby("dataset").patients.min().to_dict() if organs is not None else {}
@@ -242,6 +248,7 @@ def summary_html(params: Params, root=".", notes=()) -> tuple[str, list[str]]: #
         question=_question(params, about),
         effort=_effort(params, about),
         results=results,
+        splits=[] if organs is None else [_SPLITS[split] for split in _judged(organs)],
         key=_key(params),
         points=_points(organs, claims, params, about),
         notes=notes,

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..files import StudyError
 from ..params import Run
 from ..data.augment import augment
-from ..data.dataset import PreparedStore, epoch_order
+from ..data.dataset import PreparedStore, epoch_order, oversampled
 from ..model.grids import forget_biases
 from .state import Trainer, learning_rate_at, make_fabric, make_trainer
 from .state import resume, save_state, unwrapped
@@ -68,7 +68,7 @@ def fit(
 # %% ../../nbs/31_training.fit.ipynb #a142d10b
 def _load(run: Run, path, fabric: Fabric) -> tuple: # the store, training and validation slices
     "Open a prepared store; `StudyError` if no case of it can choose the best epoch"
-    store = PreparedStore(path)
+    store = PreparedStore(path, run.fold)
     train, valid = (store.load(split).to(fabric.device) for split in ("train", "valid"))
     if len(valid): return store, train, valid
     advice = f"set datasets.{run.dataset}.data.split.valid"
@@ -114,8 +114,11 @@ def train_epoch(
     t.model.train()
     if t.step == 0: _start_sums(t, slices.store.num_classes)
     world = fabric.global_rank, fabric.world_size
-    order = torch.as_tensor(epoch_order(len(slices), seed, t.epoch, *world))
-    batches = _batches_of(order, t.batch_size, t.run)
+    order = epoch_order(len(slices), seed, t.epoch, *world)
+    if training.foreground:
+        share, draw = training.foreground, (seed, t.epoch, world[0])
+        order = oversampled(order, slices.shows(), t.batch_size, share, *draw)
+    batches = _batches_of(torch.as_tensor(order), t.batch_size, t.run)
     steps = math.ceil(len(batches) / training.accumulate)
     for step in range(t.step, steps):
         rate = learning_rate_at(training, t.epoch - 1 + step / steps)
@@ -146,6 +149,9 @@ def share_buffers(fabric: Fabric, model):
     "Give every process the first one's running statistics"
     if fabric.world_size == 1: return
     for buffer in model.buffers(): torch.distributed.broadcast(buffer, 0)
+
+# %% ../../nbs/31_training.fit.ipynb #2bae7c6b
+_SEEN = 0.08  # share of the training slices that is scored as validation is
 
 # %% ../../nbs/31_training.fit.ipynb #5d5f87de
 @torch.no_grad()
@@ -189,8 +195,11 @@ def close_epoch(
     share_buffers(fabric, t.weights)
     num_classes, batch_size = 1 + len(structures), t.run.training.valid_batch_size
     with fabric.autocast():
-        valid_loss, valid_counts = validate(
-            fabric, t.weights, t.plain_criterion, valid, num_classes, batch_size)
+        judged = t.weights, t.plain_criterion
+        valid_loss, valid_counts = validate(fabric, *judged, valid, num_classes, batch_size)
+        seen = train.some_cases(_SEEN)
+        _, seen_counts = validate(fabric, *judged, seen, num_classes, batch_size)
+    seen_scores = mean_scores(seen_counts, structures, "train_case")
     train_dice = torch.as_tensor(dice_from_counts(*counts.cpu().double()))
     valid_dice = torch.as_tensor(dice_from_counts(*valid_counts.cpu().double())).nanmean(0)
     t.criterion.update_from_training(train_dice.to(fabric.device))
@@ -200,6 +209,7 @@ def close_epoch(
         "train_loss": (sums[0] / sums[1]).item(),
         "valid_loss": valid_loss,
         "train_dice": train_dice[1:].nanmean().item(),
+        **{name: seen_scores[name] for name in ("train_case_dice", "train_case_jaccard")},
         **mean_scores(valid_counts, structures),
         "learning_rate": t.optimiser.param_groups[0]["lr"],
         "seconds": t.spent + time.perf_counter() - started,

@@ -82,18 +82,19 @@ def train(
     seed: int,
     params="params.yaml",
     device: str | None = None, # instead of compute.device
+    fold=None,                 # 'fold3' or 3; None or '.': the one split of a study without folds
 ) -> dict:                     # the numbers of Table 1
     """Train one run of the study on its prepared data
 
     Raises `StudyError` for a slip in `params`, and where the data are not prepared."""
     _end_with_torchrun()
     settings = load_params(params)
-    run = pick_run(settings, dataset, loss, seed)
+    run = pick_run(settings, dataset, loss, seed, fold)
     store = Path("data/prepared") / f"{dataset}.h5"
     if not store.exists():
         advice = f"prepare the data first: dvc repro prepare@{dataset}"
         raise StudyError(f"{store}: not found; {advice}")
-    reports, models = run_folders(dataset, loss, seed)
+    reports, models = run_folders(dataset, loss, seed, fold=run.fold)
     device, wanted, started = device or settings.compute.device, run.training.processes, _started()
     if started not in (0, wanted):
         key = f"datasets.{dataset}.training.processes = {wanted}"
@@ -103,6 +104,7 @@ def train(
     if settings.compute.threads: torch.set_num_threads(settings.compute.threads)
     if wanted == 1 or started: return fit(run, store, reports, models, device)
     names = [dataset, loss, "--seed", str(seed), "--params", str(params), "--device", device]
+    if run.fold is not None: names += ["--fold", f"fold{run.fold}"]
     program = str(Path(sys.executable).with_name("levit-study"))
     _launch([program, "train", *names], wanted)
     import pandas as pd

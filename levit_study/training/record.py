@@ -67,6 +67,7 @@ def keep_epoch(
     run, row = t.run, t.history[-1]
     if best:
         about = {"dataset": run.dataset, "loss": run.loss, "seed": run.seed}
+        if run.fold is not None: about["fold"] = run.fold
         about |= {"synthetic": run.data.phantom is not None, "structures": structures}
         about |= run.data.model_dump(include={"intensity", "window", "crop"})
         about |= {"parameters": run.record(), "epoch": row["epoch"]}

@@ -84,13 +84,14 @@ def _counts_by_case(
 def mean_scores(
     counts: torch.Tensor,       # (3, cases, classes): in both, predicted, reference
     structures: dict[str, int], # name -> class
+    name: str = "valid",        # what the columns begin with
 ) -> dict:                      # valid_dice, valid_jaccard, valid_dice_<structure>
-    "Return validation Dice and Jaccard, in [0, 1]; the background never counts"
+    "Return Dice and Jaccard, means over cases, in [0, 1]; the background never counts"
     classes, counts = list(structures.values()), counts.cpu().double()
     dice = torch.as_tensor(dice_from_counts(*counts))[:, classes].nanmean(0)
     jaccard = torch.as_tensor(jaccard_from_counts(*counts))[:, classes].nanmean(0)
-    scores = {"valid_dice": dice.nanmean().item(), "valid_jaccard": jaccard.nanmean().item()}
-    names = [f"valid_dice_{name.replace(' ', '_')}" for name in structures]
+    scores = {f"{name}_dice": dice.nanmean().item(), f"{name}_jaccard": jaccard.nanmean().item()}
+    names = [f"{name}_dice_{structure.replace(' ', '_')}" for structure in structures]
     return scores | dict(zip(names, dice.tolist(), strict=True))
 
 # %% ../../nbs/30a_training.scores.ipynb #c4dce9fa

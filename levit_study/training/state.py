@@ -168,7 +168,22 @@ def _differing_key(then: dict, now: dict, place="") -> str:
         return f"{place}{key}: {after!r}, was {before!r}"
     return "data, precision or number of processes"
 
+# %% ../../nbs/30_training.state.ipynb #7c5b4169
+def _why_anew(then: dict, now: dict) -> str:
+    "Return why a training cannot go on from a checkpoint; of more epochs, what they would need"
+    reason = _differing_key(then, now)
+    if not reason.startswith("training.epochs: "): return reason
+    if now["training"]["schedule"] != "constant":
+        return f"{reason}; the rates of schedule {now['training']['schedule']} depend on it"
+    if then["training"].get("keep_state"): return reason
+    return f"{reason}; training.keep_state: true, set before, keeps what going on needs"
+
 # %% ../../nbs/30_training.state.ipynb #6c7f1e3a
+def _identity(record: dict, data_digest: str, fabric: Fabric) -> str:
+    "Return the digest of all that a training's numbers depend on"
+    decides = json.dumps([record, data_digest, str(fabric._precision.precision)])
+    return hashlib.sha256(decides.encode()).hexdigest()
+
 @dataclass
 class Trainer:
     "A run's model, loss, optimiser and progress"
@@ -192,7 +207,9 @@ class Trainer:
     made: dict = field(default_factory=dict)  # content of run.json, once the run is complete
 
     @property
-    def name(self): return f"{self.run.dataset} {self.run.loss} seed {self.run.seed}"
+    def name(self):
+        fold = "" if self.run.fold is None else f" fold {self.run.fold}"
+        return f"{self.run.dataset} {self.run.loss} seed {self.run.seed}{fold}"
 
     @property
     def complete(self): return self.epoch > self.run.training.epochs
@@ -238,10 +255,9 @@ def make_trainer(
     if training.ema:
         average = AveragedModel(unwrapped(model), multi_avg_fn=_moving_average(training.ema))
     record = _record_of(run, plain)
-    decides = json.dumps([record, data_digest, str(fabric._precision.precision)])
     return Trainer(
         run, fabric, model, criterion, plain, optimiser, average, record, data_digest,
-        identity=hashlib.sha256(decides.encode()).hexdigest(),
+        identity=_identity(record, data_digest, fabric),
         batch_size=0 if training.batch_size == "auto" else training.batch_size,
     )
 
@@ -298,7 +314,8 @@ def _state_of(t: Trainer) -> dict:
 def save_state(t: Trainer, folder: Path):
     "Save a checkpoint from the first process"
     state = _state_of(t)  # gathers from all processes
-    if t.complete: state |= {"optimiser": {}, "model": {}, "average": None}
+    if t.complete and not t.run.training.keep_state:
+        state |= {"optimiser": {}, "model": {}, "average": None}
     if t.fabric.is_global_zero: _save_checkpoint(folder, state, keep=1 if t.complete else 2)
     t.fabric.barrier()
 
@@ -319,6 +336,16 @@ def _restore(t: Trainer, state: dict):
     if state["random_cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["random_cuda"])
 
+# %% ../../nbs/30_training.state.ipynb #ab7ac79a
+def _only_longer(t: Trainer, state: dict) -> bool:
+    "Whether a complete checkpoint is of this training with fewer epochs, and kept its state"
+    then, epochs = json.loads(state["run"]), t.run.training.epochs
+    kept = bool(state["model"]) and t.run.training.schedule == "constant"
+    if not kept or state["epoch"] <= then["training"]["epochs"]: return False
+    if then["training"]["epochs"] >= epochs: return False
+    then["training"]["epochs"] = epochs
+    return _identity(then, t.data_digest, t.fabric) == t.identity
+
 # %% ../../nbs/30_training.state.ipynb #be552444
 def resume(t: Trainer, models: Path, say=print):
     "Go on from the newest checkpoint that fits; otherwise clear away what another run left"
@@ -326,9 +353,10 @@ def resume(t: Trainer, models: Path, say=print):
     state = load_checkpoint(folder, say)
     if state is None: return
     best, kept = models / "best.safetensors", folder / "best.safetensors"
+    grown = _only_longer(t, state)
     complete = state["epoch"] > t.run.training.epochs
     as_many = complete or state["processes"] == t.fabric.world_size
-    fits = as_many and state["identity"] == t.identity
+    fits = as_many and (state["identity"] == t.identity or grown)
     if t.fabric.is_global_zero and fits and kept.exists() and not best.exists():
         hard_link(kept, best)  # `dvc exp run` takes away what no run has recorded yet
     t.fabric.barrier()
@@ -336,7 +364,7 @@ def resume(t: Trainer, models: Path, say=print):
     if fits and history and not best.exists():
         _start_anew(t, folder, f"{best} is gone", say)
     elif not fits:
-        _start_anew(t, folder, _differing_key(json.loads(state["run"]), t.record), say)
+        _start_anew(t, folder, _why_anew(json.loads(state["run"]), t.record), say)
     elif complete:
         t.epoch, t.history, t.made = state["epoch"], history, json.loads(state["made"])
         say(f"{t.name}: complete already; remove {folder} to train anew")
