@@ -17,7 +17,7 @@ def plan(root, monkeypatch, capsys):
     return run
 
 
-RECORDS = "reports/acdc/size128"
+RECORDS = "reports/studies/acdc_128"
 
 
 def test_the_plan_of_five_folds_and_two_seeds(root, environment):
@@ -41,7 +41,7 @@ def test_without_records_the_spreads_must_be_given(plan, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--patients", "8", "--folds", "5"], "each fold needs two patients"),
     (["--difference", "-0.01"], "--difference -0.01"),
-    (["--dataset", "synapse"], "no data set synapse; give --dataset, one of size128"),
+    (["--dataset", "synapse"], "no data set synapse; give --dataset, one of acdc"),
     (["--power", "80"], "--power 80"),
 ])
 def test_bad_input_is_one_line(plan, arguments, words):

@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
+from .intervals import patients_of
 from .results import judging_cases, read_table
-from .statistics import patients_of
 from ..files import StudyError
 
 # %% ../../nbs/54_evidence.planning.ipynb #df85b7c5

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from .intervals import patients_of, tabulate_values, weighted_means
 from .results import judging_cases
-from .statistics import by_structure, patients_of
-from .statistics import tabulate_values, weighted_means
+from .statistics import by_structure
 
 # %% ../../nbs/54a_evidence.ranking.ipynb #6f4fd1ad
 def rank_shares(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPREADS', 'CORRELATIONS', 'difference_error', 'false_winner', 'patients_needed', 'false_ranking',
-           'spread_and_correlation', 'printed_floor', 'published_tables', 'survival']
+           'spread_and_correlation', 'printed_floor', 'printed_floors', 'published_tables', 'survival']
 
 # %% ../../nbs/53a_evidence.survival.ipynb #47b58eda
 import numpy as np
@@ -12,9 +12,9 @@ import pandas as pd
 from scipy import stats
 
 from .claims import BASELINE, FOCAL, TVERSKY
+from .intervals import patients_of
 from .paper import least_spread
 from .results import judging_cases
-from .statistics import patients_of
 
 # %% ../../nbs/53a_evidence.survival.ipynb #7c0f33ab
 def difference_error(n: int, sd: float, correlation: float) -> float:
@@ -74,6 +74,11 @@ def printed_floor(
     numbers = table.set_index("metric")[[BASELINE, FOCAL, TVERSKY]].astype(float)
     pairs = numbers.loc[[f"{when}_dice", f"{when}_jaccard"]]
     return min(least_spread(*pairs[loss]) for loss in pairs)
+
+def printed_floors(table: pd.DataFrame) -> dict[str, float]:
+    "Return {table of `published_tables`: the spread that its own numbers imply}"
+    names = {"the paper, best Dice": "best", "the paper, final Dice": "valid"}
+    return {name: printed_floor(table, when) for name, when in names.items()}
 
 # %% ../../nbs/53a_evidence.survival.ipynb #2f51476e
 def published_tables(

@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from ..evidence.claims import CLAIMS
 from ..evidence.survival import false_ranking
 from .look import About, DOUBLE, MM, Picture, checked, study_style
-from .parts import bands, finished, legend_below, loss_handles, print_right
-from .parts import row_height, shade_rows, structures_of, wrapped
+from .parts import bands, finished, label_rows, legend_below, loss_handles
+from .parts import print_right, row_height, shade_rows, structures_of, wrapped
 
 # %% ../../nbs/62d_report.design.ipynb #3105fe1c
 _NUMBER = r"[+\-−]?(?:\d+\.?\d*|\.\d+)(?:e[+\-]?\d+)?"
@@ -58,16 +58,20 @@ def _draw_claims(ax, rows, about):
     "Draw a row per comparison with mark, interval and verdict"
     names = [f"{row.claim}  {_comparison(row.comparison, about)}" for row in rows.itertuples()]
     ax.axvline(0, color="#222222", lw=.8)
+    label_rows(ax, names)
+    ax.set_yticks(range(len(names)), names)  # on one line each
+    repeated = rows["claim"].duplicated()
+    print_right(ax, list(rows["verdict"].mask(repeated, "")))
+    shaded = (~repeated).cumsum() % 2 == 1
     for place, row in enumerate(rows.itertuples()):
+        if shaded.iloc[place]: ax.axhspan(place - .5, place + .5, color="#F4F4F4", lw=0, zorder=0)
         color = _VERDICTS.get(row.verdict, "#777777")
         if pd.notna(row.margin):
-            ax.fill_betweenx([place - .4, place + .4], -row.margin, row.margin, color="#CFE3F1", lw=0)
+            band = [place - .4, place + .4]
+            ax.fill_betweenx(band, -row.margin, row.margin, color="#CFE3F1", lw=0)
         ax.hlines(place, row.low, row.high, color=color, lw=1.3)
         alone = not np.isfinite(row.low)
         ax.plot(row.estimate, place, "o", ms=3.6, color=color, mfc="white" if alone else color)
-    shade_rows(ax, names)
-    ax.set_yticks(range(len(names)), names)
-    print_right(ax, list(rows["verdict"]))
 
 def _comparison(text, about):
     first, second = text.split(" - ", 1)
@@ -92,12 +96,12 @@ def claims_forest(
         axes = part.subplots(len(sizes), 1, height_ratios=sizes, squeeze=False)[:, 0]
         for ax, unit in zip(axes, units[dataset], strict=True):
             _draw_claims(ax, rows[rows["unit"] == unit], about)
-            scale = "Difference in Dice, Jaccard or a rate (0 to 1)" if unit == "Dice" else unit
-            ax.set_xlabel(f"{scale if unit == 'Dice' else f'Difference in {unit}'}, "
-                          "right of 0: as the paper claims")
+            scale = "Dice, Jaccard or a rate (0 to 1)" if unit == "Dice" else unit
+            ax.set_xlabel(f"Difference in {scale}, right of 0: as the paper claims")
     marks = [Line2D([], [], marker="o", color=color, label=verdict)
              for verdict, color in (_VERDICTS | {"not decided": "#777777"}).items()]
-    hollow = Line2D([], [], marker="o", ls="none", color="#777777", mfc="white", label="no interval")
+    look = dict(marker="o", ls="none", color="#777777", mfc="white")
+    hollow = Line2D([], [], label="no interval", **look)
     legend_below(figure, [*marks, hollow])
     return finished(figure, "The paper's claims, comparison by comparison", _CLAIMS_BODY,
                     f"Forest plot. {_claims_in_words(table, about)}", table, about)
@@ -113,7 +117,8 @@ def _claims_in_words(table, about):
     "Say per data set which claims have which verdict"
     words = []
     for dataset, rows in table.groupby("dataset", sort=False):
-        verdicts = rows.drop_duplicates("claim").groupby("verdict", sort=False)["claim"].agg(", ".join)
+        verdicts = rows.drop_duplicates("claim").groupby("verdict", sort=False)["claim"]
+        verdicts = verdicts.agg(", ".join)
         listed = "; ".join(f"{verdict}: {claims}" for verdict, claims in verdicts.items())
         words.append(f"{about.dataset(dataset)}: {listed}.")
     return " ".join(words)
@@ -147,20 +152,21 @@ def rank_stability(
     shown = [name for name in ("rank1", "rank2", "rank3") if name in table]
     for dataset, part in parts.items():
         rows, names = table[table["dataset"] == dataset], structures[dataset]
+        single = (rows["seeds"] == 1).all() if "seeds" in rows else False
         axes = part.subplots(1, len(shown), sharey=True, squeeze=False)[0]
         for ax, name, word in zip(axes, shown, ("First", "Second", "Third"), strict=False):
             _draw_shares(ax, rows.assign(share=rows[name]), names, losses, about)
             shade_rows(ax, names)
             ax.set_title(word)
-            ax.set_xlabel("% of draws")
+            ax.set_xlabel("% of draws" + (" (of patients alone)" if single else ""))
     legend_below(figure, loss_handles(losses, about, ls="none", marker="s"))
     return finished(figure, "How stable the ranking of the losses is", _RANKING_BODY,
                     f"Stacked bars. {_firsts_in_words(table, about)}", table, about)
 
 _RANKING_BODY = (
     "Losses ranked by mean Dice in 2,000 bootstrap draws of patients (the same for all losses) and"
-    " of each loss's trainings; bars: in how many draws a loss holds the rank. With one training per"
-    " loss only patients are drawn, and the ranking looks steadier than it is.")
+    " of each loss's trainings; bars: in how many draws a loss holds the rank. With one training"
+    " per loss only patients are drawn, and the ranking looks steadier than it is.")
 
 def _firsts_in_words(table, about):
     "Say how often each loss comes first over all structures"
@@ -185,13 +191,17 @@ def _draw_survival(ax, count, means, recorded, floor):
     ax.axhline(.05, color="#222222", lw=.6, ls=(0, (4, 3)))
     ax.set(xscale="log", xlim=(.02, .3), ylim=(0, .8))
     ax.set_xticks([.02, .05, .1, .2], ["0.02", "0.05", "0.1", "0.2"])
+    ax.set_yticks([.05, .2, .4, .6, .8], ["5 %", "20 %", "40 %", "60 %", "80 %"])
     ax.minorticks_off()
 
 def _heading(name, count, means):
     "Return a panel's title: table, patients, and who leads by how much"
     lead = means.iloc[0] - means.iloc[1]
     ahead = f"{means.index[0]} ahead by {lead:.4f}"
-    return "\n".join([f"{name} (n = {count})", wrapped(ahead, 40)])
+    dataset, _, rest = name.partition(", ")
+    return "\n".join([f"{_TITLES.get(dataset, dataset)}, {rest} (n = {count})", wrapped(ahead, 40)])
+
+_TITLES = {"the paper": "The paper", "synapse": "Synapse", "acdc": "ACDC", "btcv": "BTCV"}
 
 # %% ../../nbs/62d_report.design.ipynb #e965863a
 @study_style()
@@ -201,20 +211,20 @@ def survival_curves(
     floors=None, # {table: spread that its own numbers imply}
 ): # -> Picture
     "Draw for each table how probable it is that its first is not the best"
-    rows = -(-len(tables) // 3)
-    figure = Figure(figsize=(DOUBLE * MM, (46 * rows + 16) * MM), layout="constrained")
-    axes = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).ravel()
+    columns = min(3, len(tables))
+    rows = -(-len(tables) // columns)
+    figure = Figure(figsize=(DOUBLE * MM, (48 * rows + 16) * MM), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for ax, (name, (count, means)) in zip(axes, tables.items(), strict=False):
         _draw_survival(ax, count, means, recorded, (floors or {}).get(name))
         ax.set_title(_heading(name, count, means), loc="left", fontsize=6.5)
     for ax in axes[len(tables):]: ax.set_visible(False)
-    figure.supxlabel("Assumed standard deviation of Dice between patients", fontsize=7)
-    figure.supylabel("Probability that the first is not the best", fontsize=7)
+    for ax in axes[::columns]: ax.set_ylabel("Probability that\nthe first is not the best")
+    for ax in axes[-columns:]: ax.set_xlabel("Assumed SD of Dice between patients")
     handles = [Line2D([], [], color=color, ls=style, label=f"correlation {correlation:g}")
                for correlation, (color, style) in _LINES.items()]
-    handles.append(Line2D([], [], color="#222222", lw=.6, ls=(0, (4, 3)), label="5 %"))
-    if recorded: handles.append(Line2D([], [], color="#DDDDDD", lw=5, label="this study on ACDC"))
-    if floors: handles.append(Line2D([], [], color="#D55E00", label="least spread printed"))
+    if recorded: handles.append(Line2D([], [], color="#DDDDDD", lw=5, label="this study, ACDC"))
+    if floors: handles.append(Line2D([], [], color="#D55E00", label="implied by Jaccard"))
     legend_below(figure, handles)
     title = "Would published rankings survive another sample of patients?"
     figure.suptitle(title, x=.006, ha="left")
@@ -226,8 +236,8 @@ def survival_curves(
 _SURVIVAL_BODY = (
     "From means and number of patients alone; the spread between patients and the correlation of"
     " two methods over them are assumed, as most tables print neither. Grey: the spread that this"
-    " study's trainings have on ACDC; orange: the least spread of whatever the paper averaged, which"
-    " its own Dice and Jaccard imply (more than patients can differ: slices, perhaps). Chance"
+    " study's trainings have on ACDC; orange: the least spread of whatever the paper averaged,"
+    " which its own Dice and Jaccard imply (more than patients can differ: slices, perhaps). Chance"
     " between trainings, one each in all these tables, comes on top. After Christodoulou et al."
     " (2025), arXiv 2505.04720.")
 
