@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 from . import __version__
 from .files import StudyError, enter_project, written_whole
@@ -183,6 +184,40 @@ def _choose(a):
         table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
     print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
+# %% ../nbs/72_commands.ipynb #14a28300
+def _add_report(commands):
+    about = "make a published study's tables, claims and figures again, from its records alone"
+    command = commands.add_parser("report", help=about)
+    command.add_argument("folder", help="reports/studies/NAME: params.yaml and runs/")
+    command.set_defaults(run=_report)
+
+def _report(a):
+    from levit_study.evidence.published import study_records
+    from levit_study.pipeline import run_notebook
+    study_records(a.folder)  # what is wrong with the records is said before anything is written
+    enter_project()
+    output = f"build/studies/{Path(a.folder).name}.ipynb"
+    run_notebook("nbs/study/report.ipynb", output, {"reports": str(a.folder)})
+    print(f"{a.folder}: made anew; with text and pictures in {output}")
+
+def _add_verify(commands):
+    about = "say whether every published table follows from its study's records"
+    command = commands.add_parser("verify", help=about)
+    command.add_argument("folders", nargs="*", help="left out: all of reports/studies")
+    command.set_defaults(run=_verify)
+
+def _verify(a):
+    from levit_study.evidence.published import verify_study
+    enter_project()
+    published = Path("reports/studies").glob("*/params.yaml")
+    folders = a.folders or sorted(path.parent for path in published)
+    wrong = 0
+    for folder in folders:
+        for name, problem in verify_study(folder).items():
+            wrong += bool(problem)
+            print(f"{folder}/{name}: {problem or 'follows from the records'}")
+    if wrong: raise StudyError(f"{wrong} files do not follow from their records; see above")
+
 # %% ../nbs/72_commands.ipynb #5b4fce79
 def _add_plan(commands):
     about = "what difference a design decides and what it costs, from the spreads of trainings"
@@ -290,7 +325,7 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_predict, _add_export, _add_score, _add_export_splits, _add_train, _add_runs):
         add(commands)
-    for add in (_add_choose, _add_ensemble, _add_plan, _add_bench):
+    for add in (_add_choose, _add_ensemble, _add_plan, _add_report, _add_verify, _add_bench):
         add(commands)
     for add in (_add_notebook, _add_code, _add_plots_page):
         add(commands)
