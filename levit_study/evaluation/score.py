@@ -18,7 +18,7 @@ from ..data.nifti import read_nifti_pair
 from ..evidence.elsewhere import check_dataset, elsewhere_folder, keep_elsewhere
 from ..files import StudyError, project_folder, written_whole
 from ..params import Params, load_params, pick_evaluation
-from .metrics import case_metrics
+from .metrics import case_metrics, with_worst_case
 
 # %% ../../nbs/44_evaluation.score.ipynb #931db0f5
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def score(
 # %% ../../nbs/44_evaluation.score.ipynb #7b3314c3
 def mean_scores(table: pd.DataFrame) -> pd.DataFrame:
     "Per structure the cases and the means of Dice, Jaccard, HD95 and surface Dice"
-    by_structure = table.groupby("structure", sort=False)
+    by_structure = table.assign(hd95=with_worst_case(table)).groupby("structure", sort=False)
     means = by_structure[["dice", "jaccard", "hd95", "nsd"]].mean()
     return by_structure.case.nunique().rename("cases").to_frame().join(means)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .results import PROTOCOLS
-from .statistics import bootstrap_interval, patients_of
+from .statistics import mean_interval, patients_of
 
 # %% ../../nbs/51b_evidence.derived.ipynb #de815e71
 _NAMED = re.compile(r"(?:^|[_\W])(E[DS])(?![A-Za-z])")
@@ -112,9 +112,8 @@ def patient_values(
 def _agreement(values, confidence, resamples):
     "Return bias, absolute error and limits of agreement of one loss and measure"
     defined = values.dropna(subset=["error"])
-    units = defined.patient, defined.seed, None, confidence, resamples
-    bias = bootstrap_interval(defined.error, *units)
-    absolute = bootstrap_interval(defined.error.abs(), *units)
+    bias = mean_interval(defined, defined.error, confidence, resamples)
+    absolute = mean_interval(defined, defined.error.abs(), confidence, resamples)
     reach = 1.96 * defined.error.std(ddof=1)
     few = f"small: {bias.patients} patients" if bias.patients < 20 else ""
     return {

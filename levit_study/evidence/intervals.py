@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['patients_of', 'Tabulated', 'tabulate_values', 'weighted_means', 'Interval', 'interval_of', 'bootstrap_interval',
-           'tabulate_trainings', 'nested_interval', 'corrected_t', 'fold_interval']
+           'tabulate_trainings', 'nested_interval', 'corrected_t', 'fold_interval', 'mean_interval']
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #de02fb53
 from typing import NamedTuple
@@ -286,3 +286,18 @@ def fold_interval(
         low=min(each.low for each in sides), high=max(each.high for each in sides),
         method="wider of corrected t and bootstrap over folds, seeds and patients",
         error=surest.error, freedom=surest.freedom, parts=", ".join(parts))
+
+# %% ../../nbs/50b_evidence.intervals.ipynb #f5252712
+def mean_interval(
+    rows: pd.DataFrame, # columns patient, seed, perhaps fold and structure
+    values: pd.Series,  # one for each row
+    confidence=.95,
+    resamples=2000,
+) -> Interval:
+    "Return the mean of values with its interval over patients and trainings, folds where there are"
+    strata = rows.structure if "structure" in rows else np.zeros(len(rows))
+    if "fold" not in rows or rows.fold.nunique() < 2:
+        return bootstrap_interval(values, rows.patient, rows.seed, strata, confidence, resamples)
+    table, folds = tabulate_trainings(values, rows.patient, rows.seed, rows.fold, strata)
+    if not table.sums.size: return Interval(np.nan, np.nan, np.nan, 0, 0, 0, "none")
+    return fold_interval(table, folds, confidence, resamples)

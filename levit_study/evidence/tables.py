@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..evaluation.metrics import with_worst_case
-from .intervals import bootstrap_interval, interval_of, patients_of
+from .intervals import interval_of, mean_interval, patients_of
 from .intervals import tabulate_values, weighted_means
 from .results import NATIVE, PROTOCOLS, best_and_last, judging_cases
 from .results import judging_splits
@@ -58,10 +58,10 @@ _BOUNDS = {"dice": (0, 1), "nsd": (0, 1), "hd95": (0, np.inf)}  # Student's inte
 
 def _limits(rows, confidence, resamples):
     "Return the intervals of the measures that have one, and what that of Dice rests on"
-    units, limits = (patients_of(rows), rows.seed, rows.structure, confidence, resamples), {}
+    units, limits = rows.assign(patient=patients_of(rows)), {}
     for name, bounds in _BOUNDS.items():
         if name not in rows: continue
-        interval = bootstrap_interval(rows[name], *units)
+        interval = mean_interval(units, rows[name], confidence, resamples)
         limits[f"{name}_low"] = np.clip(interval.low, *bounds)
         limits[f"{name}_high"] = np.clip(interval.high, *bounds)
         if name == "dice": rests_on = {"patients": interval.patients, "seeds": interval.seeds}
