@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .results import PROTOCOLS
-from .statistics import mean_interval, patients_of
+from .intervals import mean_interval, patients_of
 
 # %% ../../nbs/51b_evidence.derived.ipynb #de815e71
 _NAMED = re.compile(r"(?:^|[_\W])(E[DS])(?![A-Za-z])")
