@@ -1,0 +1,40 @@
+"""Every published number follows from its study's records."""
+import shutil
+
+import pandas as pd
+import pytest
+
+from levit_study.commands import main
+from levit_study.evidence.published import verify_study
+
+STUDIES = ["acdc_128", "acdc_128_controls", "acdc_128_rate", "acdc_224", "acdc_best"]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(root, monkeypatch): monkeypatch.chdir(root)
+
+
+def test_all_studies_are_verified(root):
+    assert sorted(path.parent.name for path in (root / "reports/studies").glob("*/runs")) == STUDIES
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_published_study_follows_from_its_records(root, name):
+    assert {file: problem for file, problem in verify_study(root / "reports/studies" / name).items() if problem} == {}
+
+
+def test_a_changed_number_is_named(root, tmp_path, capsys):
+    study = tmp_path / "acdc_128_controls"
+    shutil.copytree(root / "reports/studies/acdc_128_controls", study)
+    table = pd.read_csv(study / "organs.csv")
+    table.loc[0, "dice"] += 0.001
+    table.to_csv(study / "organs.csv", index=False)
+    assert main(["verify", str(study)]) == 1
+    told = capsys.readouterr()
+    assert "organs.csv: column dice" in told.out and "table1.csv: follows from the records" in told.out
+    assert "1 files do not follow" in told.err
+
+
+def test_what_is_no_published_study_is_said(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 1
+    assert f"{tmp_path}: has no params.yaml; a published study has params.yaml and runs/" in capsys.readouterr().err
