@@ -107,9 +107,11 @@ def _write_sources(pages, folder, title, style): # style: a CSS file
     for page in pages:
         _write_page(page, folder, places)
     files = {"_toc.yml": table_of_contents(pages), "_config.yml": {"title": title} | CONFIG}
+    writer = YAML(typ="safe")
+    writer.default_flow_style = False  # in a flow mapping a title's question mark ends the reading
     for name, content in files.items():
         with open(Path(folder, name), "w", encoding="utf-8") as f:
-            YAML(typ="safe").dump(content, f)
+            writer.dump(content, f)
     if Path(style).exists():
         Path(folder, "_static").mkdir()
         shutil.copy(style, Path(folder, "_static", "study.css"))
