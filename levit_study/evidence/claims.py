@@ -140,7 +140,7 @@ def slope_difference(
     confidence=.95,
 ) -> tuple[float, float, float]:
     "Return the slope of the paired difference in Dice on log2 voxels, and its limits"
-    sizes = cases.drop_duplicates(["case", "structure"]).set_index(["case", "structure"]).voxels
+    sizes = cases.groupby(["case", "structure"]).voxels.max()  # the same in every training
     pairs = paired_differences(cases, first, second).dropna(subset=["difference"])
     pairs = pairs.join(sizes, on=["case", "structure"]).query("voxels > 0")
     slope, patients = _slope(pairs.voxels, pairs.difference), pairs.patient.unique()
