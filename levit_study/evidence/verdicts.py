@@ -280,7 +280,7 @@ def still_rising(runs: pd.DataFrame) -> str:
     "Return in words which trainings still gained Dice at the last epoch; empty if none did"
     if "still_rising" not in runs: return ""
     ended = runs.dropna(subset=["still_rising"]).astype({"still_rising": int})
-    counts = ended.groupby("loss", sort=False).still_rising.agg(["sum", "count"])
+    counts = ended.groupby("loss").still_rising.agg(["sum", "count"])
     listed = [f"{loss} {rising} of {n}" for loss, rising, n in counts.itertuples() if rising]
     return f"still rising at the last epoch: {', '.join(listed)} trainings" if listed else ""
 
