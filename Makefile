@@ -13,7 +13,7 @@ env: .venv/.ready .dvc/plots/page.html
 	@echo "Installing the pinned environment into .venv (7 GB, mostly PyTorch) ..."
 	@set -e; uv=$$(command -v uv || echo .uv/bin/uv); \
 	test -x .venv/bin/python || $$uv venv --quiet --python "$$(command -v $(PYTHON))" .venv; \
-	$$uv pip install --quiet --python .venv/bin/python --requirement pins.txt; \
+	$$uv pip install --quiet --compile-bytecode --python .venv/bin/python --requirement pins.txt; \
 	$$uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
