@@ -23,9 +23,10 @@ def _about(params: Params, dataset: str, organs: pd.DataFrame) -> str:
     "Return on what the numbers of one data set and split rest"
     settings, first = params.datasets[dataset], organs.iloc[0]
     trainings = len(params.study.seeds) * len(params.study.folds)
+    epochs = settings.training.epochs
     words = [f"{first.patients:.0f} {_JUDGED[first.split]}", f"LeViT-UNet-{settings.model.variant}",
              f"{settings.data.size} × {settings.data.size} pixels",
-             f"{settings.training.epochs} epochs",
+             f"{epochs} epoch{'s' * (epochs > 1)}",
              f"{trainings} training{'s' * (trainings > 1)} per loss"]
     kind = " It shows that the study runs, not what a loss does." if settings.synthetic else ""
     return f"**{settings.title}**: {'; '.join(words)}.{kind}"
