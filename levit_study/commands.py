@@ -192,12 +192,18 @@ def _add_report(commands):
     command.set_defaults(run=_report)
 
 def _report(a):
+    from levit_study.evidence.answer import with_answer
     from levit_study.evidence.published import study_records
     from levit_study.pipeline import run_notebook
     study_records(a.folder)  # what is wrong with the records is said before anything is written
     enter_project()
     output = f"build/studies/{Path(a.folder).name}.ipynb"
     run_notebook("nbs/study/report.ipynb", output, {"reports": str(a.folder)})
+    page, text = Path("README.md"), Path(a.folder, "answer.md").read_text(encoding="utf-8")
+    if page.exists():
+        shown = page.read_text(encoding="utf-8")
+        filled = with_answer(shown, str(a.folder).rstrip("/"), text)
+        if filled != shown: page.write_text(filled, encoding="utf-8")
     print(f"{a.folder}: made anew; with text and pictures in {output}")
 
 def _add_verify(commands):
@@ -207,7 +213,7 @@ def _add_verify(commands):
     command.set_defaults(run=_verify)
 
 def _verify(a):
-    from levit_study.evidence.published import verify_study
+    from levit_study.evidence.published import verify_page, verify_study
     enter_project()
     published = Path("reports/studies").glob("*/params.yaml")
     folders = a.folders or sorted(path.parent for path in published)
@@ -216,6 +222,11 @@ def _verify(a):
         for name, problem in verify_study(folder).items():
             wrong += bool(problem)
             print(f"{folder}/{name}: {problem or 'follows from the records'}")
+    pages = [] if a.folders or not Path("README.md").exists() else ["README.md"]
+    for page in pages:
+        for folder, problem in verify_page(page).items():
+            wrong += bool(problem)
+            print(f"{page}, answer of {folder}: {problem or 'is what the study says'}")
     if wrong: raise StudyError(f"{wrong} files do not follow from their records; see above")
 
 # %% ../nbs/72_commands.ipynb #5b4fce79
