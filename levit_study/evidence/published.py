@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 from .answer import answer, shown_answers
 from .derived import derived_table, patient_values
+from .imbalance import imbalance_table, training_shares
 from .ranking import ranking
 from .results import Results, collect, training_grid
 from .statistics import paired_tests
@@ -26,6 +27,7 @@ def study_tables(
     params: Params,
     results: Results,
     data="data/paper", # what the paper and others published
+    manifests="reports/data", # folder that holds <dataset>/manifest.json, where there are any
 ) -> dict[str, pd.DataFrame]:
     "Return every table of the report by its name, computed from the runs' records alone"
     sure = params.evaluation.confidence, params.evaluation.bootstrap
@@ -35,6 +37,8 @@ def study_tables(
     grids = {name: training_grid(params, name) for name in datasets}
     paper, literature = (pd.read_csv(Path(data, f"{n}.csv")) for n in ("table1", "literature"))
     epochs, cases = results.epochs, results.cases
+    shares = training_shares(manifests, datasets)
+    rarity = imbalance_table(cases, shares, *sure)  # of a study of imbalance alone
     return {
         "table1": table1(epochs, results.runs, paper, grids),
         "organs": organ_table(cases, *sure),
@@ -45,7 +49,7 @@ def study_tables(
         "survival": survival(published_tables(paper, literature)),
         "convergence": convergence(epochs),
         "epochs": epochs.drop(columns=["seconds", "images_per_second"], errors="ignore"),
-    }
+    } | ({"imbalance": rarity} if len(rarity) else {})
 
 # %% ../../nbs/56_evidence.published.ipynb #fea7bb4c
 def as_csv(table: pd.DataFrame) -> str:
@@ -88,7 +92,7 @@ def verify_study(
 ) -> dict[str, str]: # file -> what does not follow from the records; empty where all does
     "Compute a published study's tables again from its records and compare them with its files"
     params, results = study_records(folder)
-    tables = study_tables(params, results)
+    tables = study_tables(params, results, manifests=Path(folder, "data"))
     made = {f"{name}.csv": as_csv(table) for name, table in tables.items()}
     outcome = {}
     for name, text in made.items():
