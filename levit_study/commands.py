@@ -215,7 +215,7 @@ def _add_verify(commands):
 def _verify(a):
     from levit_study.evidence.published import verify_page, verify_study
     enter_project()
-    published = Path("reports/studies").glob("*/params.yaml")
+    published = Path("reports/studies").glob("*/runs")  # a plan without results has none
     folders = a.folders or sorted(path.parent for path in published)
     wrong = 0
     for folder in folders:
