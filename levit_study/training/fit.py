@@ -167,6 +167,7 @@ def _settle_norms(
     network.eval()
     norm_type = torch.nn.modules.batchnorm._BatchNorm
     norms = [module for module in network.modules() if isinstance(module, norm_type)]
+    if not norms: return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
