@@ -22,7 +22,7 @@ TABLE = {
                    evaluation.evaluate""",
     "report": """data.cases data.dataset data.native training.scores evaluation.metrics evaluation.calibration evidence.elsewhere
                  evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.claims
-                 evidence.verdicts evidence.paper evidence.survival evidence.ranking evidence.published report.look report.parts
+                 evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.published report.look report.parts
                  report.figures report.differences report.design report.behaviour report.clinical report.segmentations""",
     "site": "evidence.elsewhere evidence.results report.look report.pages report.summary report.contents report.site",
 }

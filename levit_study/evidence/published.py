@@ -16,6 +16,7 @@ from .results import Results, collect, training_grid
 from .statistics import paired_tests
 from .survival import published_tables, survival
 from .tables import convergence, headline, organ_table, table1
+from .networks import network_claims
 from .verdicts import claims_ledger
 from ..files import StudyError
 from ..params import Params, load_params, pick_evaluation
@@ -34,12 +35,15 @@ def study_tables(
     grids = {name: training_grid(params, name) for name in datasets}
     paper, literature = (pd.read_csv(Path(data, f"{n}.csv")) for n in ("table1", "literature"))
     epochs, cases = results.epochs, results.cases
+    ledger = claims_ledger(epochs, cases, datasets, *sure, assumed, synthetic=synthetic)
+    networks = network_claims(params, epochs, cases)
+    if len(networks): ledger = pd.concat([ledger, networks[list(ledger)]], ignore_index=True)
     return {
         "table1": table1(epochs, results.runs, paper, grids),
         "organs": organ_table(cases, *sure),
         "tests": paired_tests(cases, "dice", *sure, assumed),
         "derived": derived_table(patient_values(cases), *sure),
-        "claims": claims_ledger(epochs, cases, datasets, *sure, assumed, synthetic=synthetic),
+        "claims": ledger,
         "ranking": ranking(cases, draws=sure[1]),
         "survival": survival(published_tables(paper, literature)),
         "convergence": convergence(epochs),
