@@ -12,7 +12,7 @@ from ..files import StudyError
 from .network import LevitUNet
 from .others import OtherNetwork
 from ..networks import LEVIT
-from .pretrained import load_pretrained
+from .pretrained import load_pretrained, load_same_names
 from .upsampling import lay_out_by_tap
 
 # %% ../../nbs/23_model.build.ipynb #7fdf8aaa
@@ -43,12 +43,15 @@ def build_network(
 ):                     # `LevitUNet` or `OtherNetwork`
     "Build the network that `about` names, with the weights that it starts from"
     if about.network == LEVIT:
-        start = dict(pretrained=about.pretrained, drop_path=about.drop_path)
-        return levit_unet(about.variant, num_classes, in_channels, image_size=image_size, **start)
+        rest = dict(image_size=image_size, drop_path=about.drop_path)
+        model = levit_unet(about.variant, num_classes, in_channels, **rest)
+        if about.pretrained:
+            load_pretrained(model, about.pretrained, new_head=None)
+        return model
     sizes = num_classes, in_channels, image_size
     model = OtherNetwork(about.network, about.settings, *sizes)
     if about.pretrained:
-        load_pretrained(model, about.pretrained)
+        load_same_names(model, about.pretrained)
     return model
 
 # %% ../../nbs/23_model.build.ipynb #bdb04e7d

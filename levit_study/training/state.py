@@ -22,7 +22,7 @@ from lightning_fabric.plugins.environments import LightningEnvironment, TorchEla
 from pathlib import Path
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..files import StudyError, digest_of_code, hard_link, hash_file, written_whole
-from ..networks import LEVIT, UNET, unet_settings
+from ..networks import LEVIT, UNET, start_file, unet_settings
 from ..params import Run, Training
 from ..settings import check_loss
 from ..model.build import build_network, for_training
@@ -172,7 +172,7 @@ def _record_of(run: Run, criterion: torch.nn.Module, model: torch.nn.Module) -> 
     other = None if run.model.network == LEVIT else model
     if run.model.network == UNET: record["full_settings"] = unet_settings(run.model.settings)
     record["code"] = training_code(criterion, bool(pretrained), other)
-    if isinstance(pretrained, str): record["pretrained"] = hash_file(pretrained)
+    if isinstance(pretrained, str): record["pretrained"] = hash_file(start_file(pretrained))
     return record
 
 # %% ../../nbs/30_training.state.ipynb #a0c21ca3
