@@ -10,11 +10,13 @@ env: .venv/.ready .dvc/plots/page.html
 .venv/.ready: pins.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 env")'
 	@command -v uv >/dev/null || test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet uv==0.13.9; }
-	@echo "Installing the pinned environment into .venv (7 GB, mostly PyTorch) ..."
+	@echo "Installing the pinned environment into .venv: about 3 GB to download, 7 GB on disk (mostly PyTorch), then a minute to compile it"
 	@set -e; uv=$$(command -v uv || echo .uv/bin/uv); \
 	test -x .venv/bin/python || $$uv venv --quiet --python "$$(command -v $(PYTHON))" .venv; \
-	$$uv pip install --quiet --compile-bytecode --python .venv/bin/python --requirement pins.txt; \
+	test -t 2 && quiet= || quiet=--quiet; \
+	$$uv pip install $$quiet --compile-bytecode --python .venv/bin/python --requirement pins.txt; \
 	$$uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
+	@echo "Installed. Next: 'make study' runs the study on synthetic scans; 'source .venv/bin/activate' gives levit-study and dvc."
 	@touch $@
 
 # What `dvc plots show` draws into, so that it needs no network.

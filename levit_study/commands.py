@@ -192,12 +192,18 @@ def _add_report(commands):
     command.set_defaults(run=_report)
 
 def _report(a):
+    from levit_study.evidence.answer import with_answer
     from levit_study.evidence.published import study_records
     from levit_study.pipeline import run_notebook
     study_records(a.folder)  # what is wrong with the records is said before anything is written
     enter_project()
     output = f"build/studies/{Path(a.folder).name}.ipynb"
     run_notebook("nbs/study/report.ipynb", output, {"reports": str(a.folder)})
+    page, text = Path("README.md"), Path(a.folder, "answer.md").read_text(encoding="utf-8")
+    if page.exists():
+        shown = page.read_text(encoding="utf-8")
+        filled = with_answer(shown, str(a.folder).rstrip("/"), text)
+        if filled != shown: page.write_text(filled, encoding="utf-8")
     print(f"{a.folder}: made anew; with text and pictures in {output}")
 
 def _add_verify(commands):
@@ -207,7 +213,7 @@ def _add_verify(commands):
     command.set_defaults(run=_verify)
 
 def _verify(a):
-    from levit_study.evidence.published import verify_study
+    from levit_study.evidence.published import verify_page, verify_study
     enter_project()
     published = Path("reports/studies").glob("*/params.yaml")
     folders = a.folders or sorted(path.parent for path in published)
@@ -216,6 +222,11 @@ def _verify(a):
         for name, problem in verify_study(folder).items():
             wrong += bool(problem)
             print(f"{folder}/{name}: {problem or 'follows from the records'}")
+    pages = [] if a.folders or not Path("README.md").exists() else ["README.md"]
+    for page in pages:
+        for folder, problem in verify_page(page).items():
+            wrong += bool(problem)
+            print(f"{page}, answer of {folder}: {problem or 'is what the study says'}")
     if wrong: raise StudyError(f"{wrong} files do not follow from their records; see above")
 
 # %% ../nbs/72_commands.ipynb #5b4fce79
@@ -317,19 +328,39 @@ def _plots_page(a):
     plots_page(a.output)
 
 # %% ../nbs/72_commands.ipynb #89ee5a89
+class _Group:
+    "Commands under one heading of the help"
+    def __init__(self, heading, commands):
+        self.lines, self.commands = [f"{heading}:"], commands
+
+    def add_parser(self, name, help, **settings):
+        self.lines.append(f"  {name:<14}{help}")
+        return self.commands.add_parser(name, **{"description": help} | settings)
+
+_GROUPS = {
+    "use trained weights": (_add_predict, _add_export),
+    "compare with other methods": (_add_score, _add_export_splits),
+    "look at trainings": (_add_runs, _add_choose, _add_ensemble),
+    "plan and publish": (_add_plan, _add_report, _add_verify),
+    "measure speed": (_add_bench,),
+    "what the pipeline calls": (_add_train, _add_notebook, _add_code, _add_plots_page),
+}
+
 def parser() -> argparse.ArgumentParser:
-    "Return all commands with their options"
+    "Return all commands with their options, grouped by what people do with them"
     about = f"LeViT-UNet under losses for imbalanced segmentation. {_RESEARCH}"
-    p = argparse.ArgumentParser(prog="levit-study", description=about)
+    plain = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog="levit-study", description=about, formatter_class=plain)
     p.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     p.add_argument("--version", action="version", version=f"levit-study {__version__}")
-    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_predict, _add_export, _add_score, _add_export_splits, _add_train, _add_runs):
-        add(commands)
-    for add in (_add_choose, _add_ensemble, _add_plan, _add_report, _add_verify, _add_bench):
-        add(commands)
-    for add in (_add_notebook, _add_code, _add_plots_page):
-        add(commands)
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND",
+                                help="one of those below; levit-study COMMAND --help says more")
+    lines = []
+    for heading, adders in _GROUPS.items():
+        group = _Group(heading, commands)
+        for add in adders: add(group)
+        lines += [*group.lines, ""]
+    p.epilog = "\n".join([*lines, "The whole study: dvc repro. A part of it: dvc repro STAGE."])
     return p
 
 # %% ../nbs/72_commands.ipynb #5fabddf3

@@ -156,6 +156,16 @@ define("unified_focal",
     per_image=(bool, True), # region part: per image; else over the batch
 )
 
+# %% ../nbs/00a_kinds.ipynb #eb3472cb
+define("topk",
+    share=(number(0.0001, 1), 0.1), # of the batch's pixels: the worst ones count (nnU-Net: a tenth)
+)
+define("boundary", Region,
+    start=(number(0), 1.0), # factor in the first epoch (Kervadec et al.: 0.01)
+    step=(number(0), 0.0), # added to it after each epoch (Kervadec et al.: 0.01)
+    include_background=(bool, False), # count class 0 as a class
+)
+
 # %% ../nbs/00a_kinds.ipynb #4e6574b6
 define("frequency_weighted", ClassWeighted,
     power=(number(0, 2), 0.5), # 1 is inverse frequency, 0 equal weights

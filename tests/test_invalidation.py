@@ -14,16 +14,17 @@ from levit_study.training import state
 TABLE = {
     "prepare": """data.nifti data.labels data.volumes data.folders data.cases data.layouts data.splits data.folds data.shapes data.abdomen
                   data.heart data.phantom data.slices data.dataset data.voxels data.store data.jobs data.manifest data.prepare""",
-    "train": """recipes data.augment data.dataset model.upsampling model.grids model.network model.others model.pretrained
-                model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.adaptive
-                training.state training.scores training.fit""",
-    "evaluate": """data.slices data.dataset data.native model.upsampling model.grids model.network model.others model.precision model.build
+    "train": """recipes data.augment data.dataset model.upsampling model.grids model.network model.pretrained
+                model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.topk losses.boundary
+                losses.adaptive training.state training.scores training.fit""",
+    "evaluate": """data.slices data.dataset data.native model.upsampling model.grids model.network model.precision model.build
                    model.inference training.scores evaluation.metrics evaluation.inference evaluation.card evaluation.calibration
                    evaluation.evaluate""",
     "report": """data.cases data.dataset data.native training.scores evaluation.metrics evaluation.calibration evidence.elsewhere
                  evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.claims
-                 evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.published report.look report.parts
-                 report.figures report.differences report.design report.behaviour report.clinical report.segmentations""",
+                 evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.answer evidence.published
+                 report.look report.parts report.imbalance report.figures report.differences report.design report.behaviour report.clinical
+                 report.segmentations""",
     "site": "evidence.elsewhere evidence.results report.look report.pages report.summary report.contents report.site",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
@@ -100,14 +101,14 @@ def test_what_a_stage_reaches_decides_its_numbers_or_is_named_as_not(root, stage
     rest = reached(root, stage) - set(TABLE[stage])
     unnamed = [room for room in rest if not any(room == name or room.startswith(f"{name}.") for name in REACHED[stage])]
     assert unnamed == []
-    late = {"losses.paper", "losses.more", "losses.adaptive"}   # imported by the package that registers them
+    late = {"losses.paper", "losses.more", "losses.topk", "losses.boundary", "losses.adaptive"}   # imported by the package that registers them
     assert set(TABLE[stage]) - late <= reached(root, stage)
 
 
 def test_prepared_cases_and_trainings_are_known_by_the_same_rooms():
     """A prepared case by what turns its file into slices; a training by its stage's rooms, its data by the prepared pixels, its loss by its classes' rooms."""
     assert set(jobs.PREPARING) < set(TABLE["prepare"])
-    by_loss = {"losses.paper", "losses.more", "losses.adaptive"}   # of these only those that a loss uses
+    by_loss = {"losses.paper", "losses.more", "losses.topk", "losses.boundary", "losses.adaptive"}   # of these only those that a loss uses
     assert set(state.TRAINING) == set(TABLE["train"]) - by_loss
 
 

@@ -10,4 +10,4 @@ __all__ = []
 from ..kinds import number, per_class # noqa: F401
 from .interface import SegmentationLoss, build_loss, loss # noqa: F401
 from .paper import PixelLoss, RegionLoss # noqa: F401
-from . import more, adaptive # noqa: F401
+from . import more, topk, boundary, adaptive # noqa: F401
