@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML, YAMLError
 
 from .files import StudyError
+from .networks import Chosen, check_network
 from .recipes import augmentation
 from .settings import check_loss
 
@@ -160,8 +161,8 @@ class Data(Section):
         return self
 
 # %% ../nbs/01_params.ipynb #c3973594
-class Model(Section):
-    "Which LeViT-UNet"
+class Model(Section, Chosen):
+    "Which network"
     variant: Literal["128s", "192", "384"] = "384"
     pretrained: bool | str = False
     drop_path: float | None = Field(None, ge=0, lt=1)
@@ -262,6 +263,12 @@ def _check_folds(dataset: str, folds, numbers: list):
         place = f"datasets.{dataset}.data.split.folds = {folds}"
         raise ValueError(f"study.folds names fold{last}, {place} gives fold0 to fold{folds - 1}")
 
+def _check_network(dataset: str, about):
+    "Raise `ValueError` unless a data set's network can be built and fits its images"
+    model, data = about.model, about.data
+    try: check_network(model.network, model.settings, len(data.structures) + 1, data.size)
+    except StudyError as error: raise ValueError(f"datasets.{dataset}.model: {error}") from None
+
 def _check_losses(losses: dict):
     "Raise `ValueError` unless every loss can be built and its `training` is one"
     for name, settings in losses.items():
@@ -290,6 +297,7 @@ class Params(Section):
         _check_losses(self.losses)
         for name in self.study.datasets:
             _check_folds(name, self.datasets[name].data.split.folds, self.study.fold_numbers)
+            _check_network(name, self.datasets[name])
             zooms = pick_evaluation(self, name).zooms
             if zooms != [1.0] and self.datasets[name].data.crop is None:
                 reason = f"datasets.{name} has no data.crop, so there is no larger part to look at"

@@ -15,7 +15,8 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
-from .files import StudyError, bare_code, write_json, written_whole
+from .files import StudyError, bare_code, hash_file, write_json, written_whole
+from .networks import start_file
 from .params import Params, load_params, pick_evaluation, pick_run
 from .settings import check_loss
 
@@ -44,6 +45,8 @@ def _write_settings(params: Params, folder: Path):
         write_json(folder / dataset / "evaluation.json", decides)
         for loss in params.study.losses:
             record = pick_run(params, dataset, loss, 0).record()
+            pretrained = about.model.pretrained
+            if isinstance(pretrained, str): record["start"] = hash_file(start_file(pretrained))
             record["loss_settings"] = check_loss(record["loss_settings"], f"losses.{loss}")
             write_json(folder / dataset / f"{loss}.json", record)
 

@@ -22,26 +22,29 @@ TABLE = {
                    evaluation.evaluate""",
     "report": """data.cases data.dataset data.native training.scores evaluation.metrics evaluation.calibration evidence.elsewhere
                  evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.claims
-                 evidence.verdicts evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.answer evidence.published
+                 evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.answer evidence.published
                  report.look report.parts report.imbalance report.figures report.differences report.design report.behaviour report.clinical
                  report.segmentations""",
     "site": "evidence.elsewhere evidence.results report.look report.pages report.summary report.contents report.site",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
-NOTHING = """files kinds settings params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing
+NOTHING = """files kinds networks settings params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing
              training.record training.launch losses.pictures evaluation.targets evaluation.predict evaluation.ensemble evaluation.maps
              evaluation.score evaluation.exchange evaluation.ensemble_runs evidence.simulation evidence.choice evidence.planning
              report.data_figures report.examples report.overlay""".split()
 # A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing
 # (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.
 REACHED = {
-    "prepare": ["files", "params", "kinds", "settings", "recipes", "losses", "report", "data.fingerprint", "data.native"],
-    "train": ["files", "params", "kinds", "settings", "machine", "model.weights", "training.record", "training.launch", "report",
-              "data.cases"],
-    "evaluate": ["files", "params", "kinds", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained",
+    "prepare": ["files", "params", "kinds", "networks", "settings", "recipes", "losses", "model", "report", "data.fingerprint",
+                "data.native"],
+    "train": ["files", "params", "kinds", "networks", "settings", "machine", "model.weights", "training.record", "training.launch",
+              "report", "data.cases"],
+    "evaluate": ["files", "params", "kinds", "networks", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained",
                  "training.record", "training.state", "data.nifti", "data.labels", "data.volumes"],
-    "report": ["files", "params", "kinds", "settings", "recipes", "losses", "machine", "data.nifti", "data.labels", "data.volumes"],
-    "site": ["files", "params", "kinds", "settings", "recipes", "losses", "data", "training", "evidence.statistics", "evidence.intervals"],
+    "report": ["files", "params", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.nifti",
+               "data.labels", "data.volumes"],
+    "site": ["files", "params", "kinds", "networks", "settings", "recipes", "losses", "model", "data", "training", "evidence.statistics",
+             "evidence.intervals"],
 }
 
 

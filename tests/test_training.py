@@ -11,14 +11,18 @@ import time
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
 from safetensors.torch import load_file
 from toy import toy_run, toy_store
 
+from levit_study.evaluation.ensemble import load_ensemble
+from levit_study.evaluation.inference import load_network, predict_volume
 from levit_study.files import StudyError
 from levit_study.losses import build_loss
+from levit_study.params import Model
 from levit_study.training.fit import fit
 from levit_study.training.record import Stopped
 from levit_study.training.state import TRAINING, training_code
@@ -294,6 +298,37 @@ def test_a_loss_with_state_resumes(toys, tmp_path, settings):
     same(tmp_path / "whole", tmp_path / "stopped")
 
 
+OTHER = [
+    Model(network="unet", settings={"widths": [4, 8, 16]}),
+    Model(network="monai.networks.nets.AttentionUnet",
+          settings={"spatial_dims": 2, "channels": [4, 8], "strides": [2]}),
+]
+
+
+@pytest.mark.parametrize("about", OTHER, ids=lambda about: about.network)
+def test_another_network_trains_resumes_and_predicts(toys, tmp_path, about):
+    def stop(line):
+        if "epoch 1/" in line: os.kill(os.getpid(), signal.SIGTERM)
+    run = toy_run(epochs=2).model_copy(update={"model": about})
+    def train(name, say=lambda line: None):
+        return fit(run, toys / "toy.h5", tmp_path / name, tmp_path / name, "cpu", say, progress=False)
+    train("whole")
+    with pytest.raises(Stopped): train("stopped", stop)
+    train("stopped")
+    same(tmp_path / "whole", tmp_path / "stopped")
+    network = load_network(tmp_path / "whole/best.safetensors", device="cpu")
+    assert network.card["network"] == about.network and network.card["settings"] == about.settings
+    labels = predict_volume(network, np.random.default_rng(0).random((2, 40, 50)))
+    assert labels.shape == (2, 40, 50)
+    pair = [tmp_path / name / "best.safetensors" for name in ("whole", "stopped")]
+    assert load_ensemble(pair, device="cpu").card["members"][0]["network"] == about.network
+
+
+def test_older_records_mean_the_same_network():
+    run = toy_run()
+    assert "network" not in run.record()["model"] and "settings" not in run.record()["model"]
+
+
 def drawn_on(root, room):
     "The rooms that a room's module imports"
     path = root / "levit_study" / f"{room.replace('.', '/')}.py"
@@ -309,7 +344,7 @@ def test_what_decides_a_training_draws_on_nothing_that_is_not_counted(root):
     losses = {"losses.paper", "losses.more", "losses.adaptive"}
     counted = set(TRAINING) | losses
     others = {other for room in TRAINING for other in drawn_on(root, room)} - counted
-    assert others == {"files", "params", "settings", "kinds", "training.record"}
+    assert others == {"files", "params", "settings", "kinds", "networks", "training.record"}
 
 
 @pytest.mark.parametrize("kind", ["baseline", "focal", "focal_tversky"])

@@ -54,7 +54,7 @@ def _check_alike(files, cards):
 # %% ../../nbs/41b_evaluation.ensemble.ipynb #c4148619
 def _members(files, cards) -> list[dict]:
     "Which training each network is of, and its weights' digest"
-    names = ("dataset", "loss", "seed", "fold", "variant", "synthetic")
+    names = ("dataset", "loss", "seed", "fold", "variant", "network", "synthetic")
     return [
         {name: card[name] for name in names if name in card} | {"weights": hash_file(file)}
         for file, card in zip(files, cards, strict=True)

@@ -90,7 +90,8 @@ def _model(card: dict) -> dict:
     if "members" in card: return {"ensemble": card["members"]}
     fold = {"fold": card["fold"]} if card.get("fold") is not None else {}
     names = ("dataset", "loss", "seed", "variant", "synthetic")
-    return {key: card.get(key) for key in names} | fold
+    network = {"network": card["network"]} if "network" in card else {}
+    return {key: card.get(key) for key in names} | network | fold
 
 # %% ../../nbs/43_evaluation.predict.ipynb #1fa9e1ad
 def _write(files: ScanFiles, labels, header, about: dict, maps: Maps | None = None):

@@ -18,6 +18,7 @@ from .results import Results, collect, training_grid
 from .statistics import paired_tests
 from .survival import published_tables, survival
 from .tables import convergence, headline, organ_table, table1
+from .networks import network_claims
 from .verdicts import claims_ledger
 from ..files import StudyError
 from ..params import Params, load_params, pick_evaluation
@@ -37,6 +38,9 @@ def study_tables(
     grids = {name: training_grid(params, name) for name in datasets}
     paper, literature = (pd.read_csv(Path(data, f"{n}.csv")) for n in ("table1", "literature"))
     epochs, cases = results.epochs, results.cases
+    ledger = claims_ledger(epochs, cases, datasets, *sure, assumed, synthetic=synthetic)
+    networks = network_claims(params, epochs, cases)
+    if len(networks): ledger = pd.concat([ledger, networks[list(ledger)]], ignore_index=True)
     shares = training_shares(manifests, datasets)
     rarity = imbalance_table(cases, shares, *sure)  # of a study of imbalance alone
     return {
@@ -44,7 +48,7 @@ def study_tables(
         "organs": organ_table(cases, *sure),
         "tests": paired_tests(cases, "dice", *sure, assumed),
         "derived": derived_table(patient_values(cases), *sure),
-        "claims": claims_ledger(epochs, cases, datasets, *sure, assumed, synthetic=synthetic),
+        "claims": ledger,
         "ranking": ranking(cases, draws=sure[1]),
         "survival": survival(published_tables(paper, literature)),
         "convergence": convergence(epochs),

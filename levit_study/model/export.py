@@ -15,7 +15,7 @@ from .weights import model_card
 
 # %% ../../nbs/23b_model.export.ipynb #0bea3a32
 def export_onnx(
-    model,   # a `LevitUNet`
+    model,   # a `LevitUNet` or `OtherNetwork`
     path,    # .onnx, written whole
     **card,  # what else to say, see `save_weights`
 ):           # largest difference from the model's logits, relative to the largest logit

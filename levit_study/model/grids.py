@@ -63,11 +63,11 @@ def resize_biases(
 
 # %% ../../nbs/20a_model.grids.ipynb #0d9ac436
 def _attentions(
-    model,  # anything that holds timm's LeViT stages in `stages`
+    model,  # what holds timm's LeViT stages in `stages`; a network without them has no attention
     grid,   # (height, width) of the first stage's grid
 ):
     "Yield each attention module with the grid that its keys lie on"
-    for i, stage in enumerate(model.stages):
+    for i, stage in enumerate(getattr(model, "stages", ())):
         if i:
             yield stage.downsample.attn_downsample, grid
             grid = halved(grid)

@@ -10,8 +10,10 @@ import copy
 from ..files import StudyError
 from .build import fast_order, keep_memory, levit_unet
 from .grids import forget_biases
+from .others import OtherNetwork, check_trusted
 from .precision import autocast_precision
-from .weights import read_card
+from .weights import read_card, shared_tensors
+from ..networks import network_name
 from torch import nn
 
 # %% ../../nbs/23a_model.inference.ipynb #26dc4e4c
@@ -35,14 +37,27 @@ def load_weights(
 
     card = read_card(path)
     _check_card(path, card)
-    variant, classes, channels = (card[key] for key in ("variant", "num_classes", "in_channels"))
-    model = levit_unet(variant, classes, channels, image_size=card["image_size"])
+    model, tensors = _rebuilt(path, card), load_file(path)
+    second = shared_tensors(model)
+    tensors |= {name: tensors[same] for name, same in second.items() if same in tensors}
     try:
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()[:200]
-        raise StudyError(f"{path}: tensors do not fit a {variant} model: {reason}") from None
+        name = card["variant"] or network_name(card)
+        raise StudyError(f"{path}: tensors do not fit a {name} model: {reason}") from None
     return model.to(device).eval(), card
+
+def _rebuilt(path, card):
+    "Build the network that a card describes, with weights at random"
+    sizes = card["num_classes"], card["in_channels"]
+    if "network" not in card:
+        return levit_unet(card["variant"], *sizes, image_size=card["image_size"])
+    check_trusted(card["network"], path)
+    settings = card.get("settings", {})
+    if not isinstance(settings, dict):
+        raise StudyError(f"{path}: the model card's settings are no mapping: {settings!r}")
+    return OtherNetwork(card["network"], settings, *sizes, card["image_size"])
 
 # %% ../../nbs/23a_model.inference.ipynb #ba7ef730
 def _fold_norms(
@@ -63,19 +78,21 @@ def _fold_norms(
 
 # %% ../../nbs/23a_model.inference.ipynb #cfb16b8f
 def for_inference(
-    model,             # a `LevitUNet`, left as it is
+    model,             # a `LevitUNet` or `OtherNetwork`, left as it is
     precision="auto",  # "fp32", "bf16", or "auto": `autocast_precision` of the model's device
 ):                     # a copy that takes images of any float type and gives float32 logits
     "Return a faster copy for inference only; raise `StudyError` for another precision"
     if precision not in ("auto", "fp32", "bf16"):
         raise StudyError(f"precision {precision!r} is unknown; choose auto, fp32 or bf16")
-    device = model.head.weight.device
+    device = next(model.parameters()).device
     if device.type == "cpu":
         keep_memory()
     forget_biases(model)  # a cache from inference mode cannot be copied
-    model = _fold_norms(copy.deepcopy(model).eval().requires_grad_(False)).to(device)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
     if precision == "auto":
         precision = autocast_precision(device)
-    if precision == "bf16":
-        model = model.bfloat16()
-    return fast_order(model)
+    if isinstance(model, OtherNetwork):
+        model.half = precision == "bf16"
+        return fast_order(model)
+    model = _fold_norms(model).to(device)
+    return fast_order(model.bfloat16() if precision == "bf16" else model)

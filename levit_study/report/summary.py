@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment
 from markupsafe import Markup, escape
+from ..networks import network_name
 from ..params import Params
 from ..evidence.results import special_trainings
 from ..evidence.statistics import ALL
@@ -93,9 +94,8 @@ def _effort(params: Params, about: About):
     study, data = params.study, []
     for name in study.datasets:
         settings = params.datasets[name]
-        variant, epochs = settings.model.variant, _count(settings.training.epochs, "epoch")
-        text = Markup("{} (LeViT-UNet-{}, {})")
-        data.append(text.format(_bold(about.dataset(name)), variant, epochs))
+        network, epochs = network_name(settings.model), _count(settings.training.epochs, "epoch")
+        data.append(Markup("{} ({}, {})").format(_bold(about.dataset(name)), network, epochs))
     sizes = [len(study.datasets), len(study.losses), len(study.seeds), len(study.folds)]
     parts = list(map(_count, sizes, ("data set", "loss function", "seed", "fold")))
     if study.fold_numbers == [None]: parts.pop()

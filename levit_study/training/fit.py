@@ -43,6 +43,8 @@ def fit(
     digest = str(store.attributes["manifest"])
     t = make_trainer(run, fabric, store.num_classes, store.voxel_shares("train"), digest)
     check_space(models, t.model)
+    start = getattr(unwrapped(t.model), "load_report", None)
+    if start: say(f"{t.name}: starts from {start}")
     if not t.batch_size: t.batch_size = _common_batch(t, store.num_classes)
     resume(t, models, say)
     with watched(t, len(train), say, progress) as watch:
@@ -167,6 +169,7 @@ def _settle_norms(
     network.eval()
     norm_type = torch.nn.modules.batchnorm._BatchNorm
     norms = [module for module in network.modules() if isinstance(module, norm_type)]
+    if not norms: return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

@@ -20,8 +20,9 @@ from pathlib import Path
 from tqdm import tqdm
 from ..files import StudyError, hard_link, write_json, written_whole
 from ..machine import describe_machine, describe_revision, peak_memory
-from ..model.weights import save_weights
-from .state import Trainer
+from ..model.weights import read_card, save_weights
+from ..networks import start_file
+from .state import Trainer, unwrapped
 from .scores import best_epoch, summary
 
 # %% ../../nbs/30b_training.record.ipynb #88e3cd63
@@ -37,6 +38,18 @@ def _write_epochs(path, history: list[dict]):
 _LIVE = ("epochs", "train_loss", "valid_loss", "valid_dice", "best_dice", "best_epoch")
 
 # %% ../../nbs/30b_training.record.ipynb #519a04d3
+def _start_of(t: Trainer) -> dict:
+    "Return, for run.json, the weights that a training started from: counts, and their card"
+    report = getattr(unwrapped(t.model), "load_report", None)
+    if report is None: return {}
+    start = {"source": report.source, "form": report.form}
+    start |= {name: len(getattr(report, name)) for name in ("loaded", "skipped", "initial")}
+    try: card = read_card(start_file(report.source))
+    except StudyError: card = {}  # weights from elsewhere have none
+    names = ("dataset", "loss", "seed", "fold", "epoch", "structures", "metrics", "synthetic")
+    about = {name: card[name] for name in names if name in card}
+    return {"started_from": start | ({"card": about} if about else {})}
+
 def made_by(t: Trainer) -> dict:
     "Return run.json: what was trained, on what, with which code, by which machine"
     fabric = t.fabric
@@ -51,6 +64,7 @@ def made_by(t: Trainer) -> dict:
         "threads": torch.get_num_threads(),
         "seconds": summary(t.history)["seconds"],
         "peak_memory_mib": peak_memory(fabric.device),
+        **_start_of(t),
         **describe_revision(),
         **describe_machine(),
     }

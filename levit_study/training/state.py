@@ -22,9 +22,10 @@ from lightning_fabric.plugins.environments import LightningEnvironment, TorchEla
 from pathlib import Path
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..files import StudyError, digest_of_code, hard_link, hash_file, written_whole
+from ..networks import LEVIT, UNET, start_file, unet_settings
 from ..params import Run, Training
 from ..settings import check_loss
-from ..model.build import for_training, levit_unet
+from ..model.build import build_network, for_training
 from ..model.precision import autocast_precision
 from ..losses.interface import build_loss
 
@@ -114,13 +115,15 @@ def _set_seed(
 # %% ../../nbs/30_training.state.ipynb #e79d3632
 TRAINING = (
     "recipes", "data.augment", "data.dataset",
-    "model.upsampling", "model.grids", "model.network",
+    "model.upsampling", "model.grids", "model.network", "model.others",
     "model.pretrained", "model.precision", "model.build",
     "losses.comparison", "losses.interface",
     "training.state", "training.scores", "training.fit",
 )  # the rooms that decide a training's numbers, beside those of its loss
 
 # %% ../../nbs/30_training.state.ipynb #60341edb
+_ONLY_LEVIT = ("model.upsampling", "model.grids", "model.network")
+
 def _loss_modules(criterion: torch.nn.Module) -> set[str]:
     "Name the modules of a loss's classes and of their bases, and the rooms of losses these use"
     classes = {base for part in criterion.modules() for base in type(part).__mro__}
@@ -133,28 +136,43 @@ def _loss_modules(criterion: torch.nn.Module) -> set[str]:
         waiting |= {each for each in used if each.startswith("levit_study.losses.")} - names
     return names
 
+# %% ../../nbs/30_training.state.ipynb #2ed8d459
+def _network_modules(
+    network, # an `OtherNetwork`, or None
+) -> set[str]:
+    "Name the modules of a network of one's own, and that of what builds it"
+    if network is None or network.network == UNET: return set()
+    classes = {base for part in network.body.modules() for base in type(part).__mro__}
+    names = {each.__module__ for each in classes} | {network.network.rpartition(".")[0]}
+    return {name for name in names if name.split(".")[0] not in ("builtins", "torch", "__main__")}
+
 # %% ../../nbs/30_training.state.ipynb #dfcc03d3
 def training_code(
     criterion: torch.nn.Module, # the loss
     pretrained=False,           # whether the network starts from weights of a file or the hub
+    network=None,               # the `OtherNetwork`; None: LeViT-UNet
 ) -> dict[str, str]:            # module -> digest; a room without the package's name
     "Identify the code that decides a training's numbers"
-    rooms = [room for room in TRAINING if pretrained or room != "model.pretrained"]
-    rooms = [f"levit_study.{room}" for room in rooms]
-    names = [*rooms, *sorted(_loss_modules(criterion) - set(rooms))]
+    unused = ("model.others",) if network is None else _ONLY_LEVIT
+    if not pretrained: unused = (*unused, "model.pretrained")
+    rooms = [f"levit_study.{room}" for room in TRAINING if room not in unused]
+    modules = _loss_modules(criterion) | _network_modules(network)
+    names = [*rooms, *sorted(modules - set(rooms))]
     files = {name: getattr(importlib.import_module(name), "__file__", None) for name in names}
     sources = {name: file for name, file in files.items() if file and file.endswith(".py")}
     digests = {name: digest_of_code(file) for name, file in sources.items()}
     return {name.removeprefix("levit_study."): digest for name, digest in digests.items()}
 
 # %% ../../nbs/30_training.state.ipynb #e94b2c07
-def _record_of(run: Run, criterion: torch.nn.Module) -> dict:
+def _record_of(run: Run, criterion: torch.nn.Module, model: torch.nn.Module) -> dict:
     "Return what the numbers depend on: parameters, code, and the file that the network starts from"
     pretrained = run.model.pretrained
     full = check_loss(run.loss_settings, run.loss)  # defaults filled in: their table may grow
     record = run.record() | {"full_loss_settings": full}
-    record["code"] = training_code(criterion, bool(pretrained))
-    if isinstance(pretrained, str): record["pretrained"] = hash_file(pretrained)
+    other = None if run.model.network == LEVIT else model
+    if run.model.network == UNET: record["full_settings"] = unet_settings(run.model.settings)
+    record["code"] = training_code(criterion, bool(pretrained), other)
+    if isinstance(pretrained, str): record["pretrained"] = hash_file(start_file(pretrained))
     return record
 
 # %% ../../nbs/30_training.state.ipynb #a0c21ca3
@@ -234,15 +252,9 @@ def make_trainer(
     data_digest: str = "", # of the prepared store
 ) -> Trainer:
     "Return model, loss and optimiser of `run` on the device, at the start"
-    training, network = run.training, run.model
+    training = run.training
     _set_seed(run.seed, training.deterministic)
-    model = for_training(levit_unet(
-        network.variant,
-        num_classes,
-        pretrained=network.pretrained,
-        image_size=run.data.size,
-        drop_path=network.drop_path,
-    ))
+    model = for_training(build_network(run.model, num_classes, image_size=run.data.size))
     plain = criterion = build_loss(**run.loss_settings).to(fabric.device)
     criterion.set_class_frequency(torch.as_tensor(voxel_shares, device=fabric.device))
     learned = list(criterion.parameters())  # weights that a loss learns
@@ -254,7 +266,7 @@ def make_trainer(
     average = None
     if training.ema:
         average = AveragedModel(unwrapped(model), multi_avg_fn=_moving_average(training.ema))
-    record = _record_of(run, plain)
+    record = _record_of(run, plain, unwrapped(model))
     return Trainer(
         run, fabric, model, criterion, plain, optimiser, average, record, data_digest,
         identity=_identity(record, data_digest, fabric),
