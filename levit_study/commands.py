@@ -263,7 +263,8 @@ def _add_bench(commands):
     command = commands.add_parser("bench", help=about)
     add = command.add_argument
     add("--losses", action="store_true", help="the losses, against MONAI's")
-    add("--variants", nargs="+", default=["128s", "384"])
+    networks = "networks: 128s, 192, 384, unet, or a dotted path"
+    add("--variants", nargs="+", default=["128s", "384"], help=networks)
     add("--modes", nargs="+", help="ways to compute; ratios are to the first")
     add("--batch", type=int, default=8)
     add("--size", type=int, default=224)
