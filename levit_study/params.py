@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML, YAMLError
 
 from .files import StudyError
+from .inputs import Inputs, Later
 from .recipes import augmentation
 from .settings import check_loss
 
@@ -103,13 +104,15 @@ def _check_place(path):
         raise ValueError("variables are not filled in: write the path out, or begin it with ~")
     return path
 
-class Data(Section):
+_Rule = Literal["window", "minmax", "unit", "percentile"]  # of intensities
+
+class Data(Section, Inputs):
     "Where the scans are and how they become slices"
     folder: str                              # ~ stands for the user's home
     layout: Literal["auto", "btcv", "transunet", "acdc", "ssl4mis", "decathlon"] = "auto"
     structures: dict[str, int] = Field(min_length=1)
     label_map: str | dict[int, int] | None = None
-    intensity: Literal["window", "minmax", "unit", "percentile"] = "minmax"
+    intensity: _Rule | dict[str, _Rule] = "minmax"  # of all channels, or {channel: rule}
     window: list[float] | None = Field(None, min_length=2, max_length=2)
     size: int = Field(224, ge=32, le=1024, multiple_of=32)
     # of files without an affine: where slices, rows and columns run to, as SPL; auto: the organs
@@ -153,18 +156,16 @@ class Data(Section):
             raise ValueError(f"{reason}, as in {example}")
         return pattern
 
-    @model_validator(mode="after")
-    def _window_given(self):
-        if self.intensity == "window" and (self.window is None or self.window[0] >= self.window[1]):
-            raise ValueError("intensity 'window' needs window: [low, high] with low < high")
-        return self
 
 # %% ../nbs/01_params.ipynb #c3973594
-class Model(Section):
+class Model(Section, Later):
     "Which LeViT-UNet"
+    later = ("fusion",)
     variant: Literal["128s", "192", "384"] = "384"
     pretrained: bool | str = False
     drop_path: float | None = Field(None, ge=0, lt=1)
+    # of several channels: early, all into one encoder; late, an encoder each, features summed
+    fusion: Literal["early", "late"] = "early"
 
     _pretrained = field_validator("pretrained")(_check_place)
 
@@ -229,6 +230,12 @@ class DataSet(Section):
 
     @property
     def synthetic(self): return self.data.phantom is not None
+
+    @model_validator(mode="after")
+    def _something_to_fuse(self):
+        if self.model.fusion == "late" and self.data.modalities == 1:
+            raise ValueError("model.fusion 'late' needs two or more data.channels: name them")
+        return self
 
 class Compute(Section):
     "Where it runs; no stage depends on it, so that another machine repeats nothing"
@@ -367,7 +374,11 @@ class Run(Section):
 
     def record(self) -> dict:
         "Return the run's parameters as plain values, ready for JSON"
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude={"data": {"shown_channel"}})
+
+    @property
+    def encoders(self) -> int:  # late fusion has one for each channel of a scan
+        return self.data.modalities if self.model.fusion == "late" else 1
 
 def pick_run(params: Params, dataset: str, loss: str, seed: int, fold=None) -> Run:
     "Return the run of `loss` on `dataset` with `seed`; `StudyError` for an unknown name"

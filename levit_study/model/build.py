@@ -9,6 +9,7 @@ __all__ = ['levit_unet', 'keep_memory', 'fast_order', 'for_training']
 import ctypes
 import torch
 from ..files import StudyError
+from .fusion import LateFusion
 from .network import LevitUNet
 from .pretrained import load_pretrained
 from .upsampling import lay_out_by_tap
@@ -21,15 +22,19 @@ def levit_unet(
     pretrained=False,  # True: ImageNet-1k; or the path of a checkpoint, see `load_pretrained`
     image_size=224,    # side, or (height, width), that the attention is made for
     drop_path=None,    # rate of dropped residuals; None: the public code's (0.1 for 384, else 0)
+    encoders=1,        # late fusion: one for each equal share of the channels
 ):                     # `LevitUNet`
     "Build LeViT-UNet; logits have the images' height and width, which must be multiples of 32"
     if num_classes < 1 or in_channels < 1:
         raise StudyError(
             f"num_classes {num_classes} and in_channels {in_channels} must be at least 1"
         )
-    model = LevitUNet(variant, num_classes, in_channels, image_size, drop_path)
+    about = variant, num_classes, in_channels, image_size, drop_path
+    model = LateFusion(*about, encoders) if encoders > 1 else LevitUNet(*about)
     if pretrained:
-        load_pretrained(model, pretrained)
+        report = load_pretrained(model, pretrained)
+        if any(name.startswith("others.") for name in report.initial):
+            model.start_alike()
     return model
 
 # %% ../../nbs/23_model.build.ipynb #bdb04e7d

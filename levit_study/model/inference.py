@@ -36,7 +36,8 @@ def load_weights(
     card = read_card(path)
     _check_card(path, card)
     variant, classes, channels = (card[key] for key in ("variant", "num_classes", "in_channels"))
-    model = levit_unet(variant, classes, channels, image_size=card["image_size"])
+    size, encoders = card["image_size"], card.get("encoders", 1)
+    model = levit_unet(variant, classes, channels, image_size=size, encoders=encoders)
     try:
         model.load_state_dict(load_file(path))
     except RuntimeError as error:

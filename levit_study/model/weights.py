@@ -18,6 +18,7 @@ def model_card(
 ):          # dict
     "Return what is needed to rebuild the model, and the versions"
     card = {key: getattr(model, key) for key in NEEDED}
+    if getattr(model, "encoders", 1) > 1: card["encoders"] = model.encoders
     return card | {"image_size": list(model.image_size), "versions": versions()}
 
 # %% ../../nbs/22_model.weights.ipynb #617be94d

@@ -113,8 +113,8 @@ def _set_seed(
 
 # %% ../../nbs/30_training.state.ipynb #e79d3632
 TRAINING = (
-    "recipes", "data.augment", "data.dataset",
-    "model.upsampling", "model.grids", "model.network",
+    "recipes", "data.augment", "data.context", "data.dataset",
+    "model.upsampling", "model.grids", "model.network", "model.fusion",
     "model.pretrained", "model.precision", "model.build",
     "losses.comparison", "losses.interface",
     "training.state", "training.scores", "training.fit",
@@ -239,9 +239,11 @@ def make_trainer(
     model = for_training(levit_unet(
         network.variant,
         num_classes,
+        run.data.in_channels,
         pretrained=network.pretrained,
         image_size=run.data.size,
         drop_path=network.drop_path,
+        encoders=run.encoders,
     ))
     plain = criterion = build_loss(**run.loss_settings).to(fabric.device)
     criterion.set_class_frequency(torch.as_tensor(voxel_shares, device=fabric.device))
