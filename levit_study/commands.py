@@ -28,7 +28,7 @@ def _add_predict(commands):
     about = "segment a NIfTI scan, or a folder of them, with trained weights"
     command = commands.add_parser("predict", help=about, description=f"{about}. {_RESEARCH}")
     add, either = command.add_argument, argparse.BooleanOptionalAction
-    add("scan", help=".nii or .nii.gz, or a folder of them")
+    add("scan", nargs="+", help=".nii(.gz), or a folder of them; several: one scan's channels")
     several = "; several, or a folder of runs: their probabilities are averaged"
     add("--weights", required=True, nargs="+", help=f"best.safetensors of a run{several}")
     add("--output", required=True, help="label map to write (a folder for a folder)")
@@ -56,7 +56,7 @@ def _predict(a):
     existing = "overwrite" if a.overwrite else "keep" if a.keep else "refuse"
     outputs = Outputs(a.output, a.volumes, overlay, existing, a.probabilities, a.uncertainty)
     changes = {"flips": a.flips, "zooms": a.zooms, "largest_regions": a.largest_regions}
-    scans = Scans(a.scan, a.assume_axes)
+    scans = Scans(a.scan if len(a.scan) > 1 else a.scan[0], a.assume_axes)
     for path in predict(scans, a.weights, outputs, changes, a.device, a.precision): print(path)
 
 # %% ../nbs/72_commands.ipynb #38a4176c

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML, YAMLError
 
 from .files import StudyError
 from .networks import Chosen, check_network
+from .inputs import Inputs, young
 from .recipes import augmentation
 from .settings import check_loss
 
@@ -104,13 +105,15 @@ def _check_place(path):
         raise ValueError("variables are not filled in: write the path out, or begin it with ~")
     return path
 
-class Data(Section):
+_Rule = Literal["window", "minmax", "unit", "percentile"]  # of intensities
+
+class Data(Section, Inputs):
     "Where the scans are and how they become slices"
     folder: str                              # ~ stands for the user's home
     layout: Literal["auto", "btcv", "transunet", "acdc", "ssl4mis", "decathlon"] = "auto"
     structures: dict[str, int] = Field(min_length=1)
     label_map: str | dict[int, int] | None = None
-    intensity: Literal["window", "minmax", "unit", "percentile"] = "minmax"
+    intensity: _Rule | dict[str, _Rule] = "minmax"  # of all channels, or {channel: rule}
     window: list[float] | None = Field(None, min_length=2, max_length=2)
     size: int = Field(224, ge=32, le=1024, multiple_of=32)
     # of files without an affine: where slices, rows and columns run to, as SPL; auto: the organs
@@ -154,11 +157,6 @@ class Data(Section):
             raise ValueError(f"{reason}, as in {example}")
         return pattern
 
-    @model_validator(mode="after")
-    def _window_given(self):
-        if self.intensity == "window" and (self.window is None or self.window[0] >= self.window[1]):
-            raise ValueError("intensity 'window' needs window: [low, high] with low < high")
-        return self
 
 # %% ../nbs/01_params.ipynb #c3973594
 class Model(Section, Chosen):
@@ -166,6 +164,8 @@ class Model(Section, Chosen):
     variant: Literal["128s", "192", "384"] = "384"
     pretrained: bool | str = False
     drop_path: float | None = Field(None, ge=0, lt=1)
+    # of several channels: early, all into one encoder; late, an encoder each, features summed
+    fusion: Literal["early", "late"] = young("early")
 
     _pretrained = field_validator("pretrained")(_check_place)
 
@@ -231,6 +231,12 @@ class DataSet(Section):
     @property
     def synthetic(self): return self.data.phantom is not None
 
+    @model_validator(mode="after")
+    def _something_to_fuse(self):
+        if self.model.fusion == "late" and self.data.modalities == 1:
+            raise ValueError("model.fusion 'late' needs two or more data.channels: name them")
+        return self
+
 class Compute(Section):
     "Where it runs; no stage depends on it, so that another machine repeats nothing"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -265,8 +271,8 @@ def _check_folds(dataset: str, folds, numbers: list):
 
 def _check_network(dataset: str, about):
     "Raise `ValueError` unless a data set's network can be built and fits its images"
-    model, data = about.model, about.data
-    try: check_network(model.network, model.settings, len(data.structures) + 1, data.size)
+    sizes = len(about.data.structures) + 1, about.data.size, about.data.in_channels
+    try: check_network(about.model.network, about.model.settings, *sizes)
     except StudyError as error: raise ValueError(f"datasets.{dataset}.model: {error}") from None
 
 def _check_losses(losses: dict):
@@ -375,7 +381,10 @@ class Run(Section):
 
     def record(self) -> dict:
         "Return the run's parameters as plain values, ready for JSON"
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude={"data": {"shown_channel"}})
+
+    @property
+    def encoders(self) -> int: return self.data.modalities if self.model.fusion == "late" else 1
 
 def pick_run(params: Params, dataset: str, loss: str, seed: int, fold=None) -> Run:
     "Return the run of `loss` on `dataset` with `seed`; `StudyError` for an unknown name"

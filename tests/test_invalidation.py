@@ -12,15 +12,16 @@ from levit_study.training import state
 
 # stage -> the rooms that decide its numbers. What is not named here for any stage speaks, measures, describes, checks or starts.
 TABLE = {
-    "prepare": """data.nifti data.labels data.volumes data.folders data.cases data.layouts data.splits data.folds data.shapes data.abdomen
-                  data.heart data.phantom data.slices data.dataset data.voxels data.store data.jobs data.manifest data.prepare""",
-    "train": """recipes data.augment data.dataset model.upsampling model.grids model.network model.pretrained
+    "prepare": """data.nifti data.channels data.labels data.volumes data.folders data.cases data.modalities data.layouts data.splits data.folds data.shapes data.abdomen
+                  data.heart data.phantom data.slices data.context
+                  data.dataset data.voxels data.store data.jobs data.manifest data.prepare""",
+    "train": """recipes data.augment data.context data.dataset model.upsampling model.grids model.network model.fusion model.pretrained
                 model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.topk losses.boundary
                 losses.adaptive training.state training.scores training.fit""",
-    "evaluate": """data.slices data.dataset data.native model.upsampling model.grids model.network model.precision model.build
+    "evaluate": """data.slices data.context data.dataset data.native model.upsampling model.grids model.network model.fusion model.precision model.build
                    model.inference training.scores evaluation.metrics evaluation.inference evaluation.card evaluation.calibration
                    evaluation.evaluate""",
-    "report": """data.cases data.dataset data.native training.scores evaluation.metrics evaluation.calibration evidence.elsewhere
+    "report": """data.cases data.context data.dataset data.native training.scores evaluation.metrics evaluation.calibration evidence.elsewhere
                  evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.claims
                  evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.answer evidence.published
                  report.look report.parts report.imbalance report.figures report.differences report.design report.behaviour report.clinical
@@ -28,22 +29,22 @@ TABLE = {
     "site": "evidence.elsewhere evidence.results report.look report.pages report.summary report.contents report.site",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
-NOTHING = """files kinds networks settings params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing
+NOTHING = """files inputs kinds networks settings params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing
              training.record training.launch losses.pictures evaluation.targets evaluation.predict evaluation.ensemble evaluation.maps
              evaluation.score evaluation.exchange evaluation.ensemble_runs evidence.simulation evidence.choice evidence.planning
              report.data_figures report.examples report.overlay""".split()
 # A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing
 # (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.
 REACHED = {
-    "prepare": ["files", "params", "kinds", "networks", "settings", "recipes", "losses", "model", "report", "data.fingerprint",
+    "prepare": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "report", "data.fingerprint",
                 "data.native"],
-    "train": ["files", "params", "kinds", "networks", "settings", "machine", "model.weights", "training.record", "training.launch",
+    "train": ["files", "params", "inputs", "kinds", "networks", "settings", "machine", "model.weights", "training.record", "training.launch",
               "report", "data.cases"],
-    "evaluate": ["files", "params", "kinds", "networks", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained",
-                 "training.record", "training.state", "data.nifti", "data.labels", "data.volumes"],
-    "report": ["files", "params", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.nifti",
-               "data.labels", "data.volumes"],
-    "site": ["files", "params", "kinds", "networks", "settings", "recipes", "losses", "model", "data", "training", "evidence.statistics",
+    "evaluate": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained",
+                 "training.record", "training.state", "data.nifti", "data.channels", "data.labels", "data.volumes"],
+    "report": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.nifti",
+               "data.channels", "data.labels", "data.volumes"],
+    "site": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "data", "training", "evidence.statistics",
              "evidence.intervals"],
 }
 

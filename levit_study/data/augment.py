@@ -13,15 +13,18 @@ from ..recipes import RECIPES, augmentation
 
 # %% ../../nbs/17_data.augment.ipynb #52d57b74
 def augment(
-    images,  # (B,1,H,W) float32 in [0, 1], on any device
+    images,  # (B,C,H,W) float32 in [0, 1], on any device
     labels,  # (B,H,W) integer below 256, on the same
     recipe,  # name of a recipe, mapping or `Augmentation`
     seed,    # of the training, non-negative
     epoch,   # non-negative
     indices, # (B,) which sample each is, non-negative: names its random stream
+    modalities=1, # of how many scans the channels are: equal shares of them, one after the other
 ): # images, labels: new tensors, or with 'none' the same
     """Augment a batch; a sample's result depends on seed, epoch and its index alone
 
+    All channels move alike; the intensities of each modality change by draws of their own, those of
+    neighbouring slices of one scan together.
     Raises `StudyError` for a recipe that is none."""
     settings = augmentation(recipe)
     if settings == RECIPES["none"]: return images, labels
@@ -31,7 +34,9 @@ def augment(
     labels = labels.to(torch.uint8, copy=True)  # bytes move eight times faster than integers
     turned = _turn(images, labels, settings, numbers)
     _move(images, labels, settings, numbers, streams, ~turned)
-    return _change_intensities(images, settings, numbers, streams), labels.to(given)
+    samples = seed, epoch, indices
+    images = _change_modalities(images, settings, (numbers, streams), samples, modalities)
+    return images, labels.to(given)
 
 # %% ../../nbs/17_data.augment.ipynb #3a601464
 _DRAWS = (
@@ -44,9 +49,11 @@ def _draw(
     seed,    # of the training
     epoch,   # non-negative integer
     indices, # (B,) which samples
+    modality=0, # which scan's
 ): # dict name -> (B,) float64 in [0, 1), list of B generators for what needs many numbers
     "Draw each sample's random numbers from its own stream"
-    streams = [np.random.default_rng([seed, epoch, int(index)]) for index in indices]
+    more = [modality] if modality else []
+    streams = [np.random.default_rng([seed, epoch, int(index), *more]) for index in indices]
     numbers = np.array([stream.random(len(_DRAWS)) for stream in streams])
     columns = numbers.reshape(-1, len(_DRAWS)).T
     return dict(zip(_DRAWS, columns, strict=True)), streams
@@ -98,7 +105,7 @@ def _move(images, labels, settings, numbers, streams, free):
 
 # %% ../../nbs/17_data.augment.ipynb #35fca31e
 def _warp(
-    images, # (B,1,H,W) float
+    images, # (B,C,H,W) float
     labels, # (B,H,W) uint8
     grid,   # (B,H,W,2), see `_source_grid`
 ):
@@ -169,7 +176,7 @@ def _scale_contrast(images, factor, _):
 
 # %% ../../nbs/17_data.augment.ipynb #49c2da1d
 def _blur(
-    images, # (B,1,H,W)
+    images, # (B,C,H,W)
     sigma,  # (B,1,1,1) in pixels, at most 1.3
     _=None,
 ):
@@ -194,11 +201,11 @@ _CHANGES = {  # lowest and highest strength, what it does
 }
 
 def _change_intensities(
-    images,   # (B,1,H,W) float in [0, 1]
+    images,   # (B,C,H,W) float in [0, 1]
     settings, # `Augmentation`
     numbers,  # from `_draw`
     streams,  # from `_draw`
-): # (B,1,H,W) in [0, 1]
+): # (B,C,H,W) in [0, 1]
     "Apply each change to the samples that drew it, in place"
     for name, (low, high, change) in _CHANGES.items():
         samples = np.flatnonzero(numbers[name] < getattr(settings, name))
@@ -209,4 +216,13 @@ def _change_intensities(
         strength = drawn[:, None, None, None]
         changed = change(images[chosen], strength, [streams[sample] for sample in samples])
         images[chosen] = changed.clamp(0, 1)
+    return images
+
+# %% ../../nbs/17_data.augment.ipynb #e3367dd7
+def _change_modalities(images, settings, drawn, samples, modalities):
+    "Change the intensities of each scan in place; `drawn`: the first one's, `samples`: of `_draw`"
+    if modalities == 1: return _change_intensities(images, settings, *drawn)
+    for modality, part in enumerate(images.split(images.shape[1] // modalities, 1)):
+        if modality: drawn = _draw(*samples, modality)
+        _change_intensities(part, settings, *drawn)
     return images

@@ -23,6 +23,8 @@ class Case:
     split: str | None = None     # 'train', 'valid' or 'test', where lists or folders say so
     parts: tuple = ()            # the files of a volume held as slices, in order
     problem: str | None = None   # why it cannot be read, where that is known already
+    # where the channels to read are, in order: (file, number on its fourth axis, or None)
+    channels: tuple = ()
 
 # %% ../../nbs/12b_data.cases.ipynb #d830534d
 _same_heart = {"patient076": "patient074"}

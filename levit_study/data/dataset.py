@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from pathlib import Path
 from ..files import StudyError
+from .context import as_channels, check_stack, neighbours
 
 # %% ../../nbs/18_data.dataset.ipynb #3b3c8a37
 STORE_FORMAT = 1
@@ -61,6 +62,8 @@ class PreparedStore:
         self.num_classes = len(self.classes)
         self.size = int(self.attributes["size"])
         self.crop = float(self.attributes.get("crop", 0)) or None    # see `data.slices.margins`
+        # names of the channels, where a scan has several
+        self.channels = json.loads(self.attributes.get("channels", "null"))
         self.cases = self.text("cases/name")
         self.roles = self.text("cases/split") if fold is None else self._fold_roles()
 
@@ -99,23 +102,25 @@ class PreparedStore:
         return counts / max(counts.sum(), 1)
 
     def slices(self, indices):
-        "Read slices: (N,size,size) uint8 images, 0 to 255 for 0 to 1, and uint8 labels"
-        images = np.empty((len(indices), self.size, self.size), np.uint8)
-        labels = np.empty_like(images)
+        """Read slices: uint8 images, 0 to 255 for 0 to 1, and uint8 labels, (N,size,size) both;
+        images of several channels are (N,C,size,size)"""
         image, label = (self.file[name] for name in _PIXELS)
+        images, labels = (np.empty((len(indices), *a.shape[1:]), np.uint8) for a in (image, label))
         for place, index in enumerate(np.asarray(indices, dtype=np.int64).tolist()):
             images[place], labels[place] = image[index], label[index]
         return images, labels
 
-    def load(self, split, limit_bytes=4 * 2**30):
-        "Return a split's slices as a `SliceSet`, in memory unless they are more than `limit_bytes`"
-        indices = self.indices(split)
-        if 2 * len(indices) * self.size**2 > limit_bytes: return SliceSet(self, indices)
+    def load(self, split, limit_bytes=4 * 2**30, context=0):
+        """Return a split's slices as a `SliceSet`, in memory unless more than `limit_bytes`
+
+        `context`: how many neighbours to show on either side, see `data.context`."""
+        indices, each = self.indices(split), (1 + len(self.channels or [""])) * self.size**2
+        if len(indices) * each > limit_bytes: return SliceSet(self, indices, context=context)
         images, labels = self.slices(indices)
         if len(labels) and labels.max() >= self.num_classes:
             raise StudyError(f"{self.path}: label {labels.max()} is none of the "
                              f"{self.num_classes} classes; prepare it anew")
-        return SliceSet(self, indices, torch.from_numpy(images), torch.from_numpy(labels))
+        return SliceSet(self, indices, *map(torch.from_numpy, (images, labels)), context)
 
 # %% ../../nbs/18_data.dataset.ipynb #2a9a3c1f
 class SliceSet:
@@ -124,11 +129,13 @@ class SliceSet:
         self,
         store,       # `PreparedStore`
         indices,     # which of its slices
-        images=None, # (N,size,size) uint8 tensor, or None to read from disk
-        labels=None, # likewise
+        images=None, # (N,size,size) or (N,C,size,size) uint8 tensor, or None to read from disk
+        labels=None, # (N,size,size), likewise
+        context=0,   # neighbours on either side; whole cases are in the set
     ):
         self.store, self.indices = store, np.asarray(indices)
-        self.images, self.labels = images, labels
+        self.images, self.labels, self.context = images, labels, context
+        if context: self._stacks = self._find_stacks()
 
     def __len__(self): return len(self.indices)
 
@@ -138,19 +145,43 @@ class SliceSet:
             self.images, self.labels = self.images.to(device), self.labels.to(device)
         return self
 
+    def _find_stacks(self):
+        "Return the positions of the first and last slice of each slice's case: two (N,)"
+        cases = self.store.tables["slices/case"][self.indices]
+        found = {"return_index": True, "return_inverse": True, "return_counts": True}
+        numbers, first, inverse, counts = np.unique(cases, **found)
+        for number, slices in zip(numbers, counts, strict=True):
+            where = f"{self.store.path}: case {self.store.cases[number]}"
+            check_stack(slices, self.context, where)
+        return first[inverse], (first + counts - 1)[inverse]
+
+    def _with_neighbours(self, indices):
+        "Return uint8 images with their neighbours as channels, and labels, where the set lies"
+        table = neighbours(indices, *(ends[indices] for ends in self._stacks), self.context)
+        if self.images is not None:
+            table = torch.from_numpy(table).to(self.images.device)
+            return as_channels(self.images, table), self.labels[table[:, self.context]]
+        places, rows = np.unique(table, return_inverse=True)
+        images, labels = map(torch.from_numpy, self.store.slices(self.indices[places]))
+        rows = torch.from_numpy(rows.reshape(table.shape))
+        return as_channels(images, rows), labels[rows[:, self.context]]
+
     def batch(
         self,
         indices,      # positions in this set
         device="cpu", # where the batch is wanted
-    ): # (B,1,size,size) float32 in [0, 1]; (B,size,size) int64
-        "Return a batch"
+    ): # (B,channels,size,size) float32 in [0, 1]; (B,size,size) int64
+        "Return a batch: a channel, or those of the scan, or of each the 2 context + 1 slices"
         indices = torch.as_tensor(np.asarray(indices), dtype=torch.long)
-        if self.images is None:
+        if self.context:
+            images, labels = self._with_neighbours(indices.numpy())
+        elif self.images is None:
             images, labels = map(torch.from_numpy, self.store.slices(self.indices[indices.numpy()]))
         else:
             images, labels = (held[indices.to(held.device)] for held in (self.images, self.labels))
         images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
-        return images[:, None].float().div_(255), labels.long()
+        if images.ndim == 3: images = images[:, None]
+        return images.float().div_(255), labels.long()
 
     def shows(self):
         "Return which structures each slice of the set shows: (N, structures) bool"
@@ -165,7 +196,7 @@ class SliceSet:
         places = np.flatnonzero(np.isin(names, chosen))
         images, labels = self.images, self.labels
         if images is not None: images, labels = images[places], labels[places]
-        return SliceSet(self.store, self.indices[places], images, labels)
+        return SliceSet(self.store, self.indices[places], images, labels, self.context)
 
     def case_of(self, indices):
         "Name the case of each slice, by positions in this set"

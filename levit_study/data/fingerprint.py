@@ -70,12 +70,14 @@ def _share_table(
 
 # %% ../../nbs/19a_data.fingerprint.ipynb #6e358455
 def _intensity_table(
-    store, # `PreparedStore`
+    store,     # `PreparedStore`
+    channel=0, # which of several
 ): # one row per class and bin
     """Return how intensities spread over all cases: structure, intensity, voxels, density
 
     Intensity is the middle of a bin of [0, 1]; each structure's density integrates to 1."""
     counts = store.tables["cases/histogram"].sum(0)
+    if counts.ndim == 3: counts = counts[channel]
     density = counts / np.maximum(counts.sum(1, keepdims=True), 1) * BINS
     middles = np.tile((np.arange(BINS) + 0.5) / BINS, len(store.classes))
     names = np.repeat(store.classes, BINS)
@@ -84,7 +86,8 @@ def _intensity_table(
 
 # %% ../../nbs/19a_data.fingerprint.ipynb #2b11b90a
 def fingerprint(
-    store, # `PreparedStore`
+    store,     # `PreparedStore`
+    channel=0, # which of several: its intensities
 ): # dict of DataFrames: cases, slices, organs, shares, intensities, warnings
     "Return tables that describe a prepared data set"
     warnings = {"case": store.text("warnings/case"), "warning": store.text("warnings/text")}
@@ -93,6 +96,6 @@ def fingerprint(
         "slices": _slice_table(store),
         "organs": _size_table(store),
         "shares": _share_table(store),
-        "intensities": _intensity_table(store),
+        "intensities": _intensity_table(store, channel),
         "warnings": pd.DataFrame(warnings),
     }

@@ -43,12 +43,13 @@ def source_files(
     case, # `Case` from `find_cases`
 ): # list of paths
     "List the files a case is read from"
-    paths = case.parts or (case.image, case.label)
+    paths = case.parts or (case.image, case.label, *(path for path, _ in case.channels))
     return sorted({Path(path) for path in paths if path is not None})
 
 def _case_key(case, hashes, data):
     "Identify a prepared case by its sources and settings: 32 hexadecimal digits"
     settings = [reading(data), data.size, data.crop]
+    if case.channels: settings.append([(path.name, place) for path, place in case.channels])
     names = [case.name, str(case.patient), str(case.group)]
     identity = [STORE_FORMAT, *names, hashes, repr(settings)]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
@@ -82,7 +83,8 @@ def plan_case(
     return Job(case, files, _case_key(case, [file["sha256"] for file in files], data))
 
 # %% ../../nbs/18d_data.jobs.ipynb #7a3b9147
-PREPARING = ("data.nifti", "data.labels", "data.volumes", "data.slices", "data.voxels")
+PREPARING = ("data.nifti", "data.channels", "data.labels", "data.volumes", "data.slices",
+             "data.voxels")
 
 @cache
 def code_digest():

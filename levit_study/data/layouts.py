@@ -14,6 +14,7 @@ from ..files import StudyError
 from .cases import Case, check_patients, patient_of
 from .folders import entry_of, folder_levels, matching, read_json, read_list
 from .folders import read_text, refuse_other_formats, within
+from .modalities import channel_files, pick_channels
 
 # %% ../../nbs/13_data.layouts.ipynb #c6fe07cd
 def _by_key(pattern, *folders):
@@ -281,15 +282,11 @@ def _decathlon_part(folder, part, splits):
     images = _by_case(_by_key(stem, within(folder, f"images{part}")), labels)
     if part == "Ts":
         images = {key: paths for key, paths in images.items() if key in labels}
-    cases = []
-    for key, image, label, problem in _pairs(images, labels):
-        second = re.compile(re.escape(key) + r"_000[1-9]\.nii.*", re.IGNORECASE)
-        channels = [path for path in images.get(key, ()) if second.fullmatch(path.name)]
-        if channels:
-            problem = (f"{channels[0]}: case {key} has several channels, the study reads one: "
-                       "keep the file _0000 only")
-        split = splits.get(key, "test" if part == "Ts" else None)
-        cases.append(Case(key, patient_of(key), image, label, None, split, problem=problem))
+    several, cases = {key: channel_files(key, paths) for key, paths in images.items()}, []
+    first = {key: paths[:1] if several[key] else paths for key, paths in images.items()}
+    for key, image, label, problem in _pairs(first, labels):
+        split, more = splits.get(key, "test" if part == "Ts" else None), several.get(key, ())
+        cases.append(Case(key, patient_of(key), image, label, None, split, (), problem, more))
     return cases
 
 # %% ../../nbs/13_data.layouts.ipynb #99bbbbb8
@@ -379,6 +376,7 @@ def find_cases(
     folder,         # where the data set lies
     layout="auto",  # a key of `layouts`; 'auto' tries each
     patient=None,   # regular expression whose group in a case's name is the patient, or None
+    channels=None,  # names of those to read, see `levit_study.inputs`; None: scans have one
 ):
     """Return the `Case`s of a data set, sorted by name
 
@@ -391,9 +389,12 @@ def find_cases(
     if not any(case.label for case in cases):
         raise StudyError(f"{folder}: {len(cases)} images but no label maps: "
                          f"put there {_how_to_get[name]}")
+    if channels and name != "decathlon":
+        raise StudyError(f"data.channels: scans in the layout {name} have one: take it out")
     doubled = [name for name, n in Counter(case.name for case in cases).items() if n > 1]
     if doubled:
         raise StudyError(f"{folder}: case {doubled[0]} exists twice: keep one")
-    cases = _by_patient(sorted(cases, key=lambda case: case.name), patient)
+    cases = pick_channels(sorted(cases, key=lambda case: case.name), channels)
+    cases = _by_patient(cases, patient)
     check_patients({case.name: case.split for case in cases if case.split}, cases, folder)
     return cases

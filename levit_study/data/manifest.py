@@ -124,7 +124,8 @@ def _settings(data, folds):
     splitting = ("kind", "valid", "test", "seed", "stratify", "nested")
     split = {name: getattr(data.split, name) for name in splitting}
     if folds: split["folds"] = data.split.folds
-    return {name: getattr(data, name) for name in names} | {"split": split}
+    channels = {"channels": data.channels} if data.channels else {}
+    return {name: getattr(data, name) for name in names} | channels | {"split": split}
 
 # %% ../../nbs/18e_data.manifest.ipynb #6834b1b1
 def build_manifest(

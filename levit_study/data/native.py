@@ -14,6 +14,7 @@ from .volumes import Volume
 def stored_volume(
     store, # `PreparedStore`
     case,  # name of a case of valid or test
+    channel=None, # number of one channel to read, as figures show it; None: all
 ): # `Volume` with image float32 in [0, 1]
     "Read a case on its own grid; raises `StudyError` where only slices are kept"
     group = store.file.get(f"volumes/{case}")
@@ -21,7 +22,8 @@ def stored_volume(
         if case not in store.cases: raise StudyError(f"{store.path}: has no case '{case}'")
         raise StudyError(f"{store.path}: holds {case} as slices only; volumes are kept of cases "
                          "of valid and test, and of all with data.keep_training_volumes: true")
-    image = group["image"][()].astype(np.float32)
+    one = channel is not None and group["image"].ndim == 4
+    image = group["image"][(slice(None), channel) if one else ()].astype(np.float32)
     image /= np.iinfo(np.uint16).max
     known = group.attrs["unit"] == "mm"
     spacing = tuple(group.attrs["spacing"].tolist()) if known else None

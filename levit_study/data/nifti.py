@@ -44,6 +44,9 @@ def text_shape(shape):
     "Return a shape as '512 x 512 x 147'"
     return " x ".join(map(str, shape)) or "a single number"
 
+_one_array = {2: "give one slice per file", 4: "give the channels on a fourth axis, or a file each",
+              3: "give one volume per file, or name the channels of its last axis in data.channels"}
+
 def check_shape(path, shape, dimensions=3):
     "Return `shape` without trailing ones; `StudyError` unless it has `dimensions` sensible axes"
     shape = tuple(int(n) for n in shape)
@@ -51,8 +54,7 @@ def check_shape(path, shape, dimensions=3):
         shape = shape[:-1]
     if len(shape) != dimensions:
         what = f"{len(shape)}D array ({text_shape(shape)}) where {dimensions}D is expected"
-        one = "volume" if dimensions == 3 else "slice"
-        raise StudyError(f"{path}: {what}: give one {one} per file")
+        raise StudyError(f"{path}: {what}: {_one_array[dimensions]}")
     if min(shape) < 1 or np.prod(shape, dtype=float) > _max_voxels:
         size = f"shape {text_shape(shape)} is empty or beyond {_max_voxels:,} voxels"
         raise StudyError(f"{path}: {size}: check the file, or crop it")
@@ -71,8 +73,7 @@ def _read_to(path, first, size):
         while len(data) < needed and (piece := file.read(min(needed - len(data), 2**24))):
             data += piece
         for _ in range(64 * packed):
-            if not file.read(2**20):
-                break
+            if not file.read(2**20): break
     return data, needed
 
 # %% ../../nbs/10_data.nifti.ipynb #3eba76a0
@@ -122,16 +123,16 @@ def _read_header(path, head):
         raise StudyError(f"{path}: not a NIfTI file (.nii or .nii.gz): {remedy}")
     if dtype.kind not in "iuf":
         what = f"voxels of type {dtype} are not plain numbers"
-        raise StudyError(f"{path}: {what}: convert to int16 or float32")
+        raise StudyError(f"{path}: {what}: convert to int16 or float32, colour to grey or channels")
     return header
 
 # %% ../../nbs/10_data.nifti.ipynb #0c919831
-def _read_nifti(path):
-    "Return a NIfTI file's voxels as stored (3 axes, slope and intercept applied), and its header"
+def _read_nifti(path, dimensions=3):
+    "Return a NIfTI file's voxels as stored, slope and intercept applied, and its header"
     def size(head):
         nonlocal header, shape
         header = _read_header(path, head)
-        shape = check_shape(path, header.get_data_shape())
+        shape = check_shape(path, header.get_data_shape(), dimensions)
         return header.get_data_offset() + int(np.prod(shape)) * header.get_data_dtype().itemsize
     header, shape = None, None
     data = _read_bytes(path, 544, size)
@@ -272,10 +273,10 @@ def _stored_axes(affine):
 
 # %% ../../nbs/10_data.nifti.ipynb #af859a2b
 def canonical(array, affine):
-    "Return a stored (x, y, z) array as the study's (slice, row, column), and that index's affine"
+    "Return a stored (x, y, z[, c]) array as the study's (slice, [c,] row, column), and its affine"
     turn = ornt_transform(_stored_axes(affine), axcodes2ornt(study_axes))
     turned = affine @ inv_ornt_aff(turn, array.shape)
-    array = apply_orientation(array, turn).transpose(2, 1, 0)
+    array = np.moveaxis(apply_orientation(array, turn), (2, 1, 0), (0, -2, -1))
     return np.ascontiguousarray(array), turned[:, [2, 1, 0, 3]]
 
 def _as_stored(array, affine):
@@ -330,18 +331,17 @@ def _check_grids(label_path, image_path, shapes, affines):
     return []
 
 # %% ../../nbs/10_data.nifti.ipynb #41455e3e
-def read_oriented(path):
+def read_oriented(path, dimensions=3):
     "Return a NIfTI file's voxels in the study's orientation, their affine, the header, and notes"
     with one_problem(path):
-        stored, header = _read_nifti(path)
+        stored, header = _read_nifti(path, dimensions)
         affine, notes = header_affine(header, path)
         return *canonical(stored, affine), header, notes + _orientation_notes(affine)
 
-def read_nifti_pair(image_path, label_path=None):
-    "Return image, label map (or None), affine and notes, in the study's orientation, on one grid"
-    image, affine, header, notes = read_oriented(image_path)
-    if label_path is None:
-        return image, None, affine, notes
+def read_nifti_pair(image_path, label_path=None, scan=None):
+    "Return image (or what `read_oriented` gave as `scan`), label map or None, affine and notes"
+    image, affine, header, notes = scan or read_oriented(image_path)
+    if label_path is None: return image, None, affine, notes
     with one_problem(label_path):
         stored, label_header = _read_nifti(label_path)
         label_affine, label_notes = header_affine(label_header, label_path)

@@ -174,6 +174,8 @@ def _attributes(record, contents, left_out):
         "manifest": hashlib.sha256(made_from.encode()).hexdigest(),
         "code": code_digest(),
     }
+    several = settings.get("channels", [])
+    if len(several) > 1: attributes["channels"] = json.dumps(several)
     return attributes | ({"left_out": json.dumps(left_out)} if left_out else {})
 
 # %% ../../nbs/19_data.prepare.ipynb #7d8732ae
@@ -228,7 +230,7 @@ def prepare(
     splits = Path(splits or manifest.with_name("splits.csv"))
     errors = manifest.with_name("errors.txt")
     outputs = _Outputs(Path(store), manifest, splits, errors)
-    cases = find_cases(data.folder, data.layout, patient=data.patient)
+    cases = find_cases(data.folder, data.layout, data.patient, data.channels)
     data = share_orientation(data, cases)
     jobs = [plan_case(case, data) for case in cases]
     name = f"prepare {outputs.store.stem}"

@@ -53,12 +53,14 @@ def margins(
 
 # %% ../../nbs/16_data.slices.ipynb #34e6ad14
 def to_square(
-    images, # (N,H,W) float tensor or array in [0, 1]
+    images, # (N,H,W) float tensor or array in [0, 1], or (N,C,H,W) of several channels
     size,   # side of the square that the network sees
     crop,   # see `margins`
-): # (N,size,size) float32 tensor in [0, 1]
+): # (N,size,size) or (N,C,size,size) float32 tensor in [0, 1]
     "Bring images to what the network sees"
     images = torch.as_tensor(images, dtype=torch.float32)
+    if images.ndim == 4:
+        return to_square(images.flatten(0, 1), size, crop).unflatten(0, images.shape[:2])
     if crop is not None:
         images = F.pad(images, margins(images.shape[1:], crop))
     return _resize_images(images, size)

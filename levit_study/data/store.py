@@ -7,6 +7,7 @@ __all__ = ['case_columns', 'join_cases']
 
 # %% ../../nbs/18c_data.store.ipynb #befa2e01
 import h5py
+import json
 import numpy as np
 from .voxels import text_column
 
@@ -19,9 +20,10 @@ def _copy_chunks(
     start,  # where the first goes
 ):
     "Copy slices between datasets without decompressing them"
+    corner = (0,) * (source.ndim - 1)
     for number in range(count):
-        mask, chunk = source.id.read_direct_chunk((first + number, 0, 0))
-        target.id.write_direct_chunk((start + number, 0, 0), chunk, mask)
+        mask, chunk = source.id.read_direct_chunk((first + number, *corner))
+        target.id.write_direct_chunk((start + number, *corner), chunk, mask)
 
 # %% ../../nbs/18c_data.store.ipynb #0cd04283
 def case_columns(
@@ -61,15 +63,16 @@ def _append_case(
 def join_cases(
     sources,    # list of (store, row, split, keep): where a case lies, whether its volume is kept
     path,       # HDF5 file to write
-    attributes, # of the file: size, structures, ...
+    attributes, # of the file: size, structures, channels where they are several, ...
     tables,     # dict column -> list of text: what else is to be written
 ):
     "Write one store from cases that lie in several"
     size, collected = attributes["size"], []
+    several = [len(json.loads(attributes["channels"]))] if "channels" in attributes else []
     with h5py.File(path, "w") as target:
-        form = {"maxshape": (None, size, size), "chunks": (1, size, size), "compression": "lzf"}
-        for name in ("slices/image", "slices/label"):
-            target.create_dataset(name, (0, size, size), np.uint8, **form)
+        for name, shape in (("image", [*several, size, size]), ("label", [size, size])):
+            form = {"maxshape": (None, *shape), "chunks": (1, *shape), "compression": "lzf"}
+            target.create_dataset(f"slices/{name}", (0, *shape), np.uint8, **form)
         for place, (store, row, split, keep) in enumerate(sources):
             with h5py.File(store, "r") as source:
                 columns = _append_case(target, source, row, place, keep)

@@ -17,14 +17,15 @@ from pathlib import Path
 from ..files import StudyError
 from .nifti import check_shape, first_line, one_problem, read_nifti_pair
 from .nifti import read_oriented, study_axes, text_shape
+from .channels import read_channels
 from .labels import axes_code, axes_evidence, check_anatomy, label_table, map_labels
 
 # %% ../../nbs/12_data.volumes.ipynb #5d064138
 @dataclass
 class Volume:
     "One scan, and its label map where there is one, in the study's orientation"
-    image: np.ndarray            # float32 (slice, row, column), scaled to [0, 1]
-    label: np.ndarray | None     # uint8, same shape; 0 is background
+    image: np.ndarray            # float32 in [0, 1], (slice, row, column), or (slice, channel, …)
+    label: np.ndarray | None     # uint8 (slice, row, column); 0 is background
     spacing: tuple | None        # mm between slices, rows, columns; None where the source has none
     affine: np.ndarray | None    # 4x4: index (slice, row, column, 1) to nibabel's millimetres
     case: str = ""               # the case's name
@@ -188,6 +189,14 @@ def scale_intensity(
     scaled *= np.float32(1/(high - low))
     return np.clip(scaled, 0, 1, out=scaled)
 
+def _scale_channels(image, intensity, window, path, channels=()):
+    "Scale each channel by its own extremes; `intensity` is one rule, or a list of one for each"
+    rules = [intensity]*max(len(channels), 1) if isinstance(intensity, str) else intensity
+    if image.ndim == 3: return scale_intensity(image, rules[0], window, path)
+    places = [file if place is None else f"{file}, channel {place}" for file, place in channels]
+    parts = zip(np.moveaxis(image, 1, 0), rules, places, strict=True)
+    return np.stack([scale_intensity(part, rule, window, at) for part, rule, at in parts], 1)
+
 # %% ../../nbs/12_data.volumes.ipynb #0434693d
 def _is_nifti(path):
     "Whether a file's name is that of a NIfTI file, in letters of either case"
@@ -235,6 +244,7 @@ def shared_orientation(
 # %% ../../nbs/12_data.volumes.ipynb #f2387df5
 def _read_arrays(case):
     "Return image, label map, affine (both may be None) and notes, as a `Case`'s files have them"
+    if case.channels: return _read_several(case)
     if not case.parts and _is_nifti(case.image):
         return read_nifti_pair(case.image, case.label)
     wanted = ["image"] if case.label is None else ["image", "label"]
@@ -244,6 +254,13 @@ def _read_arrays(case):
         sizes = f"{text_shape(label.shape)} voxels for an image of {text_shape(image.shape)}"
         raise StudyError(f"{case.image}: label map of {sizes}: fetch it again")
     return image, label, None, []
+
+def _read_several(case):
+    "Return what `_read_arrays` does of a case whose channels are named"
+    image, affine, header, notes = read_channels(case.channels)
+    scan = (image if image.ndim == 3 else image[:, 0]), affine, header, []
+    _, label, _, beside = read_nifti_pair(case.image, case.label, scan)
+    return image, label, affine, notes + beside
 
 # %% ../../nbs/12_data.volumes.ipynb #956829c5
 def _orient_prepared(case, image, label, structures, orientation):
@@ -262,7 +279,7 @@ def _spacing(affine):
 # %% ../../nbs/12_data.volumes.ipynb #6894e119
 def read_volume(
     case,                # a `Case`
-    intensity="window",  # see `scale_intensity`
+    intensity="window",  # see `scale_intensity`; a list has a rule for each channel
     window=(-125, 275),  # HU, for 'window'
     label_map=None,      # see `label_table`
     structures=None,     # {name: study value}
@@ -274,7 +291,8 @@ def read_volume(
     structures, table = structures or {}, label_table(label_map, structures)
     with one_problem(case.image):
         image, label, affine, notes = _read_arrays(case)
-        image, spacing = scale_intensity(image, intensity, window, case.image), None
+        image = _scale_channels(image, intensity, window, case.image, case.channels)
+        spacing = None
         if label is not None:
             label = map_labels(label, table, case.label)
         if affine is None:
@@ -300,8 +318,9 @@ def check_volume(
 ):
     "Return warnings about a readable volume, one line each, its notes first"
     lines = list(volume.notes)
-    constant = [i for i, plane in enumerate(volume.image) if plane.min() == plane.max()]
-    if constant:
+    flat = (volume.image.min((-2, -1)) == volume.image.max((-2, -1))).reshape(len(volume.image), -1)
+    constant = np.flatnonzero(flat.any(1))   # in one channel at least
+    if len(constant):
         many = "s" * (len(constant) > 1)
         lines.append(f"{len(constant)} constant slice{many} (first: {constant[0]})")
     if volume.label is None:
@@ -317,10 +336,12 @@ def check_volume(
     return lines
 
 # %% ../../nbs/12_data.volumes.ipynb #cd0a90a7
-def read_scan(path, intensity="window", window=(-125, 275)):
-    "Return the `Volume` (without label) of a NIfTI file and its header; raises `StudyError` only"
+def read_scan(path, intensity="window", window=(-125, 275), channels=()):
+    """Return the `Volume` (without label) of a NIfTI file and its header; raises `StudyError` only
+
+    `channels`: ((path, place), …) where the scan has several, see `read_channels`."""
     with one_problem(path):
-        image, affine, header, notes = read_oriented(path)
-        image = scale_intensity(image, intensity, window, path)
+        image, affine, header, notes = read_channels(channels) if channels else read_oriented(path)
+        image = _scale_channels(image, intensity, window, path, channels)
     name = re.sub(r"\.nii(\.gz)?$", "", Path(path).name, flags=re.IGNORECASE)
     return Volume(image, None, _spacing(affine), affine, name, notes), header

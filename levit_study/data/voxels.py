@@ -34,6 +34,8 @@ def reading(
     "Return the settings that decide how a scan is read"
     names = ("intensity", "window", "label_map", "structures")
     read = {name: getattr(data, name) for name in names}
+    if isinstance(data.intensity, dict):  # a rule for each channel, in the network's order
+        read["intensity"] = [data.intensity[name] for name in data.channels]
     return read | {"orientation": data.orientation}
 
 # %% ../../nbs/18a_data.voxels.ipynb #4b98f2ea
@@ -69,11 +71,12 @@ def _check_crop(
 
 # %% ../../nbs/18a_data.voxels.ipynb #86e4e7a2
 def _count_slice(
-    image,       # (H,W) uint16
+    image,       # (H,W) uint16, or (C,H,W) of several channels
     label,       # (H,W) uint8
     num_classes, # with background
-): # (num_classes, BINS) int64
+): # (num_classes, BINS) int64, or (C, num_classes, BINS)
     "Count the pixels of one slice by class and intensity"
+    if image.ndim == 3: return np.stack([_count_slice(part, label, num_classes) for part in image])
     codes = label.astype(np.int32) * BINS + (image >> 10)
     counts = np.bincount(codes.ravel(), minlength=num_classes * BINS)
     return counts.reshape(num_classes, BINS)
@@ -93,10 +96,10 @@ def _keep_volume(
 ): # the two datasets, to be filled slice by slice
     "Make room for a volume on its own grid, and note where it lies in space"
     group = file.create_group(f"volumes/{volume.case}")
-    shape, chunks = volume.image.shape, (1, *volume.image.shape[1:])
-    form = {"shape": shape, "chunks": chunks, "compression": "lzf"}
-    images = group.create_dataset("image", dtype=np.uint16, shuffle=True, **form)
-    labels = group.create_dataset("label", dtype=np.uint8, **form)
+    def form(shape): return {"shape": shape, "chunks": (1, *shape[1:]), "compression": "lzf"}
+    images = form(volume.image.shape) | {"dtype": np.uint16, "shuffle": True}
+    images = group.create_dataset("image", **images)
+    labels = group.create_dataset("label", dtype=np.uint8, **form(volume.label.shape))
     group.attrs["spacing"] = _known(volume.spacing, 3)
     group.attrs["affine"] = _known(volume.affine, (4, 4))
     group.attrs["unit"] = "voxel" if volume.spacing is None else "mm"
@@ -112,9 +115,9 @@ def _write_volume(
     volume,      # `Volume` with image in [0, 1] and label
     num_classes, # with background
     keep,        # whether the voxels themselves are stored, or only counted
-): # (num_classes, BINS) counts, SHA-256 of the image
+): # (num_classes, BINS) counts, of several channels (C, num_classes, BINS); SHA-256 of the image
     "Count a volume on its own grid, slice by slice, and store it if wanted"
-    counts = np.zeros((num_classes, BINS), np.int64)
+    counts = np.zeros((*volume.image.shape[1:-2], num_classes, BINS), np.int64)
     digest = hashlib.sha256(str(volume.image.shape).encode())
     if keep:
         images, labels = _keep_volume(file, volume)
@@ -129,14 +132,14 @@ def _write_volume(
 # %% ../../nbs/18a_data.voxels.ipynb #9025cd35
 def _write_slices(
     file,        # open HDF5 file
-    images,      # (N,size,size) uint8
+    images,      # (N,size,size) uint8, or (N,C,size,size)
     labels,      # (N,size,size) uint8
     num_classes, # with background
 ):
     "Store slices and count the pixels of each"
-    form = {"chunks": (1, *images.shape[1:]), "compression": "lzf"}
-    file.create_dataset("slices/image", data=images, **form)
-    file.create_dataset("slices/label", data=labels, **form)
+    for name, array in (("image", images), ("label", labels)):
+        form = {"chunks": (1, *array.shape[1:]), "compression": "lzf"}
+        file.create_dataset(f"slices/{name}", data=array, **form)
     file["slices/case"] = np.zeros(len(images), np.int32)
     file["slices/slice"] = np.arange(len(images), dtype=np.int32)
     counts = [np.bincount(label.ravel(), minlength=num_classes) for label in labels]
@@ -169,8 +172,9 @@ def prepare_case(
         texts = {"name": case.name, "patient": case.patient, "group": case.group, "split": "",
                  "key": key, "digest": digest, "content": content, "warnings": "\n".join(warnings)}
         spacing = _known(volume.spacing, 3)
-        numbers = {"slices": len(volume.image), "shape": volume.image.shape, "spacing": spacing,
-                   "voxels": counts.sum(1), "histogram": counts}
+        voxels = counts.sum(-1) if counts.ndim == 2 else counts[0].sum(-1)
+        numbers = {"slices": len(volume.image), "shape": volume.label.shape, "spacing": spacing,
+                   "voxels": voxels, "histogram": counts}
         for column, value in texts.items():
             file[f"cases/{column}"] = text_column([value])
         for column, value in numbers.items():

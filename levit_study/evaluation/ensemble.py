@@ -37,6 +37,7 @@ def weight_files(
 _SHARED = {
     "structures": "structures", "num_classes": "classes", "in_channels": "channels",
     "image_size": "size", "crop": "crop", "intensity": "intensity", "window": "window",
+    "context": "neighbouring slices",
 }  # what the cards of an ensemble have in common, and in words
 
 def _check_alike(files, cards):
@@ -70,7 +71,7 @@ def _common_card(files, cards) -> dict:
 # %% ../../nbs/41b_evaluation.ensemble.ipynb #70311348
 def _block_size(image, classes: int, batch_size: int, limit: int = 2**29) -> int:
     "Slices whose float32 probabilities take `limit` bytes at most: whole batches, one at least"
-    one_slice = 4 * classes * image.shape[1] * image.shape[2]
+    one_slice = 4 * classes * image.shape[-2] * image.shape[-1]
     return batch_size * max(limit // (one_slice * batch_size), 1)
 
 # %% ../../nbs/41b_evaluation.ensemble.ipynb #15d87386
@@ -95,14 +96,14 @@ class Ensemble:
     @property
     def weights(self) -> str: return f"{self.title} ({self.files[0]}, …)"  # for messages
 
-    def _sum(self, block, batch_size):
+    def _sum(self, image, span, batch_size):
         "The sum of the networks' probabilities, on the CPU; one network at a time is in memory"
-        classes, total = self.card["num_classes"], None
+        (start, stop), classes, total = span, self.card["num_classes"], None
         for file in self.files:
             network = load_network(file, self.settings, self.device, self.precision)
-            if total is None: total = torch.zeros(len(block), classes, *block.shape[1:])
-            for first, p in network.probabilities(block, batch_size):
-                total[first:first + len(p)] += p.cpu()
+            if total is None: total = torch.zeros(stop - start, classes, *image.shape[-2:])
+            for first, p in network.probabilities(image, batch_size, span):
+                total[first - start:first - start + len(p)] += p.cpu()
             del network, p
         return total
 
@@ -110,7 +111,7 @@ class Ensemble:
         "Yield (first slice, mean of the networks' probabilities) batch by batch, on the CPU"
         step = _block_size(image, self.card["num_classes"], batch_size)
         for start in range(0, len(image), step):
-            total = self._sum(image[start:start + step], batch_size)
+            total = self._sum(image, (start, min(start + step, len(image))), batch_size)
             for first, batch in enumerate(total.split(batch_size)):
                 yield start + first * batch_size, batch / len(self.files)
 

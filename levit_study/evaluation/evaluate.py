@@ -64,6 +64,11 @@ def _check_fits(store, network):
     if card["structures"] != store.structures:
         known, there = ", ".join(card["structures"]), ", ".join(store.structures)
         raise StudyError(f"{name}: knows {known}; the data {store.path} have {there}; train anew")
+    known, there = (names if len(names or ()) > 1 else None
+                    for names in (card.get("channels"), store.channels))
+    if known != there:
+        sees, has = (", ".join(names or ["one channel"]) for names in (known, there))
+        raise StudyError(f"{name}: sees {sees}; {store.path} has {has}; train anew")
     if (network.size, network.crop) != (store.size, store.crop):
         trained = f"was trained at size {network.size}, crop {network.crop}"
         there = f"{store.path} has {store.size}, {store.crop}"

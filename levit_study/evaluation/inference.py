@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from ..files import StudyError
 from ..params import Measurement
+from ..data.context import as_channels, check_stack, neighbours
 from ..data.slices import from_square, to_square
 from ..model.inference import for_inference, load_weights
 
@@ -81,9 +82,14 @@ class Network:
         fold = f" fold {self.card['fold']}" if self.card.get("fold") is not None else ""
         return "{} {} seed {}".format(*map(self.card.get, ("dataset", "loss", "seed"))) + fold
 
-    def probabilities(self, image, batch_size: int = 16):
+    @property
+    def context(self) -> int:
+        "How many neighbours of a slice it sees on either side, see `levit_study.data.context`"
+        return self.card.get("context", 0)
+
+    def probabilities(self, image, batch_size: int = 16, span=None):
         "See `class_probabilities`"
-        return class_probabilities(self, image, batch_size)
+        return class_probabilities(self, image, batch_size, span)
 
 # %% ../../nbs/41_evaluation.inference.ipynb #36cf3c45
 def load_network(
@@ -100,7 +106,7 @@ def load_network(
 
 # %% ../../nbs/41_evaluation.inference.ipynb #94ee26f8
 def _mean_logits(model, slices, flips):
-    "The logits of slices (B,1,size,size): with `flips` the mean over the four mirrored copies"
+    "The logits of slices (B,C,size,size): with `flips` the mean over the four mirrored copies"
     views = [(), (-1,), (-2,), (-2, -1)] if flips else [()]
     logits = sum(torch.flip(model(torch.flip(slices, v)).float(), v) for v in views)
     return logits / len(views)
@@ -109,21 +115,27 @@ def _mean_logits(model, slices, flips):
 @torch.inference_mode()
 def class_probabilities(
     network: Network,
-    image: np.ndarray,    # (slices, rows, columns) in [0, 1]
+    image: np.ndarray,    # (slices, rows, columns) in [0, 1]; of several channels (slices, C, …)
     batch_size: int = 16, # slices
+    span=None,            # (first, stop): the slices wanted; None: all
 ):
     """Yield (first slice, probabilities float32 (B,classes,rows,columns)) batch by batch, on the
-    image's own grid"""
+    image's own grid; `StudyError` for a stack of fewer slices than the network sees at once"""
     settings, crop, size = network.settings, network.crop, network.size
     device = next(network.model.parameters()).device
     parts = [None if crop is None else min(crop / zoom, 1.0) for zoom in settings.zooms]
-    for first in range(0, len(image), batch_size):
-        batch = torch.as_tensor(image[first:first + batch_size], dtype=torch.float32)
+    start, stop = span or (0, len(image))
+    if network.context: check_stack(len(image), network.context, network.weights)
+    for first in range(start, stop, batch_size):
+        places = range(first, min(first + batch_size, stop))
+        seen = neighbours(places, 0, len(image) - 1, network.context)
+        below, above = seen.min(), seen.max() + 1
+        batch = torch.as_tensor(image[below:above], dtype=torch.float32)
         probabilities = 0
         for part in parts:
-            slices = to_square(batch, size, part)[:, None].to(device)
+            slices = as_channels(to_square(batch, size, part), seen - below).to(device)
             logits = _mean_logits(network.model, slices, settings.flips)
-            probabilities = probabilities + from_square(logits, tuple(batch.shape[1:]), part)
+            probabilities = probabilities + from_square(logits, tuple(batch.shape[-2:]), part)
         yield first, probabilities / len(parts)
 
 # %% ../../nbs/41_evaluation.inference.ipynb #2dfd729a
@@ -140,7 +152,7 @@ def largest_regions(labels: np.ndarray) -> np.ndarray: # (slices, rows, columns)
 # %% ../../nbs/41_evaluation.inference.ipynb #d20d25ab
 def predict_volume(
     network,               # a `Network`, or an `Ensemble`
-    image: np.ndarray,     # (slices, rows, columns) in [0, 1]
+    image: np.ndarray,     # (slices, rows, columns) in [0, 1]; of several channels (slices, C, …)
     batch_size: int = 16,  # slices
     progress: bool = False,
     watch=None,            # called with the first slice and the probabilities of each batch

@@ -17,6 +17,7 @@ from ..files import StudyError, write_json, written_whole
 from ..params import Data, as_line
 from ..data.nifti import no_orientation, read_nifti_pair, write_label_map
 from ..data.volumes import Volume, read_scan, scale_intensity
+from ..data.voxels import reading
 from ..model.weights import read_card
 from .card import card_file, settings_for, temperature_for
 from .ensemble import load_ensemble, weight_files
@@ -32,14 +33,16 @@ def _card_data(card: dict, weights) -> Data:
         remedy = "these weights were not saved by a training of this study"
         raise StudyError(f"{weights}: its card does not say the intensity; {remedy}")
     size, classes, channels = card["image_size"], card["num_classes"], card.get("in_channels", 1)
-    given = {key: card[key] for key in ("structures", "intensity", "window", "crop") if key in card}
+    names = ("structures", "intensity", "window", "crop", "channels", "context", "shown_channel")
+    given = {key: card[key] for key in names if key in card}
     try:
         data = Data(folder="", size=size[0], **given)
     except ValidationError as error:
         raise StudyError(as_line(error, f"{weights}: model card")) from None
-    if len(set(size)) > 1 or channels != 1:
+    if len(set(size)) > 1 or channels != data.in_channels:
         problem = f"is for images of {size} pixels and {channels} channels"
-        raise StudyError(f"{weights}: {problem}; square ones of one channel are read here")
+        raise StudyError(f"{weights}: {problem}; its card should say square ones of "
+                         f"{data.in_channels}: take weights that a training of this study saved")
     if classes > 256: raise StudyError(f"{weights}: has {classes} classes; a label map holds 256")
     if len(data.structures) + 1 != classes:
         problem = f"its card names {len(data.structures)} structures"
@@ -70,9 +73,14 @@ def _network_for(files, changes: dict, device, precision):
     return replace(ensemble, settings=_settings_of(files, changes)), data
 
 # %% ../../nbs/43_evaluation.predict.ipynb #9f363f89
-def _read(scan, data: Data, assume_axes: bool):
+def _read(scan, data: Data, assume_axes: bool, channels=()):
     "A scan as a `Volume`, and its header; `StudyError` if it does not say how the patient lies"
-    volume, header = read_scan(scan, data.intensity, data.window)
+    volume, header = read_scan(scan, reading(data)["intensity"], data.window, channels)
+    shape, known = header.get_data_shape(), len(channels)
+    if known and channels[0][1] is not None and shape[3] != known:
+        names = ", ".join(data.channels)
+        raise StudyError(f"{scan}: has {shape[3]} channels on its fourth axis, the weights know "
+                         f"{names}: keep these, in this order")
     if no_orientation in volume.notes and not assume_axes:
         remedy = "mend it, or take NIfTI's default axes with --assume-axes"
         raise StudyError(f"{scan}: its header gives no orientation (no affine); {remedy}")
@@ -119,8 +127,9 @@ def _temperature(network) -> float | None:
 def _segment(network, data: Data, files: ScanFiles, assume_axes=False, progress=False, names=()):
     """Segment one scan and write the result, with the maps of `map_names`; return the volumes in
     ml, the `Volume`, the label map"""
-    volume, header = _read(files.scan, data, assume_axes)
-    maps = Maps(names, volume.image.shape, _temperature(network)) if names else None
+    volume, header = _read(files.scan, data, assume_axes, files.channels)
+    shape = len(volume.image), *volume.image.shape[-2:]
+    maps = Maps(names, shape, _temperature(network)) if names else None
     watch = None if maps is None else maps.add
     labels = predict_volume(network, volume.image, progress=progress, watch=watch)
     volumes = _volumes_ml(labels, volume.spacing, data.structures)
@@ -152,6 +161,10 @@ def _kept_volumes(network, files: ScanFiles) -> dict:
 
 def _read_kept(data: Data, files: ScanFiles):
     "A scan as a `Volume`, and the label map that is there"
+    if files.channels:
+        volume, header = _read(files.scan, data, True, files.channels)
+        scan = volume.image[:, 0], volume.affine, header, []
+        return volume, read_nifti_pair(files.scan, files.labels, scan)[1]
     image, labels, affine, notes = read_nifti_pair(files.scan, files.labels)
     image = scale_intensity(image, data.intensity, data.window, files.scan)
     spacing = tuple(float(mm) for mm in np.linalg.norm(affine[:3, :3], axis=0))
@@ -194,7 +207,9 @@ def _one_scan(network, data, files: ScanFiles, scans: Scans, outputs: Outputs, p
     else:
         volumes, *shown = _segment(network, data, files, scans.assume_axes, progress, names)
     if outputs.overlay is not None:
-        _draw(outputs, files, *shown, network.card)
+        volume, labels = shown
+        if files.channels: volume = replace(volume, image=volume.image[:, data.shown])
+        _draw(outputs, files, volume, labels, network.card)
     return volumes
 
 # %% ../../nbs/43_evaluation.predict.ipynb #6e221e0e
@@ -202,6 +217,11 @@ def _map_files(outputs: Outputs, weights) -> tuple:
     "The names of the maps that are asked for; the weights' card knows the structures"
     if not (outputs.probabilities or outputs.uncertainty): return ()
     return tuple(map_names(outputs, _card_data(read_card(weights[0]), weights[0]).structures))
+
+def _channels(weights):
+    "The names of the channels that the first weights know; None where they say nothing of them"
+    try: return read_card(weights[0]).get("channels")
+    except StudyError: return None  # said when they are loaded
 
 def predict(
     scans: Scans,
@@ -216,7 +236,7 @@ def predict(
     written, and at the end for scans that could not be segmented, when the others are done"""
     from tqdm import tqdm
     weights = weight_files(weights)
-    files = scan_files(scans, outputs, _map_files(outputs, weights))
+    files = scan_files(scans, outputs, _map_files(outputs, weights), _channels(weights))
     check_targets(files, outputs, [*weights, *map(card_file, weights)])
     network, data = _network_for(weights, changes or {}, device, precision)
     rows, written, problems, single = [], [], [], len(files) == 1

@@ -7,6 +7,7 @@ __all__ = ['Scans', 'Outputs', 'ScanFiles', 'scan_files', 'cannot_write', 'check
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #d0e92319
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from ..data.folders import refuse_other_formats
 @dataclass(frozen=True)
 class Scans:
     "What to segment"
-    path: str | Path           # a NIfTI file, or a folder of them
+    path: str | Path | list    # a NIfTI file, or a folder of them; several: one scan's channels
     assume_axes: bool = False  # take NIfTI's default axes where a header gives none
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ScanFiles:
     labels: Path
     pictured: bool = False
     maps: tuple = ()  # names of the volumes in the folder of maps
+    channels: tuple = ()  # ((file, place), …) where the scan has several, see `read_channels`
 
     @property
     def side(self): return self._beside(".json")
@@ -66,19 +68,53 @@ def _label_name(scan) -> str:
     return scan.name[:cut] + scan.name[cut:].lower()
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #e4e48760
-def scan_files(scans: Scans, outputs: Outputs, maps=()) -> list[ScanFiles]:
-    "Pair each scan with its files; `StudyError` without a scan, or for a file where a folder goes"
-    source, output = Path(scans.path), Path(outputs.labels)
+def _channels_of(paths, channels):
+    "Return the ((file, place), …) of one scan: files, or the places on one file's fourth axis"
+    if len(channels or ()) < 2: return ()
+    if len(paths) > 1: return tuple((Path(path), None) for path in paths)
+    return tuple((Path(paths[0]), place) for place in range(len(channels)))
+
+def _scans_of_channels(paths, output, more, channels):
+    "Return the `ScanFiles` of a folder with a file for each channel, NAME_0000, or one for all"
+    scans = {}
+    for path in paths:
+        match = re.fullmatch(r"(.+)_(\d{4})(\.nii(?:\.gz)?)", path.name, re.IGNORECASE)
+        name, number = (match[1] + match[3], int(match[2])) if match else (path.name, None)
+        scans.setdefault(name, []).append((path, number))
+    files = []
+    for name, members in scans.items():
+        numbers = [number for _, number in members]
+        if numbers not in ([None], list(range(len(channels)))):
+            wanted = ", ".join(f"_{k:04d} {channel}" for k, channel in enumerate(channels))
+            raise StudyError(f"{members[0][0]}: its channels are {wanted}: give each exactly once")
+        chosen = _channels_of([path for path, _ in members], channels)
+        labels = output / _label_name(Path(name))
+        files.append(ScanFiles(members[0][0], labels, *more, chosen))
+    return files
+
+def scan_files(scans: Scans, outputs: Outputs, maps=(), channels=None) -> list[ScanFiles]:
+    """Pair each scan with its files; `channels`: names of those that the weights know
+
+    `StudyError` without a scan, for a file where a folder goes, or for channels that are absent."""
+    paths = scans.path if isinstance(scans.path, list | tuple) else [scans.path]
+    several, names = len(channels or ()) > 1, ", ".join(channels or ["one channel"])
+    if len(paths) > 1 and len(paths) != len(channels or [""]):
+        raise StudyError(f"{paths[-1]}: {len(paths)} files for weights that know {names}: "
+                         "give a file for each, in this order, or one scan, or a folder")
+    source, output = Path(paths[0]), Path(outputs.labels)
+    for path in map(Path, paths[1:]):
+        if not path.is_file(): raise StudyError(f"{path}: no such file")
     is_file, more = output.name.endswith((".nii", ".nii.gz")), (outputs.overlay is not None, maps)
     if not source.exists(): raise StudyError(f"{source}: no such file or folder")
     refuse_other_formats(source)
     if not source.is_dir():
-        if is_file: return [ScanFiles(source, output, *more)]
+        if is_file: return [ScanFiles(source, output, *more, _channels_of(paths, channels))]
         problem = "the label map of one scan is a file"
         raise StudyError(f"{output}: {problem}; name it .nii.gz or .nii")
     if is_file: raise StudyError(f"{output}: {source} is a folder, so --output must be one, too")
     found = sorted(path for path in source.iterdir() if _is_nifti(path) and path.is_file())
     if not found: raise StudyError(f"{source}: holds no .nii or .nii.gz file")
+    if several: return _scans_of_channels(found, output, more, channels)
     return [ScanFiles(path, output / _label_name(path), *more) for path in found]
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #a6c62770
@@ -157,7 +193,8 @@ def check_targets(files: list[ScanFiles], outputs: Outputs, sources=()):
     targets = [target for each in files for target in each.targets]
     if volumes is not None:
         targets.append(volumes)
-    _refuse_sources(targets, [*(each.scan for each in files), *sources])
+    read = [path for each in files for path, _ in each.channels]
+    _refuse_sources(targets, [*(each.scan for each in files), *read, *sources])
     _refuse_doubles(files, volumes)
     _refuse_existing(targets, outputs.existing)
     for target in targets:

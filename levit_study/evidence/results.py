@@ -289,6 +289,7 @@ def examples(
     dataset: str,
     split: str, # whose cases
     root=".",
+    shown: int = 0, # which channel of a scan of several
 ) -> list[dict]:
     "Return slices of the typical, best and worst case with each loss's prediction, for figure 4"
     import h5py
@@ -298,7 +299,7 @@ def examples(
     slices = []
     for role, case in typical_cases(cases).items():
         kept = _kept_predictions(cases[cases.case == case], results.in_folds, root)
-        volume, predictions = stored_volume(store, case), {}
+        volume, predictions = stored_volume(store, case, channel=shown), {}
         number = telling_slice(volume.label)
         for loss, path in kept.items():
             with h5py.File(path) as file: predictions[loss] = file[case][number]

@@ -9,6 +9,7 @@ __all__ = ['levit_unet', 'build_network', 'keep_memory', 'fast_order', 'for_trai
 import ctypes
 import torch
 from ..files import StudyError
+from .fusion import LateFusion
 from .network import LevitUNet
 from .others import OtherNetwork
 from ..networks import LEVIT
@@ -23,16 +24,24 @@ def levit_unet(
     pretrained=False,  # True: ImageNet-1k; or the path of a checkpoint, see `load_pretrained`
     image_size=224,    # side, or (height, width), that the attention is made for
     drop_path=None,    # rate of dropped residuals; None: the public code's (0.1 for 384, else 0)
+    encoders=1,        # late fusion: one for each equal share of the channels
 ):                     # `LevitUNet`
     "Build LeViT-UNet; logits have the images' height and width, which must be multiples of 32"
     if num_classes < 1 or in_channels < 1:
         raise StudyError(
             f"num_classes {num_classes} and in_channels {in_channels} must be at least 1"
         )
-    model = LevitUNet(variant, num_classes, in_channels, image_size, drop_path)
+    about = variant, num_classes, in_channels, image_size, drop_path
+    model = LateFusion(*about, encoders) if encoders > 1 else LevitUNet(*about)
     if pretrained:
-        load_pretrained(model, pretrained)
+        _start_from(pretrained, model)
     return model
+
+def _start_from(source, model, new_head=False):
+    "Load weights; encoders that the file does not have begin as copies of the first"
+    report = load_pretrained(model, source, new_head)
+    if any(name.startswith("others.") for name in report.initial):
+        model.start_alike()
 
 # %% ../../nbs/23_model.build.ipynb #34bc147f
 def build_network(
@@ -40,13 +49,14 @@ def build_network(
     num_classes,       # the background counts
     in_channels=1,
     image_size=224,    # side, or (height, width)
+    encoders=1,        # late fusion: one for each equal share of the channels
 ):                     # `LevitUNet` or `OtherNetwork`
     "Build the network that `about` names, with the weights that it starts from"
     if about.network == LEVIT:
-        rest = dict(image_size=image_size, drop_path=about.drop_path)
+        rest = dict(image_size=image_size, drop_path=about.drop_path, encoders=encoders)
         model = levit_unet(about.variant, num_classes, in_channels, **rest)
         if about.pretrained:
-            load_pretrained(model, about.pretrained, new_head=None)
+            _start_from(about.pretrained, model, new_head=None)
         return model
     sizes = num_classes, in_channels, image_size
     model = OtherNetwork(about.network, about.settings, *sizes)

@@ -80,8 +80,9 @@ def forget_biases(
     *_,     # so that it can be a hook
 ):
     "Empty timm's cache of spread-out attention biases"
-    for module, _ in _attentions(model, (2, 2)):
-        module.attention_bias_cache = {}
+    for part in (model, *getattr(model, "others", ())):  # encoders of other modalities
+        for module, _ in _attentions(part, (2, 2)):
+            module.attention_bias_cache = {}
 
 # %% ../../nbs/20a_model.grids.ipynb #e83a453b
 def _set_grid(

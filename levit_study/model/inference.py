@@ -52,7 +52,8 @@ def _rebuilt(path, card):
     "Build the network that a card describes, with weights at random"
     sizes = card["num_classes"], card["in_channels"]
     if "network" not in card:
-        return levit_unet(card["variant"], *sizes, image_size=card["image_size"])
+        rest = dict(image_size=card["image_size"], encoders=card.get("encoders", 1))
+        return levit_unet(card["variant"], *sizes, **rest)
     check_trusted(card["network"], path)
     settings = card.get("settings", {})
     if not isinstance(settings, dict):

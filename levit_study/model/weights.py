@@ -20,6 +20,7 @@ def model_card(
     card = {key: getattr(model, key) for key in NEEDED}
     if hasattr(model, "network"):
         card |= {"network": model.network, "settings": model.settings}
+    if getattr(model, "encoders", 1) > 1: card["encoders"] = model.encoders
     return card | {"image_size": list(model.image_size), "versions": versions()}
 
 # %% ../../nbs/22_model.weights.ipynb #dcf6e148

@@ -71,7 +71,12 @@ def fit(
 def _load(run: Run, path, fabric: Fabric) -> tuple: # the store, training and validation slices
     "Open a prepared store; `StudyError` if no case of it can choose the best epoch"
     store = PreparedStore(path, run.fold)
-    train, valid = (store.load(split).to(fabric.device) for split in ("train", "valid"))
+    if len(store.channels or [""]) != run.data.modalities:
+        there, wanted = store.channels or ["one"], run.data.channels or ["one"]
+        raise StudyError(f"{path}: has the channels {', '.join(there)}, data.channels names "
+                         f"{', '.join(wanted)}: prepare it anew, with dvc repro")
+    sets = (store.load(split, context=run.data.context) for split in ("train", "valid"))
+    train, valid = (slices.to(fabric.device) for slices in sets)
     if len(valid): return store, train, valid
     advice = f"set datasets.{run.dataset}.data.split.valid"
     raise StudyError(f"{path}: has no validation case to choose an epoch; {advice}")
@@ -128,7 +133,8 @@ def train_epoch(
         step_batches = batches[step * training.accumulate:(step + 1) * training.accumulate]
         for i, index in enumerate(step_batches):
             images, labels = slices.batch(index, fabric.device)
-            images, labels = augment(images, labels, training.augmentation, seed, t.epoch, index)
+            draw = training.augmentation, seed, t.epoch, index, t.run.data.modalities
+            images, labels = augment(images, labels, *draw)
             with fabric.no_backward_sync(t.model, enabled=i + 1 < len(step_batches)):
                 logits = t.model(images)
                 loss = t.criterion(logits, labels)
@@ -226,7 +232,7 @@ def _largest_batch(t: Trainer, num_classes: int, limit: int = 256) -> int:
     if device.type != "cuda": return 8  # its memory is not the limit
     while fits < limit:
         try:
-            images = torch.zeros(2 * fits, 1, size, size, device=device)
+            images = torch.zeros(2 * fits, t.run.data.in_channels, size, size, device=device)
             labels = torch.zeros(2 * fits, size, size, dtype=torch.int64, device=device)
             t.criterion(t.model(images), labels).backward()
         except torch.OutOfMemoryError:

@@ -83,7 +83,8 @@ def keep_epoch(
         about = {"dataset": run.dataset, "loss": run.loss, "seed": run.seed}
         if run.fold is not None: about["fold"] = run.fold
         about |= {"synthetic": run.data.phantom is not None, "structures": structures}
-        about |= run.data.model_dump(include={"intensity", "window", "crop"})
+        seen = {"intensity", "window", "crop", "channels", "context", "shown_channel"}
+        about |= run.data.model_dump(include=seen)
         about |= {"parameters": run.record(), "epoch": row["epoch"]}
         about["metrics"] = {name: row[name] for name in ("valid_dice", "valid_jaccard")}
         save_weights(models / "best.safetensors", t.weights, **about)

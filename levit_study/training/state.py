@@ -114,8 +114,8 @@ def _set_seed(
 
 # %% ../../nbs/30_training.state.ipynb #e79d3632
 TRAINING = (
-    "recipes", "data.augment", "data.dataset",
-    "model.upsampling", "model.grids", "model.network", "model.others",
+    "recipes", "data.augment", "data.context", "data.dataset",
+    "model.upsampling", "model.grids", "model.network", "model.fusion", "model.others",
     "model.pretrained", "model.precision", "model.build",
     "losses.comparison", "losses.interface",
     "training.state", "training.scores", "training.fit",
@@ -254,7 +254,8 @@ def make_trainer(
     "Return model, loss and optimiser of `run` on the device, at the start"
     training = run.training
     _set_seed(run.seed, training.deterministic)
-    model = for_training(build_network(run.model, num_classes, image_size=run.data.size))
+    sizes = num_classes, run.data.in_channels, run.data.size
+    model = for_training(build_network(run.model, *sizes, encoders=run.encoders))
     plain = criterion = build_loss(**run.loss_settings).to(fabric.device)
     criterion.set_class_frequency(torch.as_tensor(voxel_shares, device=fabric.device))
     learned = list(criterion.parameters())  # weights that a loss learns
