@@ -12,13 +12,15 @@ from levit_study.training import state
 
 # stage -> the rooms that decide its numbers. What is not named here for any stage speaks, measures, describes, checks or starts.
 TABLE = {
-    "prepare": """data.nifti data.channels data.labels data.volumes data.folders data.cases data.modalities data.layouts data.splits data.folds data.shapes data.abdomen
+    "prepare": """data.nifti data.channels data.labels data.volumes data.folders data.cases data.modalities data.layouts data.splits
+                  data.folds data.shapes data.abdomen
                   data.heart data.phantom data.slices data.context
                   data.dataset data.voxels data.store data.jobs data.manifest data.prepare""",
-    "train": """recipes data.augment data.context data.dataset model.upsampling model.grids model.network model.fusion model.pretrained
+    "train": """recipes data.augment data.context data.dataset model.upsampling model.grids model.network model.fusion model.others model.pretrained
                 model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.topk losses.boundary
                 losses.adaptive training.state training.scores training.fit""",
-    "evaluate": """data.slices data.context data.dataset data.native model.upsampling model.grids model.network model.fusion model.precision model.build
+    "evaluate": """data.slices data.context data.dataset data.native model.upsampling model.grids model.network model.fusion model.others
+                   model.precision model.build
                    model.inference training.scores evaluation.metrics evaluation.inference evaluation.card evaluation.calibration
                    evaluation.evaluate""",
     "report": """data.cases data.context data.dataset data.native training.scores evaluation.metrics evaluation.calibration evidence.elsewhere
