@@ -167,11 +167,26 @@ def _key(params: Params):
 # %% ../../nbs/63a_report.summary.ipynb #e0eaadef
 _VERDICTS = {"supported": "supported", "contradicted": "contradicted", "inconclusive": "open"}
 
+def _standing(row): # row: of claims.csv
+    "A verdict, or in a few words what an open one stands on"
+    standing = row.get("standing")
+    if row["verdict"] != "inconclusive" or not isinstance(standing, str): return row["verdict"]
+    return re.split(":| with | \\(", standing)[0]
+
+def _touched(claims): # -> claims, the others' numbers
+    "Leave out the claims that no loss of the study touches"
+    if "standing" not in claims: return claims, []
+    open_ones = claims.standing.astype(str).str.startswith("not tested")
+    others = open_ones.groupby(claims.claim, sort=False).all()
+    others = list(others.index[others])
+    return claims[~claims.claim.isin(others)], others
+
 def _claims(claims, datasets): # -> rows of claim, statement, interval, verdict per data set
     "The ledger in short; with one data set also the measured difference"
     shown = []
     for claim, rows in claims.groupby("claim", sort=False):
-        first, verdicts = rows.iloc[0], rows.set_index("dataset").verdict.to_dict()
+        first = rows.iloc[0]
+        verdicts = {row["dataset"]: _standing(row) for row in rows.to_dict("records")}
         interval = first.interval if len(datasets) == 1 and isinstance(first.interval, str) else ""
         cells = [verdicts.get(dataset, "–") for dataset in datasets]
         shown.append((claim, first.statement, _typeset(interval), cells))
@@ -196,6 +211,10 @@ def _tally(claims, synthetic):
             yield text.format(tests, where, Markup(", ").join(words))
 
 # %% ../../nbs/63a_report.summary.ipynb #6959f730
+def _left_out(untouched):
+    "One line for the claims that the study's losses cannot test"
+    if untouched: yield f"Not touched by these losses: {_listed(untouched)} of the paper's claims."
+
 def _points(organs, claims, params: Params, about: About): # organs, claims: tables or None
     "What limits the numbers"
     points = list(_tally(claims, about.synthetic)) if claims is not None else []
@@ -241,6 +260,7 @@ def summary_html(params: Params, root=".", notes=()) -> tuple[str, list[str]]: #
     about, study, read = about_study(params), params.study, []
     organs, claims = (_read_table(name, root, study.datasets, read) for name in _NEEDED)
     notes = [*read, *notes]
+    claims, untouched = (None, []) if claims is None else _touched(claims)
     judged = [d for d in study.datasets if claims is not None and d in set(claims.dataset)]
     results = None if organs is None else [
         _results(organs, dataset, study.losses, about) for dataset in study.datasets]
@@ -250,7 +270,7 @@ def summary_html(params: Params, root=".", notes=()) -> tuple[str, list[str]]: #
         results=results,
         splits=[] if organs is None else [_SPLITS[split] for split in _judged(organs)],
         key=_key(params),
-        points=_points(organs, claims, params, about),
+        points=[*_points(organs, claims, params, about), *_left_out(untouched)],
         notes=notes,
         claims=_claims(claims, judged) if claims is not None else [],
         judged=[about.dataset(d) for d in judged] if len(judged) > 1 else ["Verdict"],
