@@ -223,6 +223,12 @@ def _channels(weights):
     try: return read_card(weights[0]).get("channels")
     except StudyError: return None  # said when they are loaded
 
+def _say_channels(files, names):
+    "Say which channel is taken from where: nothing in a file's name proves it"
+    taken = [f"{name} from {path.name}" + ("" if place is None else f", channel {place}")
+             for name, (path, place) in zip(names or (), files[0].channels, strict=False)]
+    if taken: print("predict:", "; ".join(taken), file=sys.stderr)
+
 def predict(
     scans: Scans,
     weights,               # safetensors file of this study; several, or a folder: their ensemble
@@ -236,7 +242,9 @@ def predict(
     written, and at the end for scans that could not be segmented, when the others are done"""
     from tqdm import tqdm
     weights = weight_files(weights)
-    files = scan_files(scans, outputs, _map_files(outputs, weights), _channels(weights))
+    channels = _channels(weights)
+    files = scan_files(scans, outputs, _map_files(outputs, weights), channels)
+    if progress: _say_channels(files, channels)
     check_targets(files, outputs, [*weights, *map(card_file, weights)])
     network, data = _network_for(weights, changes or {}, device, precision)
     rows, written, problems, single = [], [], [], len(files) == 1
