@@ -50,6 +50,7 @@ def test_bad_input_is_one_line(plan, arguments, words):
 
 
 def test_a_study_of_one_training_per_loss_says_what_is_missing(plan):
-    status, _, error = plan("reports/runs", "--patients", "100", "--seeds", "3")
+    single = "reports/studies/acdc_224"
+    status, _, error = plan(single, "--patients", "100", "--seeds", "3")
     assert status == 1 and "give --seed-sd" in error
-    assert plan("reports/runs", "--patients", "100", "--seeds", "3", "--seed-sd", "0.05")[0] == 0
+    assert plan(single, "--patients", "100", "--seeds", "3", "--seed-sd", "0.05")[0] == 0
