@@ -60,7 +60,8 @@ def _differences(tests: pd.DataFrame, alpha=.05) -> str: # tests: one data set a
 
 # %% ../../nbs/55a_evidence.answer.ipynb #837edd73
 _STANDING = {"inconclusive": "not decided", "out of reach": "out of reach of so few trainings",
-             "censored": "hidden by the end of the trainings"}
+             "censored": "hidden by the end of the trainings",
+             "no verdict": "without a verdict"}
 
 def _counted(number, standing): # -> '2 are contradicted'
     verb = "are" if number > 1 else "is"
