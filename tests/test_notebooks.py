@@ -70,3 +70,9 @@ def test_a_notebook_shows_what_it_gives(results, name):
 
 def test_a_stale_output_is_noticed():
     assert alike("Dice 0.81234\n", "Dice 0.81235 ") and not alike("Dice 0.8", "Dice 0.9") and not alike("Dice 0.8", "Jaccard 0.8") and not alike("", "1")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("*.ipynb")), ids=lambda path: path.stem)
+def test_no_output_tells_where_it_was_made(path):
+    outputs = [cell.get("outputs", []) for cell in nbformat.read(path, 4).cells]
+    assert not re.search(r"site-packages|/home/|/root/|" + re.escape(str(ROOT)), str(outputs))
