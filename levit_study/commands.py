@@ -196,15 +196,18 @@ def _report(a):
     from levit_study.evidence.published import study_records
     from levit_study.pipeline import run_notebook
     study_records(a.folder)  # what is wrong with the records is said before anything is written
+    given = Path(a.folder).resolve()
     enter_project()
-    output = f"build/studies/{Path(a.folder).name}.ipynb"
-    run_notebook("nbs/study/report.ipynb", output, {"reports": str(a.folder)})
-    page, text = Path("README.md"), Path(a.folder, "answer.md").read_text(encoding="utf-8")
-    if page.exists():
-        shown = page.read_text(encoding="utf-8")
-        filled = with_answer(shown, str(a.folder).rstrip("/"), text)
-        if filled != shown: page.write_text(filled, encoding="utf-8")
-    print(f"{a.folder}: made anew; with text and pictures in {output}")
+    inside = given.is_relative_to(Path.cwd())
+    folder = given.relative_to(Path.cwd()).as_posix() if inside else str(given)
+    output = f"build/studies/{given.name}.ipynb"
+    run_notebook("nbs/study/report.ipynb", output, {"reports": folder})
+    page, text = Path("README.md"), Path(folder, "answer.md").read_text(encoding="utf-8")
+    shown = page.read_text(encoding="utf-8") if page.exists() else ""
+    filled = with_answer(shown, folder, text)
+    if filled != shown:
+        with written_whole(page) as partial: partial.write_text(filled, encoding="utf-8")
+    print(f"{folder}: made anew; with text and pictures in {output}")
 
 def _add_verify(commands):
     about = "say whether every published table follows from its study's records"

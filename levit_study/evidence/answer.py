@@ -43,20 +43,23 @@ def _signed(value):
 def _listed(words):
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
-def _differences(tests: pd.DataFrame, alpha=.05) -> str: # tests: one data set and split
-    "Return each loss's difference to the first, and whether it is decided (Holm)"
+def _differences(tests: pd.DataFrame, confidence=.95) -> str: # tests: one data set and split
+    "Return each loss's difference to the first, and whether it is decided after Holm's correction"
     rows = tests[(tests.structure == ALL) & (tests.metric == "dice")]
     rows = rows[rows.second == rows.second.iloc[0]] if len(rows) else rows
     if rows.empty: return ""
     parts = [f"{_signed(row.difference)} [{_signed(row.low)}, {_signed(row.high)}] with "
              f"{loss_name(row['first'])}" for _, row in rows.iterrows()]
-    decided = rows[(rows.p_holm < alpha) & (rows.low * rows.high > 0)]
+    decided = rows[(rows.p_holm < 1 - confidence) & (rows.low * rows.high > 0)]
     ends = [f"{loss_name(row['first'])} is {'ahead' if row.difference > 0 else 'behind'}"
             for _, row in decided.iterrows()]
-    verdict = "; ".join(ends) or "so few patients and trainings decide no difference"
+    verdict = "; ".join(ends) or "no difference is decided"
     reference = rows.second.iloc[0]
     reference = "the baseline" if reference == "baseline" else loss_name(reference)
-    return f"Against {reference}, mean Dice differs by {_listed(parts)}: {verdict}."
+    chance = "patients and trainings" if rows.target.iloc[0] == "any training" else "patients"
+    how = f"{100 * confidence:g} % intervals over {chance}"
+    return (f"Against {reference}, mean Dice differs by {_listed(parts)} ({how}). Corrected for "
+            f"the number of comparisons, {verdict}.")
 
 # %% ../../nbs/55a_evidence.answer.ipynb #837edd73
 _STANDING = {"inconclusive": "not decided", "out of reach": "out of reach of so few trainings",
@@ -87,13 +90,13 @@ def _claims(claims: pd.DataFrame) -> str: # one data set's ledger
     return " ".join([text, *lines])
 
 # %% ../../nbs/55a_evidence.answer.ipynb #d70373ac
-def _table(organs: pd.DataFrame, losses, tolerance) -> str: # one data set and split
+def _table(organs: pd.DataFrame, losses, tolerance, confidence) -> str: # of one split
     "Return Dice per structure, the mean with its interval and surface Dice as a Markdown table"
     structures = [name for name in organs.structure.unique() if name != ALL]
     few = structures if len(structures) <= 4 else []
     unit = organs.unit.iloc[0]
     surface = f"surface Dice at {tolerance:g} {unit if unit == 'mm' else unit + 's'}"
-    titles = ["loss", *few, "mean Dice [95 % interval]", surface, "missed"]
+    titles = ["loss", *few, f"mean Dice [{100 * confidence:g} % interval]", surface, "missed structures"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for loss in losses:
         rows = organs[organs.loss == loss].set_index("structure")
@@ -119,10 +122,11 @@ def answer(
         split = judging_splits(organs).get(dataset, "valid")
         organs = organs[organs.split == split]
         tests = tests[tests.split == split] if len(tests) else tests
-        sentences = [_about(params, dataset, organs), _differences(tests), _claims(claims)]
+        sure = params.evaluation.confidence
+        sentences = [_about(params, dataset, organs), _differences(tests, sure), _claims(claims)]
         tolerance = pick_evaluation(params, dataset).surface_tolerance
         parts.append(" ".join(filter(None, sentences)))
-        parts.append(_table(organs, params.study.losses, tolerance))
+        parts.append(_table(organs, params.study.losses, tolerance, sure))
     return "\n\n".join(parts) + "\n"
 
 # %% ../../nbs/55a_evidence.answer.ipynb #80fcbe17
