@@ -96,15 +96,16 @@ def _table(organs: pd.DataFrame, losses, tolerance, confidence) -> str: # of one
     few = structures if len(structures) <= 4 else []
     unit = organs.unit.iloc[0]
     surface = f"surface Dice at {tolerance:g} {unit if unit == 'mm' else unit + 's'}"
-    titles = ["loss", *few, f"mean Dice [{100 * confidence:g} % interval]", surface, "missed structures"]
+    mean = f"mean Dice [{100 * confidence:g} % interval]"
+    titles = ["loss", *few, mean, surface, "missed structures"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for loss in losses:
         rows = organs[organs.loss == loss].set_index("structure")
         if rows.empty: continue
-        mean = rows.loc[ALL if ALL in rows.index else structures[0]]
+        whole = rows.loc[ALL if ALL in rows.index else structures[0]]
         cells = [loss_name(loss), *(f"{rows.dice[name]:.3f}" for name in few),
-                 f"{mean.dice:.3f} [{mean.dice_low:.3f}, {mean.dice_high:.3f}]",
-                 f"{mean.nsd:.3f}", f"{rows.missed.drop(ALL, errors='ignore').sum():.0f}"]
+                 f"{whole.dice:.3f} [{whole.dice_low:.3f}, {whole.dice_high:.3f}]",
+                 f"{whole.nsd:.3f}", f"{rows.missed.drop(ALL, errors='ignore').sum():.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
