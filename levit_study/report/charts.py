@@ -41,6 +41,7 @@ def _loss_marks(losses, about): # -> encoding of colour and shape
     nominal = {"field": "loss", "type": "nominal"}
     return {"color": nominal | {"scale": colors}, "shape": nominal | {"scale": shapes}}
 
+_POINT = {"type": "point", "filled": True, "size": 45, "opacity": .6, "cursor": "pointer"}
 _CHOSEN = {"name": "chosen", "select": {"type": "point", "fields": ["loss"]}, "bind": "legend"}
 _OF_CHOSEN = [{"filter": {"param": "chosen"}}]
 
@@ -90,7 +91,7 @@ def _size_chart(dataset, points, label, about):
                      ("dice", "Dice", ".3f"), ("size", label.split(" (")[0], ".4~g"))
     marks = _loss_marks(list(points["loss"].unique()), about)
     point = {"params": [_CHOSEN], "transform": _OF_CHOSEN,
-             "mark": {"type": "point", "filled": True, "size": 45, "opacity": .6, "cursor": "pointer"},
+             "mark": _POINT,
              "encoding": {"x": x, "y": y, **marks, "tooltip": shown,
                           "description": {"field": "words"}}}
     trend = {"regression": "dice", "on": "size", "groupby": ["loss"], "method": "log"}
@@ -157,9 +158,10 @@ def _forest_chart(dataset, rows, points, about, baseline):
     layers = [
         {"data": {"values": [{}]}, "mark": {"type": "rule"}, "encoding": {"x": {"datum": 0}}},
         {"data": {"values": dots}, "params": [_CHOSEN], "transform": _OF_CHOSEN,
-         "mark": {"type": "point", "filled": True, "size": 28, "opacity": .5, "cursor": "pointer"},
+         "mark": _POINT | {"size": 28, "opacity": .5},
          "encoding": {"x": x, **places, "tooltip": case, "description": {"field": "words"}}},
-        {"data": {"values": intervals}, "transform": _OF_CHOSEN, "mark": {"type": "rule", "size": 2},
+        {"data": {"values": intervals}, "transform": _OF_CHOSEN,
+         "mark": {"type": "rule", "size": 2},
          "encoding": {"x": x | {"field": "low"}, "x2": {"field": "high"}, **encoding}},
         {"data": {"values": intervals}, "transform": _OF_CHOSEN,
          "mark": {"type": "point", "size": 70, "fill": None},
@@ -194,8 +196,8 @@ def _agreement_chart(dataset, measure, rows, about):
     "One measure's chart"
     unit, losses = rows["unit"].iloc[0], list(rows["loss"].unique())
     differs = "percentage points" if unit == "%" else unit
-    limits = pd.DataFrame([(loss, *limits_of(part)) for loss, part in rows.groupby("loss", sort=False)],
-                          columns=["loss", "bias", "low", "high"])
+    limits = [(loss, *limits_of(part)) for loss, part in rows.groupby("loss", sort=False)]
+    limits = pd.DataFrame(limits, columns=["loss", "bias", "low", "high"])
     x, y = _axis("middle", f"Mean of both ({unit})", scale={"zero": False}), f"Error ({differs})"
     marks = _loss_marks(losses, about)
     shown = _tooltip(("case", "patient"), ("loss", "loss"), ("seed", "seed"),
@@ -204,12 +206,12 @@ def _agreement_chart(dataset, measure, rows, about):
     words = _tooltip(("loss", "loss"), ("bias", "bias", "+.1f"), ("low", "limit, low", "+.1f"),
                      ("high", "limit, high", "+.1f"))
     dash = {"low": [4, 3], "bias": [], "high": [4, 3]}
+    common = {"color": marks["color"], "tooltip": words}
     layers = [lines | {"mark": {"type": "rule", "size": 1.5, "strokeDash": dash[field]},
-                       "encoding": {"y": _axis(field, y), "color": marks["color"], "tooltip": words}}
-              for field in dash]
+                       "encoding": {"y": _axis(field, y), **common}} for field in dash]
     point = {"params": [_CHOSEN], "transform": _OF_CHOSEN,
              "data": {"values": _agreement_points(rows, about, differs)},
-             "mark": {"type": "point", "filled": True, "size": 45, "opacity": .6, "cursor": "pointer"},
+             "mark": _POINT,
              "encoding": {"x": x, "y": _axis("error", y), **marks, "tooltip": shown,
                           "description": {"field": "words"}}}
     title = f"Agreement: {measure}, {about.dataset(dataset)}"
