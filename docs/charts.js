@@ -24,6 +24,12 @@ function look() { // the page's colours, light or dark
     rule: {color: base}};
 }
 
+// A colour that is read on white, for a dark page.
+function lighter(value) {
+  if (typeof value !== "string" || !/^#[0-9a-f]{6}$/i.test(value)) return value;
+  return "#" + [1, 3, 5].map(k => Math.round(parseInt(value.slice(k, k + 2), 16) * .65 + 255 * .35).toString(16).padStart(2, "0")).join("");
+}
+
 class Chart {
   constructor(place, chart) {
     this.chart = chart;
@@ -40,7 +46,8 @@ class Chart {
     if (this.view) this.view.finalize();
     const dark = matchMedia("(prefers-color-scheme: dark)").matches && document.documentElement.dataset.theme !== "light" || document.documentElement.dataset.theme === "dark";
     const options = {mode: "vega-lite", actions: false, renderer: "svg", config: look(), tooltip: {theme: dark ? "dark" : "light"}};
-    this.view = await window.vegaEmbed(this.frame, this.chart.spec, options);
+    const spec = dark ? JSON.parse(JSON.stringify(this.chart.spec), (key, value) => lighter(value)) : this.chart.spec;
+    this.view = await window.vegaEmbed(this.frame, spec, options);
     this.view.view.addEventListener("click", (event, item) => { if (item && item.datum) this.open(item.datum); });
     this.at = null;
   }
@@ -101,9 +108,13 @@ async function fill(place) {
   }
 }
 
-async function start() {
+function start() {
   const drawn = [];
-  for (const place of document.querySelectorAll(".study-chart")) drawn.push(...await fill(place));
+  const near = new IntersectionObserver(seen => seen.filter(each => each.isIntersecting).forEach(async ({target}) => {
+    near.unobserve(target);
+    drawn.push(...await fill(target));
+  }), {rootMargin: "800px"}); // drawn when the reader comes near
+  document.querySelectorAll(".study-chart").forEach(place => near.observe(place));
   const again = async () => { for (const chart of drawn) await chart.draw(); };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
   new MutationObserver(again).observe(document.documentElement, {attributes: true, attributeFilter: ["data-theme"]});

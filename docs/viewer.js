@@ -125,14 +125,13 @@ class Viewer {
     this.place.append(
       make("div", {className: "bar"}, field("Case", this.cases), field("Order", this.orders)),
       make("div", {className: "parts"},
-        make("div", {className: "left"}, this.stage, field("Slice", this.slice, this.count), this.status),
+        make("div", {className: "left"}, this.stage, field("Slice", this.slice, this.count), this.status, this.legend()),
         make("div", {className: "right"},
           make("fieldset", {className: "layers"}, make("legend", {}, "Shown, with the Dice of this slice"), ...layers),
           make("div", {className: "row"}, this.flicker, make("label", {className: "check"}, this.line, make("span", {}, "reference as a white line"))),
           make("fieldset", {className: "errors"}, make("legend", {}, "Errors, in voxels of this slice"), ...errors),
           make("fieldset", {className: "window"}, make("legend", {}, "Window"), field("Brightness", this.brightness), field("Contrast", this.contrast),
-            make("button", {type: "button", onclick: () => this.window(0, 1)}, "Reset")),
-          this.legend())),
+            make("button", {type: "button", onclick: () => this.window(0, 1)}, "Reset")))),
       keys, make("p", {className: "keys"}, data.note));
   }
 
@@ -242,12 +241,12 @@ class Viewer {
   paint() {
     const {item, state} = this, [count, high, wide] = item.shape, size = [wide, high];
     const image = this.plane("image"), reference = this.plane("reference"), loss = item.predictions[state.layer] !== undefined ? state.layer : null;
-    const context = this.canvas.getContext("2d"), line = Math.max(2, Math.round(this.canvas.width / 320));
+    const context = this.canvas.getContext("2d"), line = Math.max(2, Math.round(this.canvas.width / 260));
     drawImage(context, image, size, state);
     const wanted = this.data.errors.map(([, color], k) => state.errors[k] ? color : null);
     if (loss && wanted.some(Boolean)) drawErrors(context, reference, this.plane(loss), size, wanted);
     if (state.layer) drawOutlines(context, this.plane(state.layer), size, this.colors, line);
-    if (loss && state.line) drawOutlines(context, reference, size, "#fff", Math.max(1, line / 2));
+    if (loss && state.line) drawOutlines(context, reference, size, "#fff", Math.max(1, Math.floor(line / 2)));
     this.layers.forEach((layer, k) => {
       const small = this.thumbs[k].getContext("2d");
       drawImage(small, image, size, state);

@@ -27,7 +27,7 @@ TABLE = {
                  evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.claims
                  evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.answer evidence.published
                  report.look report.parts report.imbalance report.figures report.differences report.design report.behaviour report.clinical
-                 report.segmentations""",
+                 report.segmentations report.viewer report.charts""",
     "site": "evidence.elsewhere evidence.results report.look report.pages report.summary report.contents report.site",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}

@@ -85,8 +85,9 @@ def size_charts(
 # %% ../../nbs/62f_report.charts.ipynb #814d683f
 def _size_chart(dataset, points, label, about):
     "One data set's chart of Dice against size"
-    x = _axis("size", label, scale={"type": "log", "nice": False})
-    y = _axis("dice", "Dice (0 to 1)", scale={"domain": [0, 1]})
+    x = _axis("size", label, scale={"type": "log", "nice": False, "padding": 10})
+    y = _axis("dice", "Dice (0 to 1)", scale={"domain": [-.03, 1.03]})
+    y["axis"] = {"values": [0, .2, .4, .6, .8, 1]}
     shown = _tooltip(("case", "case"), ("structure", "structure"), ("loss", "loss"),
                      ("dice", "Dice", ".3f"), ("size", label.split(" (")[0], ".4~g"))
     marks = _loss_marks(list(points["loss"].unique()), about)
@@ -145,7 +146,8 @@ def _forest_chart(dataset, rows, points, about, baseline):
     "One data set's chart of differences"
     losses, names = list(rows["loss"].unique()), structures_of(rows)[dataset]
     intervals, dots = _forest_rows(rows, points, about)
-    x, marks = _axis("value", f"Difference in Dice against {baseline}"), _loss_marks(losses, about)
+    x = _axis("value", f"Difference in Dice against {baseline}")
+    x["axis"], marks = {"tickCount": 7, "format": "+.2~f"}, _loss_marks(losses, about)
     places = {"y": {"field": "structure", "type": "nominal", "sort": names, "title": None},
               "yOffset": {"field": "loss", "sort": marks["color"]["scale"]["domain"]},
               "color": marks["color"]}
@@ -153,20 +155,18 @@ def _forest_chart(dataset, rows, points, about, baseline):
                       ("low", "from", "+.3f"), ("high", "to", "+.3f"), ("patients", "patients"))
     case = _tooltip(("case", "case"), ("structure", "structure"), ("loss", "loss"),
                     ("value", "difference", "+.3f"))
-    filled = {"condition": {"test": "datum.clear", "value": 1}, "value": 0}
     encoding = {**places, "tooltip": limits, "description": {"field": "words"}}
     layers = [
         {"data": {"values": [{}]}, "mark": {"type": "rule"}, "encoding": {"x": {"datum": 0}}},
-        {"data": {"values": dots}, "params": [_CHOSEN], "transform": _OF_CHOSEN,
-         "mark": _POINT | {"size": 28, "opacity": .5},
-         "encoding": {"x": x, **places, "tooltip": case, "description": {"field": "words"}}},
         {"data": {"values": intervals}, "transform": _OF_CHOSEN,
-         "mark": {"type": "rule", "size": 2},
+         "mark": {"type": "rule", "size": 2, "opacity": .5},
          "encoding": {"x": x | {"field": "low"}, "x2": {"field": "high"}, **encoding}},
-        {"data": {"values": intervals}, "transform": _OF_CHOSEN,
-         "mark": {"type": "point", "size": 70, "fill": None},
-         "encoding": {"x": x, **encoding, "shape": marks["shape"], "fillOpacity": filled,
-                      "fill": marks["color"] | {"legend": None}}}]
+        {"data": {"values": dots}, "params": [_CHOSEN], "transform": _OF_CHOSEN,
+         "mark": _POINT | {"size": 34}, "encoding": encoding | {"x": x, "tooltip": case}},
+        *({"data": {"values": intervals}, "transform": [*_OF_CHOSEN, {"filter": test}],
+           "mark": {"type": "point", "size": 75, "filled": filled, "opacity": 1},
+           "encoding": encoding | {"x": x, "shape": marks["shape"]}}
+          for test, filled in (("datum.clear", True), ("!datum.clear", False)))]
     title = f"Differences in Dice, {about.dataset(dataset)}"
     return _chart(title, dataset, layers, height=len(names)*(14*len(losses) + 8))
 
