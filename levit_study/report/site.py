@@ -108,7 +108,8 @@ def _vega(root) -> str:
     page = Path(root, ".dvc", "plots", "page.html")
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     library = re.search(r"<script>(.*?)</script>", text, re.S)
-    return library[1] if library and "vegaEmbed" in library[1] else vega_library()
+    code = library[1] if library and "vegaEmbed" in library[1] else vega_library()
+    return f"(() => {{\n{code}\n}})();"  # its names are its own: the site's scripts have a `_`, too
 
 # %% ../../nbs/64_report.site.ipynb #d0cb5ff0
 def _write_sources(pages, folder, title, assets): # assets: styles and scripts
