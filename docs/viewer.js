@@ -128,7 +128,7 @@ class Viewer {
         make("div", {className: "left"}, this.stage, field("Slice", this.slice, this.count), this.status, this.legend()),
         make("div", {className: "right"},
           make("fieldset", {className: "layers"}, make("legend", {}, "Shown, with the Dice of this slice"), ...layers),
-          make("div", {className: "row"}, this.flicker, make("label", {className: "check"}, this.line, make("span", {}, "reference as a white line"))),
+          make("div", {className: "line"}, this.flicker, make("label", {className: "check"}, this.line, make("span", {}, "reference as a white line"))),
           make("fieldset", {className: "errors"}, make("legend", {}, "Errors, in voxels of this slice"), ...errors),
           make("fieldset", {className: "window"}, make("legend", {}, "Window"), field("Brightness", this.brightness), field("Contrast", this.contrast),
             make("button", {type: "button", onclick: () => this.window(0, 1)}, "Reset")))),
