@@ -192,11 +192,16 @@ class Reader:
         self.page, self.wrong = self.context.new_page(), []
         self.page.on("console", self.listen)
         self.page.on("pageerror", lambda e: self.wrong.append(f"script: {e}"))
-        self.page.on("requestfailed", lambda r: self.wrong.append(f"not loaded: {r.url}"))
+        self.page.on("requestfailed", self.failed)
 
     def listen(self, message):
         if message.type in ("error", "warning"):
             self.wrong.append(f"console: {message.text}")
+
+    def failed(self, request):
+        "What a page was still loading when the next one was opened is no failure"
+        if request.failure != "net::ERR_ABORTED":
+            self.wrong.append(f"not loaded: {request.url}")
 
     def decide(self, route):
         if re.match(r"file:|data:|blob:", route.request.url): return route.continue_()
