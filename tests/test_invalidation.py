@@ -156,4 +156,4 @@ def test_a_setting_changes_what_it_is_for(copy, environment):
     path.write_text(text.replace("gamma: 2.0            # focus on", "gamma: 3.0            # focus on"))
     changed = {name for name, content in written(copy, environment).items() if content != before.get(name)}
     path.write_text(text)
-    assert changed == {"build/code/settings/phantom_ct/focal.json"}
+    assert changed == {"build/code/settings/phantom_mr/focal.json"}
