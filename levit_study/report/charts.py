@@ -148,6 +148,8 @@ def _forest_chart(dataset, rows, points, about, baseline):
     intervals, dots = _forest_rows(rows, points, about)
     x = _axis("value", f"Difference in Dice against {baseline}")
     x["axis"], marks = {"tickCount": 7, "format": "+.2~f"}, _loss_marks(losses, about)
+    reach = [rows["low"].min(), points["value"].min(), rows["high"].max(), points["value"].max()]
+    x["scale"] = {"domain": [float(np.nanmin(reach)), float(np.nanmax(reach))], "nice": True}
     places = {"y": {"field": "structure", "type": "nominal", "sort": names, "title": None},
               "yOffset": {"field": "loss", "sort": marks["color"]["scale"]["domain"]},
               "color": marks["color"]}
@@ -168,7 +170,7 @@ def _forest_chart(dataset, rows, points, about, baseline):
            "encoding": encoding | {"x": x, "shape": marks["shape"]}}
           for test, filled in (("datum.clear", True), ("!datum.clear", False)))]
     title = f"Differences in Dice, {about.dataset(dataset)}"
-    return _chart(title, dataset, layers, height=len(names)*(14*len(losses) + 8))
+    return _chart(title, dataset, layers, height=len(names)*(14*len(losses) + 8) + 80)
 
 # %% ../../nbs/62f_report.charts.ipynb #ee1aef2c
 def agreement_charts(
