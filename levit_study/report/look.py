@@ -196,6 +196,22 @@ def _rounded_paths(svg):
     short = lambda path: re.sub(r"(\d\.\d\d)\d+", r"\1", path[0])
     return re.sub(r' d="[^"]*"', short, svg)
 
+# %% ../../nbs/60_report.look.ipynb #5ffc9aa3
+def _is_saved(picture, png, words):
+    "Whether the files at these paths hold the picture already: its words and every pixel"
+    import numpy as np
+    from PIL import Image
+    texts = {key: getattr(picture, key) for key in ("title", "caption", "alt")}
+    try:
+        saved = Image.open(png).convert("RGB")
+        kept = json.loads(Path(words).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if kept | texts != kept: return False
+    with study_style():
+        picture.figure.savefig(drawn := io.BytesIO(), format="png")
+    return np.array_equal(Image.open(drawn).convert("RGB"), saved)
+
 # %% ../../nbs/60_report.look.ipynb #8a8375c7
 def save_figure(
     picture: Picture,
@@ -203,8 +219,10 @@ def save_figure(
     name, # stem of the files
     source="", # what made it, as in "dvc repro report, revision 1a2b3c4"
 ): # -> list of the three paths
-    "Write `name`.png, .svg and .json (title, caption, alt), each whole or not at all"
+    """Write `name`.png, .svg and .json (title, caption, alt), each whole or not at all; a figure
+    with the same pixels and words stays as it is, and names the revision that first made it"""
     paths = png, svg, words = [Path(folder)/f"{name}.{end}" for end in ("png", "svg", "json")]
+    if svg.exists() and _is_saved(picture, png, words): return paths
     about_svg = {"Date": None, "Creator": None, "Title": picture.title, "Description": picture.alt}
     about_png = {"Software": None, "Title": picture.title}
     if source:
