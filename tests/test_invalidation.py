@@ -26,9 +26,9 @@ TABLE = {
     "report": """data.cases data.context data.dataset data.native training.scores evaluation.metrics evaluation.calibration evidence.elsewhere
                  evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.claims
                  evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.answer evidence.published
-                 report.look report.parts report.imbalance report.figures report.differences report.design report.behaviour report.clinical
+                 report.look report.parts report.provenance report.imbalance report.figures report.differences report.design report.behaviour report.clinical
                  report.segmentations""",
-    "site": "evidence.elsewhere evidence.results report.look report.pages report.summary report.contents report.site",
+    "site": "evidence.elsewhere evidence.results report.look report.provenance report.pages report.summary report.contents report.site",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
 NOTHING = """files inputs kinds networks settings params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing

@@ -351,6 +351,7 @@ def test_figures_are_sharp_and_carry_their_words(study):
     assert 'alt="Best Dice: the line rises from 0.2 to 0.6."' in text and "<figcaption>" in text
     made = re.search(r'<a [^>]*href="([^"]*)"[^>]*>(?:<span[^>]*>)?Made by dvc repro report, revision 1a2b', text)
     assert made and made[1].endswith("runs/index.html")
+    assert re.search(r'drawn in <a [^>]*href="library/61_report-figures.html"', text)
     assert "fetch('https" not in text
 
 

@@ -94,6 +94,9 @@ def _write_page(page: Page, folder, places: dict): # places: file -> page, for l
             cell.source = relinked(cell.source, page.source, places)
         elif "outputs" in cell:
             cell.outputs = readable_outputs(cell.outputs)
+            for data in (output.data for output in cell.outputs if "data" in output):
+                if "text/markdown" in data:
+                    data["text/markdown"] = relinked(data["text/markdown"], page.source, places)
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
     book = nbformat.v4.new_notebook(cells=page.content, metadata={"kernelspec": kernel})
     nbformat.write(book, path)
