@@ -28,7 +28,8 @@ TABLE = {
                  evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.answer evidence.published
                  report.look report.parts report.provenance report.imbalance report.figures report.differences report.design report.behaviour report.clinical
                  report.segmentations""",
-    "site": "evidence.elsewhere evidence.results report.look report.provenance report.pages report.summary report.contents report.site",
+    "site": """evidence.elsewhere evidence.results report.look report.parts report.provenance report.pages report.summary report.contents
+               report.studies report.site""",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
 NOTHING = """files inputs kinds networks settings params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing
@@ -47,7 +48,7 @@ REACHED = {
     "report": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.nifti",
                "data.channels", "data.labels", "data.volumes"],
     "site": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "data", "training", "evidence.statistics",
-             "evidence.intervals"],
+             "evidence.intervals", "evidence.answer", "evidence.tables", "evaluation"],
 }
 
 
