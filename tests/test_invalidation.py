@@ -29,7 +29,7 @@ TABLE = {
                  report.look report.parts report.provenance report.imbalance report.figures report.differences report.design report.behaviour report.clinical
                  report.segmentations""",
     "site": """evidence.elsewhere evidence.results report.look report.parts report.provenance report.pages report.summary report.contents
-               report.studies report.site""",
+               report.studies report.records report.checklists report.cards report.site""",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
 NOTHING = """files inputs kinds networks settings params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing

@@ -9,6 +9,7 @@ __all__ = ['CLAIM', 'MICCAI', 'Tick', 'ticked', 'checklist_text']
 import re
 from typing import NamedTuple
 import pandas as pd
+from ..evidence.results import special_trainings
 from ..evidence.tables import to_markdown
 from ..networks import network_name
 from .records import Records, patients_by_split
@@ -133,10 +134,11 @@ def _failures(r: Records):
                      f"[results]({r.page})")
 
 def _cost(r: Records):
-    seconds = [record.get("seconds") or 0 for record in r.runs.values()]
-    if not any(seconds): return _open("No training is recorded yet")
+    seconds = [record["seconds"] for record in r.runs.values() if record.get("seconds")]
+    if not seconds: return _open("Not recorded")
     minutes = f"{min(seconds) / 60:.0f} to {max(seconds) / 60:.0f} minutes per training"
-    return _partly(f"{minutes}, {sum(seconds) / 3600:.1f} hours in all; energy is not measured")
+    return _partly(f"{minutes}, {sum(seconds) / 3600:.1f} hours in all, "
+                   f"recorded for {len(seconds)} of {len(r.runs)}; energy is not measured")
 
 # %% ../../nbs/63e_report.checklists.ipynb #2e5be592
 def _memory(r: Records):
@@ -158,6 +160,12 @@ def _revisions(r: Records):
     if not r.runs: return _open("No training is recorded yet")
     return _partly(f"{text}; {changed} of {len(r.runs)} trainings ran with uncommitted changes") \
         if changed else _reported(text)
+
+def _baselines(r: Records):
+    same = "With the same network, data and budget; [losses](/library/26_losses-paper)"
+    if special := special_trainings(r.params):
+        return _partly(f"{same}. Trained with settings of their own: {'; '.join(special)}")
+    return _reported(f"{same}; none was tuned for itself")
 
 def _search(r: Records):
     losses = r.params.study.losses
@@ -288,8 +296,7 @@ MICCAI = {
            lambda r: _reported(f"{len(r.runs)} trainings, {r.trainings} per loss, each evaluated "
                                "once") if r.runs else _open("No training is recorded yet")),
     "R3": ("how baselines were implemented and tuned",
-           lambda r: _reported("With the same network, data and budget; [losses]"
-                               "(/library/26_losses-paper); none was tuned for itself")),
+           _baselines),
     "R4": ("training, validation and test split", _partition),
     "R5": ("definition of metrics and statistics",
            lambda r: _reported("[metrics](/library/40_evaluation-metrics), "

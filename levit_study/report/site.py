@@ -20,6 +20,7 @@ from ..params import Params
 from .contents import Page, project_pages, relinked
 from .contents import study_pages, table_of_contents
 from .pages import escaped, readable_outputs
+from .cards import reviewer_pages
 from .studies import front_html, published_studies, studies_pages
 from .summary import summary_html
 
@@ -29,6 +30,7 @@ _CARDS = [ # first page of its kind, title, text
     ("report", "The report", "All tables, figures and tests, with the paper's beside them"),
     ("data/", "The data", "What was read, how it was split, how large each structure is"),
     ("runs/index", "All runs", "Each training with its course and its scores"),
+    ("cards/checklists", "For reviewers", "CLAIM and MICCAI checklists, model cards, datasheets"),
     ("how-to/", "How to", "Real data, other settings, new losses, GPUs, citing"),
     ("library/", "The library", "The code, with its reasons and its tests")]
 _LANDING = """# {{ title|safe }}
@@ -177,7 +179,11 @@ def build_site(
     summary, notes = summary_html(params, root, [*missing, *unreadable])
     title, real = params.study.title, studies_pages(root)
     front = front_page(params, root, summary)
-    pages = [_landing(title, front, real + study + project), *real, *study, *project]
+    cards = reviewer_pages(params, root, [*real, *study, *project])
+    mine = [page for page in cards if not page.above]
+    real += [page for page in cards if page.above]
+    pages = [*real, *study, *mine, *project]
+    pages = [_landing(title, front, pages), *pages]
     _write_sources(pages, source / "book", title, root / "docs" / "site.css")
     warnings = _run_book(source / "book", source)
     unneeded = shutil.ignore_patterns(".buildinfo", "objects.inv", "*webpack-macros.html")

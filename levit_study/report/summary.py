@@ -225,7 +225,7 @@ def _without_verdict(number, report, has_report):
     "One line for the claims without a verdict, with a link to their numbers"
     if not number: return
     words = f"{_count(number, 'claim')} of the paper"
-    link = Markup('<a href="{}#the-papers-claims-one-by-one">{}</a>').format(report, words)
+    link = Markup('<a href="{}#the-paper-s-claims-one-by-one">{}</a>').format(report, words)
     verb = "has" if number == 1 else "have"
     yield Markup("{} {} no verdict here: synthetic scans decide none.").format(
         link if has_report else words, verb)
@@ -281,9 +281,9 @@ def summary_html(
     organs, claims = (_read_table(name, root, study.datasets, read) for name in _NEEDED)
     notes = [*read, *notes]
     claims, untouched = (None, []) if claims is None else _touched(claims)
+    claims, without = (None, 0) if claims is None else _judgeable(claims)
     points = [*_points(organs, claims, params, about), *_left_out(untouched)]
     if claims is not None:
-        claims, without = _judgeable(claims)
         points += _without_verdict(without, report, Path(root, "reports", "report.ipynb").exists())
     judged = [d for d in study.datasets if claims is not None and d in set(claims.dataset)]
     results = None if organs is None else [
