@@ -203,7 +203,7 @@ CLAIM = { # number -> name, rule
     8: ("inclusion and exclusion", _exclusions),
     9: ("preprocessing", _preparation),
     10: ("selection of data subsets",
-         lambda r: _reported("All labelled slices; structures as in `params.yaml`")),
+         lambda r: _reported("Every prepared slice of each case; structures as in `params.yaml`")),
     11: ("de-identification", lambda r: _of_scans(r, "how the scans were de-identified")),
     12: ("missing data",
          lambda r: _reported("An unreadable scan stops the preparation unless `skip_bad` is set; "
@@ -219,7 +219,8 @@ CLAIM = { # number -> name, rule
     20: ("level at which partitions are disjoint",
          lambda r: _reported("The patient, with all scans; [splits](/library/14_data-splits)")),
     21: ("sample size",
-         lambda r: _partly(f"{_counts(r) or 'No cases yet'}; given by the data set, not planned; "
+         lambda r: _partly(f"{_counts(r) or 'No cases yet'}; whether it was planned is not "
+                           "in the records; "
                            "[what a design can decide](/library/54_evidence-planning)")),
     22: ("description of the model", _model)}
 
@@ -257,8 +258,8 @@ CLAIM |= {
          lambda r: _reported("[Known limits](/how-to/00_find_your_way), and what limits each "
                              "number on the [first page](/index)")),
     41: ("implications for practice", lambda r: _open("None drawn: research use only")),
-    42: ("full protocol", lambda r: _reported("`params.yaml`, `dvc.yaml` and the notebooks; the "
-                                              "study was not registered beforehand")),
+    42: ("full protocol", lambda r: _reported("`params.yaml`, `dvc.yaml` and the notebooks; no "
+                                              "registration is among the records")),
     43: ("availability of code, model, data",
          lambda r: _partly("Code: Apache-2.0. Data: [from their providers](/how-to/02_real_data). "
                            "Weights of published studies are not distributed")),
