@@ -27,7 +27,7 @@ TABLE = {
                  evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.claims
                  evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.answer evidence.published
                  report.look report.parts report.provenance report.imbalance report.figures report.differences report.design report.behaviour report.clinical
-                 report.segmentations""",
+                 report.segmentations report.viewer report.charts""",
     "site": """evidence.elsewhere evidence.results report.look report.parts report.provenance report.pages report.summary report.contents
                report.studies report.records report.checklists report.cards report.site""",
 }
