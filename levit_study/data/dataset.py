@@ -140,9 +140,11 @@ class SliceSet:
     def __len__(self): return len(self.indices)
 
     def to(self, device):
-        "Move the slices to a device, where a batch is one gather; nothing for slices on disk"
-        if self.images is not None:
-            self.images, self.labels = self.images.to(device), self.labels.to(device)
+        """Move the slices to a device, where a batch is one gather; slices on disk stay there, and
+        those that its memory is too small for where they are"""
+        if self.images is None: return self
+        try: self.images, self.labels = self.images.to(device), self.labels.to(device)
+        except torch.OutOfMemoryError: pass
         return self
 
     def _find_stacks(self):
