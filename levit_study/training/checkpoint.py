@@ -91,8 +91,8 @@ def _restore(t: Trainer, state: dict):
     for name in ("sums", "counts"):
         setattr(t, name, None if state[name] is None else state[name][rank].to(device))
     t.history = json.loads(state["history"])
-    torch.set_rng_state(state["random"][rank])
-    if device.type == "cuda": torch.cuda.set_rng_state(state["random_cuda"][rank])
+    torch.set_rng_state(state["random"][rank].clone())  # it crashes on a later row of a tensor
+    if device.type == "cuda": torch.cuda.set_rng_state(state["random_cuda"][rank].clone())
 
 # %% ../../nbs/30c_training.checkpoint.ipynb #ab7ac79a
 _PLATFORMS = [*product(("cpu", "cuda", "mps"), ("32-true", "bf16-mixed"))]
