@@ -111,7 +111,7 @@ class Bench:
         "Value and norm of the gradient"
         criterion = build_loss(**settings).to(device)
         criterion.set_class_frequency(torch.tensor([0.8, 0.1, 0.1], device=device))
-        logits = logits.to(device).requires_grad_()
+        logits = logits.to(device, copy=True).requires_grad_()
         loss = criterion(logits, target.to(device))
         loss.backward()
         dice = torch.tensor([0.9, 0.5, 0.2], device=device)

@@ -273,7 +273,7 @@ def make_trainer(
     fused = training.optimiser != "sgd" and fabric.device.type in ("cpu", "cuda")
     model, optimiser = fabric.setup(model, _make_optimiser(groups, training, fused))
     if learned and fabric.world_size > 1:  # not Fabric's wrapper: it rounds what goes in to bf16
-        criterion = DistributedDataParallel(criterion, broadcast_buffers=False)
+        criterion = DistributedDataParallel(criterion)
     _draw_apart(run.seed, fabric.global_rank)
     average = None
     if training.ema:
