@@ -18,7 +18,7 @@ TABLE = {
                   data.dataset data.voxels data.store data.jobs data.manifest data.prepare""",
     "train": """recipes data.augment data.context data.dataset model.upsampling model.grids model.network model.fusion model.others model.pretrained
                 model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.topk losses.boundary
-                losses.adaptive training.state training.scores training.course training.fit""",
+                losses.adaptive training.state training.checkpoint training.scores training.course training.fit""",
     "evaluate": """data.slices data.context data.dataset data.native model.upsampling model.grids model.network model.fusion model.others
                    model.precision model.build
                    model.inference training.course evaluation.metrics evaluation.inference evaluation.card evaluation.calibration
