@@ -17,7 +17,7 @@ TABLE = {
                   data.heart data.phantom data.slices data.context
                   data.dataset data.voxels data.store data.jobs data.manifest data.prepare""",
     "train": """recipes data.augment data.context data.dataset model.upsampling model.grids model.network model.fusion model.others model.pretrained
-                model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.topk losses.boundary
+                model.freezing model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.topk losses.boundary
                 losses.adaptive training.state training.scores training.fit""",
     "evaluate": """data.slices data.context data.dataset data.native model.upsampling model.grids model.network model.fusion model.others
                    model.precision model.build
@@ -42,7 +42,7 @@ REACHED = {
                 "data.native"],
     "train": ["files", "params", "inputs", "kinds", "networks", "settings", "machine", "model.weights", "training.record", "training.launch",
               "report", "data.cases"],
-    "evaluate": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained",
+    "evaluate": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained", "model.freezing",
                  "training.record", "training.state", "data.nifti", "data.channels", "data.labels", "data.volumes"],
     "report": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.nifti",
                "data.channels", "data.labels", "data.volumes"],

@@ -28,6 +28,7 @@ from levit_study.data.jobs import (
 )
 from .layouts import find_cases
 from .manifest import build_manifest, split_table
+from .splits import SPARE
 from .store import case_columns, join_cases
 
 # %% ../../nbs/19_data.prepare.ipynb #d618a0c2
@@ -80,7 +81,7 @@ def _run_cases(
 # %% ../../nbs/19_data.prepare.ipynb #9cc6f050
 def _keeps_volume(job, data):
     "Say whether the case's own grid is needed: results are measured on it"
-    return job.split != "train" or bool(job.folds) or data.keep_training_volumes
+    return job.split not in ("train", SPARE) or bool(job.folds) or data.keep_training_volumes
 
 def _prepare_missing(
     jobs,     # all `Job`s, split

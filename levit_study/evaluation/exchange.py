@@ -17,6 +17,7 @@ from ..data.cases import Case
 from ..data.labels import label_table, map_labels
 from ..data.layouts import find_cases
 from ..data.nifti import read_nifti_pair, read_oriented, write_label_map
+from ..data.splits import SPARE
 from ..evidence.elsewhere import check_dataset
 from ..files import StudyError, write_json, written_whole
 from ..params import Data, Params
@@ -37,9 +38,11 @@ def roles_by_fold(
     rows: list[dict],      # of `read_splits`
     in_folds: bool = True, # False: the one split, whatever folds the data have
 ) -> list[dict]:
-    "For each fold, or once without folds: {case: train, valid, fold or test}"
+    """For each fold, or once without folds: {case: train, valid, fold, test or spare}; without the
+    cases that are spare in all"""
     folds = [name for name in rows[0] if name.startswith("fold") and name[4:].isdigit()]
     columns = folds if in_folds and folds else ["split"]
+    rows = [row for row in rows if any(row[name] != SPARE for name in columns)]
     return [{row["case"]: row[name] for row in rows} for name in columns]
 
 # %% ../../nbs/45_evaluation.exchange.ipynb #ed0a0eb3
