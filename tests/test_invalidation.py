@@ -25,8 +25,9 @@ TABLE = {
                    evaluation.evaluate""",
     "report": """data.cases data.context data.dataset data.native training.scores evaluation.metrics evaluation.calibration evidence.elsewhere
                  evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.claims
-                 evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.answer evidence.published
-                 report.look report.parts report.imbalance report.figures report.differences report.design report.behaviour report.clinical
+                 evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.transfer
+                 evidence.answer evidence.published
+                 report.look report.parts report.imbalance report.transfer report.figures report.differences report.design report.behaviour report.clinical
                  report.segmentations""",
     "site": "evidence.elsewhere evidence.results report.look report.pages report.summary report.contents report.site",
 }
