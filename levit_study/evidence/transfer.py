@@ -33,6 +33,7 @@ def _shared(params: Params, name: str) -> tuple:
     "Return all that the data sets of a comparison have in common"
     about = params.datasets[name]
     data = about.data.model_dump(exclude={"split": {"train_patients"}, "shown_channel": True})
+    if about.synthetic: del data["folder"]  # what is made alike is the same anywhere
     rest = about.model.model_dump(exclude={"pretrained"})
     training = about.training.model_dump(exclude={"freeze_encoder_epochs"})
     return data, rest, training, pick_evaluation(params, name)
