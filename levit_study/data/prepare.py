@@ -28,6 +28,7 @@ from levit_study.data.jobs import (
 )
 from .layouts import find_cases
 from .manifest import build_manifest, split_table
+from .modalities import check_form
 from .splits import SPARE
 from .store import case_columns, join_cases
 
@@ -231,6 +232,7 @@ def prepare(
     splits = Path(splits or manifest.with_name("splits.csv"))
     errors = manifest.with_name("errors.txt")
     outputs = _Outputs(Path(store), manifest, splits, errors)
+    check_form(data.folder, data.structures)
     cases = find_cases(data.folder, data.layout, data.patient, data.channels)
     data = share_orientation(data, cases)
     jobs = [plan_case(case, data) for case in cases]
