@@ -18,12 +18,12 @@ TABLE = {
                   data.dataset data.voxels data.store data.jobs data.manifest data.prepare""",
     "train": """recipes data.augment data.context data.dataset model.upsampling model.grids model.network model.fusion model.others model.pretrained
                 model.freezing model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.topk losses.boundary
-                losses.adaptive training.state training.scores training.fit""",
+                losses.adaptive training.state training.scores training.course training.fit""",
     "evaluate": """data.slices data.context data.dataset data.native model.upsampling model.grids model.network model.fusion model.others
                    model.precision model.build
-                   model.inference training.scores evaluation.metrics evaluation.inference evaluation.card evaluation.calibration
+                   model.inference training.course evaluation.metrics evaluation.inference evaluation.card evaluation.calibration
                    evaluation.evaluate""",
-    "report": """data.cases data.context data.dataset data.native training.scores evaluation.metrics evaluation.calibration evidence.elsewhere
+    "report": """data.cases data.context data.dataset data.native training.course evaluation.metrics evaluation.calibration evidence.elsewhere
                  evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.claims
                  evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.transfer
                  evidence.answer evidence.published
@@ -157,4 +157,4 @@ def test_a_setting_changes_what_it_is_for(copy, environment):
     path.write_text(text.replace("gamma: 2.0            # focus on", "gamma: 3.0            # focus on"))
     changed = {name for name, content in written(copy, environment).items() if content != before.get(name)}
     path.write_text(text)
-    assert changed == {"build/code/settings/phantom_ct/focal.json"}
+    assert changed == {"build/code/settings/phantom_mr/focal.json"}

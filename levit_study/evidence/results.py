@@ -17,12 +17,10 @@ import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
-from ..data.dataset import PreparedStore
-from ..data.native import stored_volume
 from ..files import StudyError, run_folders, run_tail
 from ..params import Params, Run, pick_run
 from .elsewhere import read_elsewhere
-from ..training.scores import best_epoch, summary
+from ..training.course import best_epoch, summary
 
 # %% ../../nbs/50_evidence.results.ipynb #8bda0f6a
 def best_and_last(
@@ -293,6 +291,8 @@ def examples(
 ) -> list[dict]:
     "Return slices of the typical, best and worst case with each loss's prediction, for figure 4"
     import h5py
+    from levit_study.data.dataset import PreparedStore
+    from levit_study.data.native import stored_volume
     store = PreparedStore(Path(root, "data", "prepared", f"{dataset}.h5"))
     cases = results.cases[(results.cases.dataset == dataset) & (results.cases.split == split)]
     cases = cases[cases.loss.isin(results.runs.loss)]  # elsewhere's label maps are not here

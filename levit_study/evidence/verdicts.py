@@ -55,16 +55,16 @@ class Reach(NamedTuple):
     gained: float      # degrees of freedom that each further training adds
     overlap: float = 0 # the part of the variance that no further training narrows
 
-    def half_width(self, n: int) -> float:
-        "Return half the interval's width with n trainings per loss"
+    def half_width(self, n):
+        "Return half the interval's width with n trainings per loss; of an array, one for each"
         freedom = self.freedom + self.gained * (n - self.n)
-        if freedom < 1: return np.inf
-        quantile = stats.t.ppf((1 + self.confidence) / 2, freedom)
-        return float(quantile * self.sd * (1 / n + self.overlap) ** .5)
+        quantile = stats.t.ppf((1 + self.confidence) / 2, np.maximum(freedom, 1))
+        return np.where(freedom < 1, np.inf, quantile * self.sd * (1 / n + self.overlap) ** .5)
 
     def needed(self, bound: float, most=1000) -> int | None:
         "Return the least number of trainings with half a width below `bound`; None: above `most`"
-        return next((n for n in range(2, most + 1) if self.half_width(n) < bound), None)
+        numbers = np.arange(2, most + 1)
+        return next(map(int, numbers[self.half_width(numbers) < bound]), None)
 
 def out_of_reach(reach: Reach, bound: float) -> str:
     "Return in words that no outcome could decide, and what it would take; empty if one could"
