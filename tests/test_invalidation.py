@@ -27,9 +27,11 @@ TABLE = {
                  evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.claims
                  evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.transfer
                  evidence.answer evidence.published
-                 report.look report.parts report.imbalance report.transfer report.figures report.differences report.design report.behaviour report.clinical
+                 report.look report.parts report.provenance report.imbalance report.transfer report.figures report.differences report.design report.behaviour
+                 report.clinical
                  report.segmentations""",
-    "site": "evidence.elsewhere evidence.results report.look report.pages report.summary report.contents report.site",
+    "site": """evidence.elsewhere evidence.results report.look report.parts report.provenance report.pages report.summary report.contents
+               report.studies report.records report.checklists report.cards report.site""",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
 NOTHING = """files inputs kinds networks settings params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing
@@ -48,7 +50,7 @@ REACHED = {
     "report": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.nifti",
                "data.channels", "data.labels", "data.volumes"],
     "site": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "data", "training", "evidence.statistics",
-             "evidence.intervals"],
+             "evidence.intervals", "evidence.answer", "evidence.tables", "evaluation"],
 }
 
 
