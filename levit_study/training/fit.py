@@ -47,6 +47,7 @@ def fit(
     check_space(models, t.model)
     start = getattr(unwrapped(t.model), "load_report", None)
     if start: say(f"{t.name}: starts from {start}")
+    if t.encoder: say(f"{t.name}: {t.encoder}")
     if not t.batch_size: t.batch_size = _common_batch(t, store.num_classes)
     resume(t, models, say)
     with watched(t, len(train), say, progress) as watch:
@@ -121,6 +122,7 @@ def train_epoch(
     "Train until the end of the epoch, from the step where it was left"
     fabric, training, seed = t.fabric, t.run.training, t.run.seed
     t.model.train()
+    if t.encoder: t.encoder.hold(t.epoch, fabric.world_size)
     if t.step == 0: _start_sums(t, slices.store.num_classes)
     world = fabric.global_rank, fabric.world_size
     order = epoch_order(len(slices), seed, t.epoch, *world)
@@ -145,6 +147,7 @@ def train_epoch(
                     stop_for_loss(t, batch, logits, loss, cases, folder)
                 fabric.backward(loss / len(step_batches))
             _add_to_sums(t, logits, labels, loss)
+        if t.encoder: t.encoder.drop_gradients()
         if training.clip_norm: _clip(t)
         t.optimiser.step()
         t.optimiser.zero_grad(set_to_none=True)
@@ -182,7 +185,8 @@ def _settle_norms(
     forget_biases(network)  # what it spread out at the last validation is out of date
     network.eval()
     norm_type = torch.nn.modules.batchnorm._BatchNorm
-    norms = [module for module in network.modules() if isinstance(module, norm_type)]
+    still = t.encoder.modules_in(network) if t.encoder else ()
+    norms = [m for m in network.modules() if isinstance(m, norm_type) and m not in still]
     if not norms: return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -26,6 +26,7 @@ from ..networks import LEVIT, UNET, start_file, unet_settings
 from ..params import Run, Training
 from ..settings import check_loss
 from ..model.build import build_network, for_training
+from ..model.freezing import HeldEncoder, held_encoder
 from ..model.precision import autocast_precision, reproducible, widest
 from ..losses.interface import build_loss
 
@@ -118,7 +119,7 @@ def _draw_apart(seed: int, rank: int):
 TRAINING = (
     "recipes", "data.augment", "data.context", "data.dataset",
     "model.upsampling", "model.grids", "model.network", "model.fusion", "model.others",
-    "model.pretrained", "model.precision", "model.build",
+    "model.pretrained", "model.freezing", "model.precision", "model.build",
     "losses.comparison", "losses.interface",
     "training.state", "training.checkpoint", "training.scores", "training.course",
     "training.fit",
@@ -157,7 +158,7 @@ def training_code(
 ) -> dict[str, str]:            # module -> digest; a room without the package's name
     "Identify the code that decides a training's numbers"
     unused = ("model.others",) if network is None else _ONLY_LEVIT
-    if not pretrained: unused = (*unused, "model.pretrained")
+    if not pretrained: unused = (*unused, "model.pretrained", "model.freezing")
     rooms = [f"levit_study.{room}" for room in TRAINING if room not in unused]
     modules = _loss_modules(criterion) | _network_modules(network)
     names = [*rooms, *sorted(modules - set(rooms))]
@@ -221,6 +222,7 @@ class Trainer:
     plain_criterion: torch.nn.Module  # without DDP, which keeps learned weights equal
     optimiser: torch.optim.Optimizer
     average: AveragedModel | None
+    encoder: HeldEncoder | None       # None: it learns from the first epoch
     record: dict                      # see `_record_of`
     data_digest: str                  # of the prepared store
     identity: str                     # digest of record, data and platform
@@ -279,9 +281,10 @@ def make_trainer(
     average = None
     if training.ema:
         average = AveragedModel(unwrapped(model), multi_avg_fn=_moving_average(training.ema))
+    encoder = held_encoder(unwrapped(model), training.freeze_encoder_epochs)
     record = _record_of(run, plain, unwrapped(model))
     return Trainer(
-        run, fabric, model, criterion, plain, optimiser, average, record, data_digest,
+        run, fabric, model, criterion, plain, optimiser, average, encoder, record, data_digest,
         identity=identity_of(record, data_digest, platform_of(fabric)),
         batch_size=0 if training.batch_size == "auto" else training.batch_size,
     )
