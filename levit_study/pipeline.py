@@ -15,7 +15,8 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
-from .files import StudyError, bare_code, hash_file, write_json, written_whole
+from .files import STOPPING, StudyError, bare_code, hash_file, write_json
+from .files import written_whole
 from .networks import start_file
 from .params import Params, load_params, pick_evaluation, pick_run
 from .settings import check_loss
@@ -100,20 +101,20 @@ def _same_python():
 def _interrupts(
     kernels: list, # process ids; the last one runs
 ):
-    "Pass Ctrl-C on to the running kernel, and let the block then end in `KeyboardInterrupt`"
+    "Pass a wish to stop on to the running kernel; the block then ends in `KeyboardInterrupt`"
     asked = []
     def pass_on(number, frame):
         if asked or not kernels: raise KeyboardInterrupt
         asked.append(number)
         os.kill(kernels[-1], signal.SIGINT)
     main = threading.current_thread() is threading.main_thread()  # no other hears signals
-    before = signal.signal(signal.SIGINT, pass_on) if main else None
+    before = {each: signal.signal(each, pass_on) for each in (STOPPING if main else ())}
     try: yield
     except Exception:
         if not asked: raise
         raise KeyboardInterrupt from None
     finally:
-        if main: signal.signal(signal.SIGINT, before)
+        for each, handler in before.items(): signal.signal(each, handler)
 
 # %% ../nbs/70_pipeline.ipynb #61b0a3ca
 def _fold_progress(notebook):
