@@ -120,7 +120,7 @@ def submit(
     dry_run: bool = False,
     say=print,
 ):
-    "Run or queue what is missing of the study in the current folder; `StudyError` for what is wrong"
+    "Run or queue what is missing of the study in this folder; `StudyError` for what is wrong"
     params = load_params()
     if request: check_slurm(request)
     else: variables = worker_variables(workers, _cores(), visible_gpus(params.compute.device))
