@@ -14,6 +14,7 @@ from pathlib import Path
 
 from . import __version__
 from .files import StudyError, enter_project, written_whole
+from .submit_command import add_submit
 
 # %% ../nbs/72_commands.ipynb #d3edcc7d
 _RESEARCH = "For research use only, not for clinical decisions."
@@ -260,37 +261,6 @@ def _plan(a):
         a.records = "reports/runs"
     print(describe_plan(Request(**{name: getattr(a, name) for name in Request._fields})))
 
-# %% ../nbs/72_commands.ipynb #88ed67d7
-def _add_submit(commands):
-    about = "train and evaluate what is missing, side by side here or on a Slurm cluster"
-    command = commands.add_parser("submit", help=about)
-    add = command.add_argument
-    where = command.add_mutually_exclusive_group(required=True)
-    where.add_argument("--local", type=int, metavar="N", help="N at a time: a GPU or cores each")
-    where.add_argument("--slurm", action="store_true", help="a job array, through submitit")
-    add("--dry-run", action="store_true", help="say what would run, and what it costs")
-    add("--partition", help="of Slurm; left out: the default one")
-    add("--time", default="8:00:00", help="limit of each job; it is queued again after it (8:00:00)")
-    add("--cpus", type=int, default=4, help="of each job (4)")
-    add("--gpus", type=int, default=0, help="of each job (0)")
-    add("--memory", type=int, metavar="GB", help="of each job")
-    add("--at-once", type=int, default=256, help="jobs that run at a time, at most (256)")
-    pairs = dict(nargs="+", default=[], metavar="NAME=VALUE")
-    add("--options", **pairs, help="any other of sbatch's: account=NAME qos=NAME …")
-    add("--shared", action="store_true", help="the nodes see this folder, though it lies here")
-    command.set_defaults(run=_submit)
-
-def _submit(a):
-    from levit_study.slurm import Request
-    from levit_study.submit import submit
-    enter_project()
-    wrong = [pair for pair in a.options if "=" not in pair]
-    if wrong: raise StudyError(f"--options {wrong[0]}: write NAME=VALUE, as sbatch names it")
-    names = ("partition", "time", "cpus", "gpus", "memory", "at_once", "shared")
-    options = dict(pair.split("=", 1) for pair in a.options)
-    asked = Request(**{name: getattr(a, name) for name in names}, options=options)
-    submit(a.local, asked if a.slurm else None, a.dry_run)
-
 # %% ../nbs/72_commands.ipynb #72d61c47
 def _add_bench(commands):
     about = "images per second of the model, or time and memory of the losses"
@@ -375,7 +345,7 @@ _GROUPS = {
     "use trained weights": (_add_predict, _add_export),
     "compare with other methods": (_add_score, _add_export_splits),
     "look at trainings": (_add_runs, _add_choose, _add_ensemble),
-    "run many trainings": (_add_submit,),
+    "run many trainings": (add_submit,),
     "plan and publish": (_add_plan, _add_report, _add_verify),
     "measure speed": (_add_bench,),
     "what the pipeline calls": (_add_train, _add_notebook, _add_code, _add_plots_page),

@@ -31,7 +31,7 @@ TABLE = {
     "site": "evidence.elsewhere evidence.results report.look report.pages report.summary report.contents report.site",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
-NOTHING = """files inputs kinds networks settings params machine pipeline matrix job slurm submit bench commands data.fingerprint model.weights model.export model.drawing
+NOTHING = """files inputs kinds networks settings params machine pipeline matrix job slurm submit submit_command bench commands data.fingerprint model.weights model.export model.drawing
              training.record training.launch losses.pictures evaluation.targets evaluation.predict evaluation.ensemble evaluation.maps
              evaluation.score evaluation.exchange evaluation.ensemble_runs evidence.simulation evidence.choice evidence.planning
              report.data_figures report.examples report.overlay""".split()
