@@ -40,7 +40,8 @@ def enlarge(folder, a):
     yaml = YAML()
     content = yaml.load((folder / "params.yaml").read_text())
     study = content["study"]
-    study["datasets"], study["losses"] = list(DATASETS[:a.datasets]), list(content["losses"])[:a.losses]
+    study["datasets"] = list(DATASETS[:a.datasets])
+    study["losses"] = list(content["losses"])[:a.losses]
     study["seeds"], study["folds"] = list(range(a.seeds)), [f"fold{k}" for k in range(a.folds)]
     with open(folder / "params.yaml", "w") as file: yaml.dump(content, file)
     return [f"{d}/{loss}/seed{s}/{fold}" for d in study["datasets"] for loss in study["losses"]
@@ -57,11 +58,13 @@ def outputs_of(folder):
 
 def invent(folder, cells):
     "Write every output of every training and evaluation; return how many files these are"
-    paths = [out.replace(PLACE, cell) for cell in cells for out in outputs_of(folder)]
+    outputs = outputs_of(folder)
+    paths = [out.replace(PLACE, cell) for cell in cells for out in outputs]
     for dataset in sorted({cell.split("/")[0] for cell in cells}):
         (folder / "data/raw" / dataset).mkdir(parents=True, exist_ok=True)
-        reports = [f"reports/data/{dataset}/{n}" for n in ("manifest.json", "splits.csv", "prepare.ipynb")]
-        paths += [f"data/prepared/{dataset}.h5", *reports]
+        names = ("manifest.json", "splits.csv", "prepare.ipynb")
+        paths += [f"reports/data/{dataset}/{name}" for name in names]
+        paths.append(f"data/prepared/{dataset}.h5")
     for path in paths:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(path)  # each with a content of its own

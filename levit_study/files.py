@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import socket
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,39 +60,39 @@ def hard_link(path: Path, link: Path):
         except OSError: shutil.copyfile(path, partial)
 
 # %% ../nbs/00_files.ipynb #ffc0a621
-_HELD = "LEVIT_STUDY_HELD"  # tells a child what a process above it holds
-
 @contextmanager
 def held_alone(
-    folder, # of a run's weights
+    folder,           # of a run's weights
+    name="training",  # of what is done there
+    wait: float = 0,  # seconds, for another process to end
 ):
-    """Hold a run's folder for the block; yield the variables that tell a child process so
-
-    Raises `StudyError` if another process holds it."""
-    path = Path(folder).resolve() / "checkpoints" / "in_use"
-    if os.environ.get(_HELD) == str(path): yield {}
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+") as file:
-            _lock(file, folder)
-            yield {_HELD: str(path)}
+    "Hold a run's folder for the block; `StudyError` if another process holds it"
+    path = Path(folder).resolve() / "checkpoints" / f"{name}_in_use"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        _lock(file, folder, time.monotonic() + wait)
+        yield
 
 # %% ../nbs/00_files.ipynb #e1072e52
-def _lock(file, folder):
+def _lock(file, folder, until: float):
     "Lock an open file and write into it who does; `StudyError` names who does already"
     try: import fcntl
     except ImportError: return  # not on Windows
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        advice = "wait until it has ended, or stop it"
-        raise StudyError(f"{folder}: {file.read()} works on this run; {advice}") from None
-    except OSError: return  # a disk without locks
+    while True:
+        try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            if time.monotonic() < until: time.sleep(0.5)
+            else: raise StudyError(f"{folder}: {file.read()} works on this run; {_WAIT}") from None
+        except OSError: return  # a disk without locks
+        else: break
     file.truncate(0)
     job = os.environ.get("SLURM_JOB_ID")
     about = f"process {os.getpid()} on {socket.gethostname()}"
     file.write(about + (f" (Slurm job {job})" if job else ""))
     file.flush()
+
+_WAIT = "wait until it has ended, or stop it"
 
 # %% ../nbs/00_files.ipynb #2b0d403c
 STOPPING = [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "USR1", "USR2")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .files import StudyError, digest_of_code, hash_file, held_alone
 from .matrix import Cell
+from .pipeline import end_with_parent
 
 # %% ../nbs/70b_job.ipynb #0d2c4470
 def study_digest(root=".") -> str:
@@ -43,7 +44,7 @@ class Job:
         if study_digest(self.folder) != self.digest:
             changed = "params.yaml or the code changed after it was submitted"
             raise StudyError(f"{self.cell}: {changed}; submit again")
-        with held_alone(Path(self.folder, self.cell.models)) as held: status = self._run(held)
+        with held_alone(Path(self.folder, self.cell.models), "job"): status = self._run()
         if self.asked: raise StudyError(f"{self.cell}: stopped; started again, it goes on")
         if status: raise StudyError(f"{self.cell}: ended with status {status}; {self._reason()}")
 
@@ -52,11 +53,12 @@ class Job:
         dvc = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item"]
         return [*dvc, *self.cell.stages]
 
-    def _run(self, held: dict) -> int:
+    def _run(self) -> int:
         "Start DVC in a session of its own and wait for it; return its status"
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        settings = dict(cwd=self.folder, start_new_session=True, stdin=subprocess.DEVNULL)
-        settings["env"] = {**os.environ, "PATH": programs, **self.variables, **held}
+        settings = dict(cwd=self.folder, start_new_session=True, stdin=subprocess.DEVNULL,
+                        preexec_fn=end_with_parent(signal.SIGKILL))
+        settings["env"] = {**os.environ, "PATH": programs, **self.variables}
         if self.log is None: return self._wait(settings)
         Path(self.log).parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as file:

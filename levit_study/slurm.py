@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -133,7 +134,10 @@ class SlurmJob(Job):
     "A job that Slurm may stop and start again"
     def __call__(self):
         signal.signal(signal.SIGTERM, lambda number, frame: self.stop())
-        super().__call__()
+        try: super().__call__()
+        except StudyError:
+            if self.asked: time.sleep(3600)
+            raise
 
     def checkpoint(self):
         "Save the training; return the job that goes on with it"

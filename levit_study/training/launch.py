@@ -81,7 +81,7 @@ def _claim(models: Path):
     "Return a block that holds a run's folder, unless another of the same run's processes does"
     launched = "LEVIT_STUDY_LAUNCHED" in os.environ
     belongs = launched or _started() and int(os.environ["RANK"]) > 0
-    return nullcontext() if belongs else held_alone(models)
+    return nullcontext() if belongs else held_alone(models, wait=60)  # one that is saving
 
 # %% ../../nbs/32_training.launch.ipynb #23ebf693
 def train(
