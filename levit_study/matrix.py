@@ -55,13 +55,12 @@ def call_dvc(*arguments, root=".", **settings) -> subprocess.CompletedProcess:
     settings = dict(cwd=root, env={**os.environ, "PATH": programs}) | settings
     return subprocess.run([sys.executable, "-m", "dvc", *arguments], **settings)
 
-def changed_stages(root=".") -> set[str]:
-    "Return the stages that `dvc repro` would run again; `StudyError` with DVC's reason"
-    done = call_dvc("status", "--json", root=root, capture_output=True, text=True)
-    lines = done.stderr.strip().splitlines()
-    if done.returncode:
-        raise StudyError(f"dvc status: {lines[-1] if lines else 'failed'}; run it to see more")
-    return set(json.loads(done.stdout))
+def changed_stages(stages=(), root=".") -> set[str]:
+    "Return which of some stages (or of all) DVC would run again; `StudyError` with its reason"
+    done = call_dvc("status", "--json", *stages, root=root, capture_output=True, text=True)
+    if done.returncode == 0: return set(json.loads(done.stdout))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["failed"]
+    raise StudyError(f"dvc status: {errors[0].removeprefix('ERROR: ')}; run it to see more")
 
 def missing_cells(params: Params, changed: set[str]) -> list[Cell]:
     "Return the trainings of which a stage has changed"

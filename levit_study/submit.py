@@ -16,8 +16,8 @@ from pathlib import Path
 
 from .files import STOPPING, StudyError
 from .job import Job, study_digest
-from .matrix import Cell, Cost, call_dvc, changed_stages, expected_cost, missing_cells
-from .matrix import recorded_runs, spoken_time
+from .matrix import Cell, Cost, all_cells, call_dvc, changed_stages, expected_cost
+from .matrix import missing_cells, recorded_runs, spoken_time
 from .params import Params, load_params
 from .slurm import Request, check_shared, check_slurm, check_time, queue, queued_cells
 
@@ -104,6 +104,12 @@ def _prepare():
     if call_dvc("--wait-for-lock", "repro", "prepare").returncode:
         raise StudyError("the data could not be prepared; what is above says why")
 
+def _changed(params: Params, queued) -> set[str]:
+    "Return what DVC would run, beyond what is queued: it does not answer for what is at work"
+    if not queued: return changed_stages()
+    rest = [cell for cell in all_cells(params) if cell not in queued]
+    return changed_stages([name for cell in rest for name in cell.stages]) if rest else set()
+
 def _costs(params: Params, cells: list[Cell]) -> dict[Cell, Cost]:
     "Return what each training costs, by this study's records, else by the published ones"
     here, published = recorded_runs("reports/runs"), recorded_runs("reports/studies")
@@ -126,7 +132,9 @@ def submit(
     else: variables = worker_variables(workers, _cores(), visible_gpus(params.compute.device))
     if request: check_shared(request)
     if not dry_run: _prepare()
-    changed = changed_stages()
+    queued = queued_cells(all_cells(params)) if request else {}
+    for cell, number in queued.items(): say(f"{cell}: in the queue already, as job {number}")
+    changed = _changed(params, queued)
     cells = missing_cells(params, changed)
     costs = _costs(params, cells)
     if request:
@@ -154,9 +162,7 @@ def _here(cells: list[Cell], variables: list[dict], say):
         raise StudyError("all trainings are done; what is above says why the report is not")
 
 def _to_slurm(cells: list[Cell], request: Request, say):
-    "Queue trainings that are not in the queue"
-    queued = queued_cells(cells)
-    for cell, number in queued.items(): say(f"{cell}: in the queue already, as job {number}")
-    jobs = queue([cell for cell in cells if cell not in queued], request, study_digest())
+    "Queue trainings"
+    jobs = queue(cells, request, study_digest()) if cells else {}
     for cell, number in jobs.items(): say(f"{cell}: job {number}")
     if jobs: say("what they say: build/jobs; when they have ended: dvc repro")
