@@ -14,6 +14,7 @@ from pathlib import Path
 
 from . import __version__
 from .files import StudyError, enter_project, written_whole
+from .submit_command import add_submit
 
 # %% ../nbs/72_commands.ipynb #d3edcc7d
 _RESEARCH = "For research use only, not for clinical decisions."
@@ -348,6 +349,7 @@ _GROUPS = {
     "use trained weights": (_add_predict, _add_export),
     "compare with other methods": (_add_score, _add_export_splits),
     "look at trainings": (_add_runs, _add_choose, _add_ensemble),
+    "run many trainings": (add_submit,),
     "plan and publish": (_add_plan, _add_report, _add_verify),
     "measure speed": (_add_bench,),
     "what the pipeline calls": (_add_train, _add_notebook, _add_code, _add_plots_page),

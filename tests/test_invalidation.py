@@ -33,7 +33,7 @@ TABLE = {
                report.studies report.records report.checklists report.cards report.site""",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
-NOTHING = """files inputs kinds networks settings params machine pipeline bench commands data.fingerprint model.weights model.export model.drawing
+NOTHING = """files inputs kinds networks settings params machine pipeline matrix job slurm submit submit_command bench commands data.fingerprint model.weights model.export model.drawing
              training.record training.launch losses.pictures evaluation.targets evaluation.predict evaluation.ensemble evaluation.maps
              evaluation.score evaluation.exchange evaluation.ensemble_runs evidence.simulation evidence.choice evidence.planning
              report.data_figures report.examples report.overlay""".split()

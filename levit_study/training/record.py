@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tqdm import tqdm
-from ..files import StudyError, hard_link, write_json, written_whole
+from ..files import STOPPING, StudyError, hard_link, write_json, written_whole
 from ..machine import describe_machine, describe_revision, peak_memory
 from ..model.weights import read_card, save_weights
 from ..networks import start_file
@@ -195,10 +195,10 @@ class Stopped(StudyError):
 # %% ../../nbs/30b_training.record.ipynb #a7421fc7
 @contextmanager
 def _stop_signals():
-    "Yield a list that fills when SIGINT or SIGTERM arrives; outside the main thread it stays empty"
+    "Yield a list that fills when asked to stop; outside the main thread it stays empty"
     asked, before = [], {}
     try:
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in STOPPING:
             before[each] = signal.signal(each, lambda number, frame: asked.append(number))
     except ValueError: pass  # not the main thread
     try: yield asked
