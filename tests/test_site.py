@@ -169,6 +169,7 @@ def write_study(project, folder):
         for loss in LOSSES:
             write_run(folder, dataset, loss, 0)
     write_tables(reports)
+    shutil.copytree(project / "reports/studies/acdc_128", reports / "studies/acdc_128")
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +233,9 @@ def test_builds_without_a_complaint(study):
     assert lines == []
     names = {p.relative_to(site_of(folder)).as_posix() for p in pages_of(folder)[1:]}
     expected = {"index", "report", "data/phantom_ct", "runs/index",
-                "runs/acdc-focal_tversky-seed0", "library/26_losses-paper"}
+                "runs/acdc-focal_tversky-seed0", "library/26_losses-paper", "studies/acdc_128",
+                "studies/acdc_128/checklists", "cards/checklists", "cards/card-acdc-focal",
+                "cards/datasheet-phantom_ct"}
     assert {f"{name}.html" for name in expected} <= names
 
 
@@ -340,6 +343,16 @@ def test_landing_page_answers_on_one_screen(study, browser):
             assert page.locator(table).bounding_box()["y"] < 500
 
 
+def test_published_studies_and_open_items_are_shown(study):
+    "Real scans on the first page; an item that no record decides is open"
+    landing = (site_of(study[0]) / "index.html").read_text(encoding="utf-8")
+    assert "On real scans" in landing and "3 trainings per loss" in landing
+    assert 'href="studies/acdc_128.html"' in landing
+    checklist = (site_of(study[0]) / "studies/acdc_128/checklists.html").read_text("utf-8")
+    external = re.search(r"testing on external data.*?</tr>", checklist, re.S)[0]
+    assert "○ open" in external and "44 items:" in checklist
+
+
 def test_search_works_without_a_server(study, browser):
     with Reader(browser) as reader:
         page = reader.open(site_of(study[0]) / "index.html")
@@ -357,7 +370,7 @@ def test_single_page_stands_alone(study, browser, tmp_path):
         page = reader.open(alone)
         assert page.evaluate(f"() => {inside}")
         assert page.evaluate(f"() => {loaded}") == 0
-        assert page.locator("img").count() == 2 and page.locator(".cell_input").count() == 0
+        assert page.locator("img").count() == 3 and page.locator(".cell_input").count() == 0
         assert reader.wrong == []
     assert 'href="site/index.html"' in alone.read_text(encoding="utf-8")
 
@@ -488,6 +501,7 @@ def test_figures_are_sharp_and_carry_their_words(study):
     assert 'alt="Best Dice: the line rises from 0.2 to 0.6."' in text and "<figcaption>" in text
     made = re.search(r'<a [^>]*href="([^"]*)"[^>]*>(?:<span[^>]*>)?Made by dvc repro report, revision 1a2b', text)
     assert made and made[1].endswith("runs/index.html")
+    assert re.search(r'drawn in <a [^>]*href="library/61_report-figures.html"', text)
     assert "fetch('https" not in text
 
 
