@@ -166,9 +166,10 @@ def _forest_chart(dataset, rows, points, about, baseline):
         {"data": {"values": dots}, "params": [_CHOSEN], "transform": _OF_CHOSEN,
          "mark": _POINT | {"size": 34}, "encoding": encoding | {"x": x, "tooltip": case}},
         *({"data": {"values": intervals}, "transform": [*_OF_CHOSEN, {"filter": test}],
-           "mark": {"type": "point", "size": 75, "filled": filled, "opacity": 1},
+           "mark": {"type": "point", "size": 75, "opacity": 1, **fill},
            "encoding": encoding | {"x": x, "shape": marks["shape"]}}
-          for test, filled in (("datum.clear", True), ("!datum.clear", False)))]
+          for test, fill in (("datum.clear", {"filled": True}),
+                             ("!datum.clear", {"filled": False, "fill": "page"})))]
     title = f"Differences in Dice, {about.dataset(dataset)}"
     return _chart(title, dataset, layers, height=len(names)*(14*len(losses) + 8) + 80)
 
