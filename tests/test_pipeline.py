@@ -1,6 +1,7 @@
 """The whole study on a minute phantom, in a copy of the project: twice, with a change, after reading, and with what goes wrong."""
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -52,17 +53,18 @@ def repro(folder, environment, *options, fails=False):
 
 
 def command(folder, environment, *arguments):
-    return subprocess.run(["levit-study", *arguments], cwd=folder, env={**environment, "PYTHONPATH": str(folder)}, capture_output=True, text=True, timeout=600)
+    return subprocess.run(["levit-study", *arguments], cwd=folder, env={**environment, "PYTHONPATH": str(folder)}, capture_output=True, text=True, timeout=1500)
 
 
 @pytest.fixture(scope="module")
 def study(project, environment):
-    "A copy of the project in which the tiny study has run once"
+    "A copy of the project in which the tiny study has run once, trainings side by side where there are two cores"
     folder = project("study")
     change(folder, tiny)
     subprocess.run(["dvc", "config", "core.analytics", "false"], cwd=folder, env=environment, check=True)
-    stages, said = repro(folder, environment)
-    assert len([s for s in stages if s.startswith("train@")]) == len(LOSSES)
+    done = command(folder, environment, "submit", "--local", str(min(2, len(os.sched_getaffinity(0)))))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [f"phantom_ct {loss} seed 0: done" in done.stdout for loss in LOSSES] == [True] * len(LOSSES)
     return folder
 
 
@@ -121,6 +123,8 @@ def test_no_half_written_files(study):
 def test_second_repro_does_nothing(study, environment):
     stages, said = repro(study, environment)
     assert stages == [] and "up to date" in said
+    done = command(study, environment, "submit", "--local", "1", "--dry-run")
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["nothing is missing: all trainings and evaluations are up to date"]), done.stderr
 
 
 def waiting(study, environment):

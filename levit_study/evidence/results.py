@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'NATIVE', 'COLUMNS', 'best_and_last', 'judging_splits', 'judging_cases', 'training_grid', 'check_record',
            'read_table', 'read_record', 'Results', 'with_elsewhere', 'runs_of', 'collect', 'special_trainings',
-           'list_runs', 'typical_cases', 'telling_slice', 'examples']
+           'list_runs', 'typical_cases', 'telling_slice', 'kept_predictions', 'examples']
 
 # %% ../../nbs/50_evidence.results.ipynb #3289dd5d
 import json
@@ -267,7 +267,7 @@ def telling_slice(
     return int(np.lexsort((sizes[:, sizes.sum(0).argmin()], (sizes > 0).sum(1)))[-1])
 
 # %% ../../nbs/50_evidence.results.ipynb #9a1754bc
-def _kept_predictions(cases: pd.DataFrame, in_folds: bool, root) -> dict[str, Path]:
+def kept_predictions(cases: pd.DataFrame, in_folds: bool, root) -> dict[str, Path]:
     """Return {loss: file} with the predictions of one case, of the first seed that has them
 
     `StudyError` if a loss has none."""
@@ -298,7 +298,7 @@ def examples(
     cases = cases[cases.loss.isin(results.runs.loss)]  # elsewhere's label maps are not here
     slices = []
     for role, case in typical_cases(cases).items():
-        kept = _kept_predictions(cases[cases.case == case], results.in_folds, root)
+        kept = kept_predictions(cases[cases.case == case], results.in_folds, root)
         volume, predictions = stored_volume(store, case, channel=shown), {}
         number = telling_slice(volume.label)
         for loss, path in kept.items():

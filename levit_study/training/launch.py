@@ -12,8 +12,9 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from ..files import StudyError, run_folders
+from ..files import StudyError, held_alone, run_folders
 from ..params import load_params, pick_run
 
 # %% ../../nbs/32_training.launch.ipynb #c4d1a0e7
@@ -75,6 +76,13 @@ def _launch(
     ended = f"{processes} processes ended with status {process.returncode}"
     raise StudyError(errors[0] if errors else f"{ended}; what they said is above")
 
+# %% ../../nbs/32_training.launch.ipynb #2cb80107
+def _claim(models: Path):
+    "Return a block that holds a run's folder, unless another of the same run's processes does"
+    launched = "LEVIT_STUDY_LAUNCHED" in os.environ
+    belongs = launched or _started() and int(os.environ["RANK"]) > 0
+    return nullcontext() if belongs else held_alone(models, wait=60)  # one that is saving
+
 # %% ../../nbs/32_training.launch.ipynb #23ebf693
 def train(
     dataset: str,
@@ -102,11 +110,12 @@ def train(
     import torch
     from levit_study.training.fit import fit
     if settings.compute.threads: torch.set_num_threads(settings.compute.threads)
-    if wanted == 1 or started: return fit(run, store, reports, models, device)
-    names = [dataset, loss, "--seed", str(seed), "--params", str(params), "--device", device]
-    if run.fold is not None: names += ["--fold", f"fold{run.fold}"]
-    program = str(Path(sys.executable).with_name("levit-study"))
-    _launch([program, "train", *names], wanted)
+    with _claim(models):
+        if wanted == 1 or started: return fit(run, store, reports, models, device)
+        names = [dataset, loss, "--seed", str(seed), "--params", str(params), "--device", device]
+        if run.fold is not None: names += ["--fold", f"fold{run.fold}"]
+        program = str(Path(sys.executable).with_name("levit-study"))
+        _launch([program, "train", *names], wanted)
     import pandas as pd
     from levit_study.training.course import summary
     return summary(pd.read_csv(reports / "epochs.csv").to_dict("records"))
