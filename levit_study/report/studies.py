@@ -99,6 +99,16 @@ def studies_table(studies, link="{}") -> str: # Markdown; link: how a page's pat
             for study in studies]
     return to_markdown(pd.DataFrame(rows))
 
+# %% ../../nbs/63c_report.studies.ipynb #edef9d3e
+def _caveat(study):
+    "What limits a decided claim about the early epochs; empty where none is decided"
+    claims = study.table("claims")
+    if claims.empty: return ""
+    decided = claims[claims.verdict.isin(["supported", "contradicted"])].claim
+    if not set(decided) & {"C10", "C11"}: return ""
+    return ("The window of the early epochs (C10, C11) was fixed after ACDC's records up to "
+            "November 2026 had been seen; only newer trainings can confirm the result.")
+
 # %% ../../nbs/63c_report.studies.ipynb #6de0b333
 def _html(markdown):
     "Markdown as HTML, wide tables in a box that scrolls"
@@ -129,7 +139,8 @@ def front_html(
     if not real: return ""
     first, others = real[0], real[1:]
     more = f'<p><a href="{place}{first.page}.html">Its tables, figures and records</a></p>'
-    parts = ['<div class="real"><h2>On real scans</h2>', _html(first.answer()), more,
+    parts = ['<div class="real"><h2>On real scans</h2>', _html(first.answer()),
+             _html(_caveat(first)), more,
              _figure(first, "fig2")]
     if others:
         parts += ["<h3>Other studies of real scans</h3>",
@@ -164,7 +175,8 @@ def _study_page(study) -> Page:
     from nbformat.v4 import new_markdown_cell
     claims = study.table("claims")
     titles = [study.params.datasets[name].title for name in study.params.study.datasets]
-    text = [f"# {escaped(study.name)}: {', '.join(titles)}", f"{_setting(study)}.", study.answer()]
+    text = [f"# {escaped(study.name)}: {', '.join(titles)}", f"{_setting(study)}.", study.answer(),
+            _caveat(study)]
     cells = [new_markdown_cell("\n\n".join(text))]
     if len(claims):
         tested = claims[~claims.standing.astype(str).str.startswith("not tested")]
