@@ -148,6 +148,8 @@ def run_notebook(
     parameters: dict, # values for the cell tagged `parameters`
 ):
     "Execute a notebook in the current folder; `StudyError` names the cell that failed"
+    # jsonschema would build a grammar of web addresses, two seconds of every stage's start
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError

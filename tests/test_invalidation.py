@@ -18,17 +18,18 @@ TABLE = {
                   data.dataset data.voxels data.store data.jobs data.manifest data.prepare""",
     "train": """recipes data.augment data.context data.dataset model.upsampling model.grids model.network model.fusion model.others model.pretrained
                 model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.topk losses.boundary
-                losses.adaptive training.state training.scores training.fit""",
+                losses.adaptive training.state training.scores training.course training.fit""",
     "evaluate": """data.slices data.context data.dataset data.native model.upsampling model.grids model.network model.fusion model.others
                    model.precision model.build
-                   model.inference training.scores evaluation.metrics evaluation.inference evaluation.card evaluation.calibration
+                   model.inference training.course evaluation.metrics evaluation.inference evaluation.card evaluation.calibration
                    evaluation.evaluate""",
-    "report": """data.cases data.context data.dataset data.native training.scores evaluation.metrics evaluation.calibration evidence.elsewhere
+    "report": """data.cases data.context data.dataset data.native training.course evaluation.metrics evaluation.calibration evidence.elsewhere
                  evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.claims
                  evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.answer evidence.published
-                 report.look report.parts report.imbalance report.figures report.differences report.design report.behaviour report.clinical
-                 report.segmentations""",
-    "site": "evidence.elsewhere evidence.results report.look report.pages report.summary report.contents report.site",
+                 report.look report.parts report.provenance report.imbalance report.figures report.differences report.design report.behaviour report.clinical
+                 report.segmentations report.viewer report.charts""",
+    "site": """evidence.elsewhere evidence.results report.look report.parts report.provenance report.pages report.summary report.contents
+               report.studies report.records report.checklists report.cards report.site""",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
 NOTHING = """files inputs kinds networks settings params machine pipeline matrix job slurm submit submit_command bench commands data.fingerprint model.weights model.export model.drawing
@@ -47,7 +48,7 @@ REACHED = {
     "report": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.nifti",
                "data.channels", "data.labels", "data.volumes"],
     "site": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "data", "training", "evidence.statistics",
-             "evidence.intervals"],
+             "evidence.intervals", "evidence.answer", "evidence.tables", "evaluation"],
 }
 
 
@@ -156,4 +157,4 @@ def test_a_setting_changes_what_it_is_for(copy, environment):
     path.write_text(text.replace("gamma: 2.0            # focus on", "gamma: 3.0            # focus on"))
     changed = {name for name, content in written(copy, environment).items() if content != before.get(name)}
     path.write_text(text)
-    assert changed == {"build/code/settings/phantom_ct/focal.json"}
+    assert changed == {"build/code/settings/phantom_mr/focal.json"}

@@ -5,13 +5,10 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
-
-from levit_study.pipeline import _same_python
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path.name for path in (ROOT / "nbs").glob("*.ipynb"))
@@ -29,8 +26,8 @@ def words(cell):
     for output in cell.get("outputs", ()):
         data = output.get("data", {})
         if any(mime.startswith("image/") or mime == "text/html" for mime in data): drew = True
-        elif output.output_type == "stream": texts.append(output.text if output.name == "stdout" else "")
-        else: texts.append(data.get("text/plain", "") + "\n")
+        elif output["output_type"] == "stream": texts += output["text"] if output["name"] == "stdout" else ""
+        else: texts += [*data.get("text/plain", ""), "\n"]
     return PASSING.sub("…", "".join(texts)).strip(), drew
 
 
@@ -42,25 +39,28 @@ def alike(saved, fresh):
 
 
 def execute(name):
-    "Run one notebook; return what is wrong, empty if nothing is"
-    os.environ.update(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore:IProgress not found")
-    saved = nbformat.read(ROOT / "nbs" / name, 4)
-    fresh = nbformat.v4.new_notebook(cells=[nbformat.from_dict(cell) for cell in saved.cells if not skipped(cell)], metadata=saved.metadata)
-    client = NotebookClient(fresh, timeout=1200, kernel_manager_class=_same_python(), resources={"metadata": {"path": str(ROOT / "nbs")}})
-    before = [(cell.source, words(cell)) for cell in fresh.cells]
-    try: client.execute()
-    except CellExecutionError as error: return f"{name}: {error}"
-    for cell, (source, (text, drew)) in zip(fresh.cells, before, strict=True):
-        now, draws = words(cell)
-        if drew != draws: return f"{name}: shows {'a picture' if drew else 'no picture'}, gives {'one' if draws else 'none'}:\n{source}"
-        if not alike(text, now): return f"{name}: shows\n{text}\nbut gives\n{now}\nin\n{source}"
+    "Run one notebook in this process; return what is wrong, empty if nothing is"
+    from execnb.shell import CaptureShell
+    os.chdir(ROOT / "nbs")
+    shell = CaptureShell(mpl_format="png")
+    for cell in nbformat.read(ROOT / "nbs" / name, 4).cells:
+        if skipped(cell): continue
+        text, drew = words(cell)
+        now, draws = words({"outputs": shell.run(cell.source)})
+        if shell.exc: return f"{name}: {shell.prettytb()}"
+        if drew != draws: return f"{name}: shows {'a picture' if drew else 'no picture'}, gives {'one' if draws else 'none'}:\n{cell.source}"
+        if not alike(text, now): return f"{name}: shows\n{text}\nbut gives\n{now}\nin\n{cell.source}"
     return ""
 
 
 @pytest.fixture(scope="module")
 def results():
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        yield dict(zip(NOTEBOOKS, pool.map(execute, NOTEBOOKS), strict=True))
+    "Each notebook in a process of its own, forked from one that has loaded the slow libraries"
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["execnb.shell", "lightning_fabric", "matplotlib.pyplot", "nbdev.showdoc", "pandas", "scipy.stats", "timm", "torch._dynamo"])
+    with patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore:IProgress not found"):
+        with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
+            yield dict(zip(NOTEBOOKS, pool.map(execute, NOTEBOOKS), strict=True))
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -36,6 +36,7 @@ def change(folder, edit):
 
 def tiny(content):
     "Make the phantom's study so small that it takes seconds"
+    content["study"]["datasets"] = ["phantom_ct"]
     phantom = content["datasets"]["phantom_ct"]
     phantom["data"].update(size=32, phantom={"kind": "ct", "cases": 8, "shape": [6, 48, 48], "seed": 0})
     phantom["training"].update(epochs=1, batch_size=8)

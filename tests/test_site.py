@@ -14,11 +14,15 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from levit_study.data.volumes import Volume
 from levit_study.evidence.statistics import ALL
 from levit_study.files import run_folders
 from levit_study.params import load_params
-from levit_study.report.look import Picture, save_figure, study_style
+from levit_study.report.charts import charts_html, size_charts
+from levit_study.report.examples import toy_cases, toy_slice
+from levit_study.report.look import About, Picture, save_figure, study_style
 from levit_study.report.site import build_single_page, build_site
+from levit_study.report.viewer import case_record, viewer_html
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -112,6 +116,26 @@ Synthetic data. See [the losses](../nbs/26_losses.paper.ipynb) and $p_t^\\gamma$
 $$\\frac{2TP}{2TP + FP + FN} \\quad \\text{Dice}$$"""
 
 
+def made_up_cases():
+    "Two cases for the viewer; the reference is the same in both, the second is segmented worse"
+    for number, shift in (1, 2), (2, 5):
+        slice_ = toy_slice(size=64, shift=shift, losses=LOSSES)
+        image, label = (np.stack([slice_[key]] * 4) for key in ("image", "reference"))
+        label[0] = 0
+        maps = {loss: np.stack([labels] * 4) for loss, labels in slice_["predictions"].items()}
+        volume = Volume(image, label, (5., 1., 1.), None, f"case000{number}")
+        yield case_record(volume, maps, slice_["structures"])
+
+
+def interactive():
+    "What the report's notebook shows: charts after a picture, and a viewer"
+    charts = size_charts(toy_cases(("phantom_ct",)), About(split="valid"))
+    viewer = viewer_html(list(made_up_cases()), 3, toy_slice()["structures"], "phantom_ct")
+    for html in charts_html(charts), viewer:
+        data = {"text/html": html, "text/plain": "<IPython.core.display.HTML object>"}
+        yield new_output("display_data", data)
+
+
 def write_report(path, figures):
     "A report with what a site must cope with: formulas, wide tables, pictures, a widget"
     small = {"text/markdown": "| a | b |\n|--|--|\n| $x^2$ | 1 |", "text/plain": ""}
@@ -119,10 +143,12 @@ def write_report(path, figures):
               "text/html": "<script src='https://example.org/x.js'></script>"}
     table = [shown(WIDE), new_output("display_data", small)]
     pictures = [drawn(each) for each in figures]
+    charts, viewer = interactive()
     write(path, new_markdown_cell(PROSE), *parameters(split="test"),
           new_markdown_cell("## Table 1"), new_code_cell("table1", outputs=table),
           new_markdown_cell("## Figures"),
-          new_code_cell("figures", metadata={"tags": ["hide-input"]}, outputs=pictures),
+          new_code_cell("figures", metadata={"tags": ["hide-input"]}, outputs=[*pictures, charts]),
+          new_code_cell("viewer", outputs=[viewer]),
           new_code_cell("widget", outputs=[new_output("display_data", widget)]))
 
 
@@ -143,6 +169,7 @@ def write_study(project, folder):
         for loss in LOSSES:
             write_run(folder, dataset, loss, 0)
     write_tables(reports)
+    shutil.copytree(project / "reports/studies/acdc_128", reports / "studies/acdc_128")
 
 
 @pytest.fixture(scope="module")
@@ -166,11 +193,16 @@ class Reader:
         self.page, self.wrong = self.context.new_page(), []
         self.page.on("console", self.listen)
         self.page.on("pageerror", lambda e: self.wrong.append(f"script: {e}"))
-        self.page.on("requestfailed", lambda r: self.wrong.append(f"not loaded: {r.url}"))
+        self.page.on("requestfailed", self.failed)
 
     def listen(self, message):
         if message.type in ("error", "warning"):
             self.wrong.append(f"console: {message.text}")
+
+    def failed(self, request):
+        "What a page was still loading when the next one was opened is no failure"
+        if request.failure != "net::ERR_ABORTED":
+            self.wrong.append(f"not loaded: {request.url}")
 
     def decide(self, route):
         if re.match(r"file:|data:|blob:", route.request.url): return route.continue_()
@@ -201,7 +233,9 @@ def test_builds_without_a_complaint(study):
     assert lines == []
     names = {p.relative_to(site_of(folder)).as_posix() for p in pages_of(folder)[1:]}
     expected = {"index", "report", "data/phantom_ct", "runs/index",
-                "runs/acdc-focal_tversky-seed0", "library/26_losses-paper"}
+                "runs/acdc-focal_tversky-seed0", "library/26_losses-paper", "studies/acdc_128",
+                "studies/acdc_128/checklists", "cards/checklists", "cards/card-acdc-focal",
+                "cards/datasheet-phantom_ct"}
     assert {f"{name}.html" for name in expected} <= names
 
 
@@ -309,6 +343,16 @@ def test_landing_page_answers_on_one_screen(study, browser):
             assert page.locator(table).bounding_box()["y"] < 500
 
 
+def test_published_studies_and_open_items_are_shown(study):
+    "Real scans on the first page; an item that no record decides is open"
+    landing = (site_of(study[0]) / "index.html").read_text(encoding="utf-8")
+    assert "On real scans" in landing and "3 trainings per loss" in landing
+    assert 'href="studies/acdc_128.html"' in landing
+    checklist = (site_of(study[0]) / "studies/acdc_128/checklists.html").read_text("utf-8")
+    external = re.search(r"testing on external data.*?</tr>", checklist, re.S)[0]
+    assert "○ open" in external and "44 items:" in checklist
+
+
 def test_search_works_without_a_server(study, browser):
     with Reader(browser) as reader:
         page = reader.open(site_of(study[0]) / "index.html")
@@ -321,14 +365,120 @@ def test_single_page_stands_alone(study, browser, tmp_path):
     alone = tmp_path / "mailed.html"
     shutil.copy(study[0] / "reports" / "index.html", alone)
     inside = "[...document.images].every(i => i.src.startsWith('data:') && i.naturalWidth > 0)"
-    loaded = "document.scripts.length + document.querySelectorAll('link').length"
+    loaded = "document.querySelectorAll('script[src], link').length"
     with Reader(browser) as reader:
         page = reader.open(alone)
         assert page.evaluate(f"() => {inside}")
         assert page.evaluate(f"() => {loaded}") == 0
-        assert page.locator("img").count() == 2 and page.locator(".cell_input").count() == 0
+        assert page.locator("img").count() == 3 and page.locator(".cell_input").count() == 0
         assert reader.wrong == []
     assert 'href="site/index.html"' in alone.read_text(encoding="utf-8")
+
+
+STAGE, STATUS = ".study-viewer .stage", ".study-viewer .status"
+
+
+def says(page, words, place=STATUS):
+    "Wait until the live text says so"
+    page.wait_for_function("([place, words]) => document.querySelector(place).innerText.includes(words)",
+                           arg=[place, words], timeout=60_000)
+
+
+@pytest.mark.parametrize(("width", "scheme", "file"), [(1440, "light", "site/report.html"), (390, "dark", "index.html")])
+def test_the_viewer_by_keyboard(study, browser, width, scheme, file):
+    with Reader(browser, width, 844 if width < 500 else 900, scheme) as reader:
+        page = reader.open(study[0] / "reports" / file)
+        says(page, "case0002, slice ")   # the worst first
+        page.locator(STAGE).focus()
+        for key, words in (("Home", "slice 1 of 4, baseline"), ("ArrowRight", "slice 2 of 4"), ("2", "focal: Dice of this slice"),
+                           ("r", "reference"), ("End", "slice 4 of 4"), ("PageDown", "case0001, slice "), ("i", "image alone")):
+            page.keyboard.press(key)
+            says(page, words)
+        page.keyboard.press("3")
+        page.keyboard.press("e")
+        says(page, "focal-Tversky")
+        assert page.locator(".study-viewer .errors input:checked").count() == 3
+        missed = int(page.locator(".study-viewer .errors small").first.inner_text())
+        assert missed > 0
+        before = page.locator(f"{STAGE} canvas").evaluate("c => c.toDataURL()")
+        page.keyboard.press("c")
+        page.wait_for_timeout(300)
+        assert page.locator(f"{STAGE} canvas").evaluate("c => c.toDataURL()") != before   # more contrast
+        unnamed = """[...document.querySelectorAll('.study-viewer :is(input, select, button)')]
+            .filter(e => !(e.labels && e.labels.length) && !e.innerText).length"""
+        assert page.evaluate(unnamed) == 0
+        assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+        assert reader.wrong == []
+
+
+def test_the_viewer_by_mouse(study, browser):
+    with Reader(browser) as reader:
+        page = reader.open(study[0] / "reports" / "index.html")
+        says(page, "case0002")
+        page.locator(STAGE).scroll_into_view_if_needed()
+        page.locator(STAGE).hover()
+        page.locator(STAGE).focus()
+        page.keyboard.press("Home")
+        page.mouse.wheel(0, 100)
+        says(page, "slice 2 of 4")
+        contrast = page.get_by_label("Contrast")
+        box = page.locator(STAGE).bounding_box()
+        page.mouse.move(box["x"] + 50, box["y"] + 50)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 120, box["y"] + 50)
+        page.mouse.up()
+        assert float(contrast.input_value()) > 10
+        page.get_by_role("button", name="Reset").click()
+        assert float(contrast.input_value()) == 0
+        flicker = page.get_by_role("button", name="Flicker")
+        flicker.click()
+        page.wait_for_function("document.querySelector('.study-viewer .corner').innerText.includes('reference')")
+        flicker.click()
+        assert flicker.get_attribute("aria-pressed") == "false" and reader.wrong == []
+
+
+def test_a_chart_leads_to_its_case(study, browser):
+    "Drawn where the reader is, by mouse and by keyboard; the picture comes back for print"
+    with Reader(browser) as reader:
+        page = reader.open(study[0] / "reports" / "site" / "report.html")
+        page.locator(".study-chart").scroll_into_view_if_needed()
+        page.wait_for_selector(".study-chart .hint", timeout=120_000)
+        assert not page.locator(".has-chart img").is_visible()
+        page.locator(".study-chart .chart").focus()
+        page.keyboard.press("End")
+        spoken = page.locator(".study-chart .spoken").inner_text()
+        assert re.match(r"case\d+, [\w ]+, [\w -]+: Dice \d", spoken), spoken
+        page.keyboard.press("Enter")
+        says(page, spoken.split(",")[0])
+        page.get_by_role("button", name="Show the picture").click()
+        assert page.locator(".has-chart img").is_visible()
+        page.emulate_media(media="print")
+        assert not page.locator(".study-chart").is_visible() and not page.locator(".study-viewer").is_visible()
+        assert reader.wrong == []
+
+
+def test_tables_sort_and_filter(study, browser):
+    with Reader(browser) as reader:
+        page = reader.open(study[0] / "reports" / "index.html")
+        head = page.locator(".study-table th", has=page.locator("button")).nth(1)
+        column = "t => [...t.closest('table').tBodies[0].rows].map(r => r.cells[t.cellIndex].textContent)"
+        before = head.evaluate(column)
+        head.locator("button").focus()
+        for order in ("ascending", "descending"):
+            page.keyboard.press("Enter")
+            assert head.get_attribute("aria-sort") == order
+        assert head.evaluate(column) == sorted(before, key=float, reverse=True)
+        page.keyboard.press("Enter")
+        assert head.get_attribute("aria-sort") is None and head.evaluate(column) == before and reader.wrong == []
+
+
+def test_without_scripts_the_pictures_stand(study, browser):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((study[0] / "reports" / "index.html").as_uri())
+    assert page.locator("main img").first.is_visible()
+    assert "needs scripts" in page.inner_text(".study-viewer")
+    context.close()
 
 
 def test_single_page_prints_whole(study, browser):
@@ -351,6 +501,7 @@ def test_figures_are_sharp_and_carry_their_words(study):
     assert 'alt="Best Dice: the line rises from 0.2 to 0.6."' in text and "<figcaption>" in text
     made = re.search(r'<a [^>]*href="([^"]*)"[^>]*>(?:<span[^>]*>)?Made by dvc repro report, revision 1a2b', text)
     assert made and made[1].endswith("runs/index.html")
+    assert re.search(r'drawn in <a [^>]*href="library/61_report-figures.html"', text)
     assert "fetch('https" not in text
 
 

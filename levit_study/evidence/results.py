@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'NATIVE', 'COLUMNS', 'best_and_last', 'judging_splits', 'judging_cases', 'training_grid', 'check_record',
            'read_table', 'read_record', 'Results', 'with_elsewhere', 'runs_of', 'collect', 'special_trainings',
-           'list_runs', 'typical_cases', 'telling_slice', 'examples']
+           'list_runs', 'typical_cases', 'telling_slice', 'kept_predictions', 'examples']
 
 # %% ../../nbs/50_evidence.results.ipynb #3289dd5d
 import json
@@ -17,12 +17,10 @@ import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
-from ..data.dataset import PreparedStore
-from ..data.native import stored_volume
 from ..files import StudyError, run_folders, run_tail
 from ..params import Params, Run, pick_run
 from .elsewhere import read_elsewhere
-from ..training.scores import best_epoch, summary
+from ..training.course import best_epoch, summary
 
 # %% ../../nbs/50_evidence.results.ipynb #8bda0f6a
 def best_and_last(
@@ -269,7 +267,7 @@ def telling_slice(
     return int(np.lexsort((sizes[:, sizes.sum(0).argmin()], (sizes > 0).sum(1)))[-1])
 
 # %% ../../nbs/50_evidence.results.ipynb #9a1754bc
-def _kept_predictions(cases: pd.DataFrame, in_folds: bool, root) -> dict[str, Path]:
+def kept_predictions(cases: pd.DataFrame, in_folds: bool, root) -> dict[str, Path]:
     """Return {loss: file} with the predictions of one case, of the first seed that has them
 
     `StudyError` if a loss has none."""
@@ -293,12 +291,14 @@ def examples(
 ) -> list[dict]:
     "Return slices of the typical, best and worst case with each loss's prediction, for figure 4"
     import h5py
+    from levit_study.data.dataset import PreparedStore
+    from levit_study.data.native import stored_volume
     store = PreparedStore(Path(root, "data", "prepared", f"{dataset}.h5"))
     cases = results.cases[(results.cases.dataset == dataset) & (results.cases.split == split)]
     cases = cases[cases.loss.isin(results.runs.loss)]  # elsewhere's label maps are not here
     slices = []
     for role, case in typical_cases(cases).items():
-        kept = _kept_predictions(cases[cases.case == case], results.in_folds, root)
+        kept = kept_predictions(cases[cases.case == case], results.in_folds, root)
         volume, predictions = stored_volume(store, case, channel=shown), {}
         number = telling_slice(volume.label)
         for loss, path in kept.items():

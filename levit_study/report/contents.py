@@ -124,22 +124,23 @@ def study_pages(params: Params, root=".") -> tuple[list[Page], list[str]]: # pag
     about, pages, notes, there = about_study(params), [], [], {}
     for report in _readable(["reports/report.ipynb"], root, notes):
         cells = with_words(study_cells(report.cells), figures)
-        pages.append(Page("report", "The report", cells, "The study", "", "reports/report.ipynb"))
-    def add(path, short, title, sources, above=""):
+        pages.append(Page("report", "The report", cells, "Evidence", "", "reports/report.ipynb"))
+    def add(part, path, short, title, sources, above=""):
         notebooks = _readable(sources, root, notes)
         if notebooks:
             content = _joined(title, notebooks, figures)
-            pages.append(Page(path, short, content, "The study", above, sources[0]))
+            pages.append(Page(path, short, content, part, above, sources[0]))
         return bool(notebooks)
     for dataset in params.study.datasets:
         title = about.dataset(dataset)
-        add(f"data/{dataset}", title, title, [f"reports/data/{dataset}/prepare.ipynb"])
-    pages.append(overview := Page("runs/index", "All runs", "", "The study"))
+        sources = [f"reports/data/{dataset}/prepare.ipynb"]
+        add("Data", f"data/{dataset}", title, title, sources)
+    pages.append(overview := Page("runs/index", "All runs", "", "Runs"))
     for run in _runs_of(params):
         short = f"{about.name(run.loss)}, {run.chance} ({run.dataset})"
         title = f"{about.dataset(run.dataset)}: {about.name(run.loss)}, {run.chance}"
         sources = [f"{run.folder().as_posix()}/{name}.ipynb" for name in ("train", "evaluate")]
-        there[run] = add(run.page, short, title, sources, above="runs/index")
+        there[run] = add("Runs", run.page, short, title, sources, above="runs/index")
     overview.content = _overview(about, there, root)
     return pages, notes
 

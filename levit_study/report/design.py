@@ -15,7 +15,8 @@ from ..evidence.claims import CLAIMS
 from ..evidence.survival import false_ranking
 from .look import About, DOUBLE, MM, Picture, checked, study_style
 from .parts import bands, finished, label_rows, legend_below, loss_handles
-from .parts import print_right, row_height, shade_rows, structures_of, wrapped
+from .parts import print_right, row_height, shade_rows, standing_in_words
+from .parts import structures_of, wrapped
 
 # %% ../../nbs/62d_report.design.ipynb #3105fe1c
 _NUMBER = r"[+\-−]?(?:\d+\.?\d*|\.\d+)(?:e[+\-]?\d+)?"
@@ -28,20 +29,21 @@ def _as_number(text): return float(text.replace("−", "-")) if text else np.nan
 def claim_intervals(
     claims: pd.DataFrame, # the ledger: claim, dataset, interval, verdict
 ) -> pd.DataFrame:
-    "Return claim, dataset, comparison, estimate, low, high, sign, margin, verdict, unit"
+    "Return claim, dataset, comparison, estimate, low, high, sign, margin, verdict, standing, unit"
     if {"comparison", "estimate", "low", "high"} <= set(claims): return claims
     columns = ["claim", "dataset", "comparison", "estimate", "low", "high", "sign", "margin",
-               "verdict", "unit"]
+               "verdict", "standing", "unit"]
     rows = []
     for row in claims.itertuples():
         claim = CLAIMS.get(row.claim)
         sign, margin = getattr(claim, "sign", 1), getattr(claim, "margin", None)
         unit = getattr(claim, "unit", "") or _UNITS.get(getattr(claim, "measure", ""), "Dice")
+        standing = standing_in_words(row.verdict, getattr(row, "standing", ""))
         matches = map(_INTERVAL.match, str(row.interval).split(";"))
         for match in filter(None, matches):
             numbers = [_as_number(match[name]) for name in ("estimate", "low", "high")]
             rows.append([row.claim, row.dataset, match["comparison"], *numbers, sign, margin,
-                         row.verdict, unit])
+                         row.verdict, standing, unit])
     return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/62d_report.design.ipynb #31073428
@@ -55,13 +57,13 @@ def _turned(intervals):
     return intervals.assign(estimate=intervals["estimate"] * turn, **limits)
 
 def _draw_claims(ax, rows, about):
-    "Draw a row per comparison with mark, interval and verdict"
+    "Draw a row per comparison with mark, interval and the claim's standing"
     names = [f"{row.claim}  {_comparison(row.comparison, about)}" for row in rows.itertuples()]
     ax.axvline(0, color="#222222", lw=.8)
     label_rows(ax, names)
     ax.set_yticks(range(len(names)), names)  # on one line each
     repeated = rows["claim"].duplicated()
-    print_right(ax, list(rows["verdict"].mask(repeated, "")))
+    print_right(ax, list(rows["standing"].mask(repeated, "")))
     shaded = (~repeated).cumsum() % 2 == 1
     for place, row in enumerate(rows.itertuples()):
         if shaded.iloc[place]: ax.axhspan(place - .5, place + .5, color="#F4F4F4", lw=0, zorder=0)
@@ -83,7 +85,7 @@ def claims_forest(
     claims, # the ledger, or what `claim_intervals` makes of it
     about=About(), # what the caption must say
 ): # -> Picture
-    "Draw every comparison of every claim with its interval and the claim's verdict"
+    "Draw every comparison of every claim with its interval and what the claim's verdict stands on"
     table = checked(claim_intervals(claims), "claims_forest", ["dataset", "comparison", "unit"])
     table = _turned(table)
     units = table.groupby("dataset", sort=False)["unit"].unique()
@@ -114,12 +116,12 @@ _CLAIMS_BODY = (
     " of claims.")
 
 def _claims_in_words(table, about):
-    "Say per data set which claims have which verdict"
+    "Say per data set which claims stand where"
     words = []
     for dataset, rows in table.groupby("dataset", sort=False):
-        verdicts = rows.drop_duplicates("claim").groupby("verdict", sort=False)["claim"]
-        verdicts = verdicts.agg(", ".join)
-        listed = "; ".join(f"{verdict}: {claims}" for verdict, claims in verdicts.items())
+        standings = rows.drop_duplicates("claim").groupby("standing", sort=False)["claim"]
+        standings = standings.agg(", ".join)
+        listed = "; ".join(f"{standing}: {claims}" for standing, claims in standings.items())
         words.append(f"{about.dataset(dataset)}: {listed}.")
     return " ".join(words)
 

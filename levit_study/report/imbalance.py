@@ -15,6 +15,7 @@ from .parts import finished, legend_below, log_axis, loss_handles
 def dice_against_share(
     table, # of `imbalance_table`
     about=About(), # what the caption must say
+    confidence=.95, # of the table's intervals
 ): # -> Picture
     "Draw each structure's Dice against its share of the training voxels, a line per loss"
     columns = ["structure", "share", "dataset", "loss", "dice", "dice_low", "dice_high"]
@@ -27,8 +28,8 @@ def dice_against_share(
         axis.set(title=structure, xlabel="Share of the training voxels (%, log)", ylim=(0, 1))
     axes[0].set_ylabel("Dice (0 to 1), mean over cases")
     legend_below(figure, loss_handles(losses, about))
-    body = ("Lines: mean over cases and trainings; bars: 95 % intervals over patients and trainings"
-            " unless the study says otherwise. From panel to panel another structure, rarest first;"
+    body = (f"Lines: mean over cases and trainings; bars: {100*confidence:g} % intervals over"
+            " patients and trainings. From panel to panel another structure, rarest first;"
             " along a line the same patients with another share.")
     title = "Dice against the share of the voxels"
     return finished(figure, title, body, _in_words(table, about), table, about)

@@ -196,6 +196,22 @@ def _rounded_paths(svg):
     short = lambda path: re.sub(r"(\d\.\d\d)\d+", r"\1", path[0])
     return re.sub(r' d="[^"]*"', short, svg)
 
+# %% ../../nbs/60_report.look.ipynb #5ffc9aa3
+def _saved_words(picture, png, words): # -> dict
+    "What the file of words holds if the files hold the picture already, every pixel; else nothing"
+    import numpy as np
+    from PIL import Image
+    texts = {key: getattr(picture, key) for key in ("title", "caption", "alt")}
+    try:
+        saved = Image.open(png).convert("RGB")
+        kept = json.loads(Path(words).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if kept | texts != kept: return {}
+    with study_style():
+        picture.figure.savefig(drawn := io.BytesIO(), format="png")
+    return kept if np.array_equal(Image.open(drawn).convert("RGB"), saved) else {}
+
 # %% ../../nbs/60_report.look.ipynb #8a8375c7
 def save_figure(
     picture: Picture,
@@ -203,17 +219,22 @@ def save_figure(
     name, # stem of the files
     source="", # what made it, as in "dvc repro report, revision 1a2b3c4"
 ): # -> list of the three paths
-    "Write `name`.png, .svg and .json (title, caption, alt), each whole or not at all"
+    """Write `name`.png, .svg and .json (title, caption, alt), each whole or not at all; a figure
+    with the same pixels and words stays as it is, and names the revision that first made it"""
     paths = png, svg, words = [Path(folder)/f"{name}.{end}" for end in ("png", "svg", "json")]
+    kept = _saved_words(picture, png, words)
+    source = kept.get("source", "") if kept else source
     about_svg = {"Date": None, "Creator": None, "Title": picture.title, "Description": picture.alt}
     about_png = {"Software": None, "Title": picture.title}
     if source:
         about_svg["Source"] = about_png["Source"] = source
+    if not (kept and svg.exists()):  # git ignores a published study's SVG
+        with study_style(), written_whole(svg) as p:
+            picture.figure.savefig(p, format="svg", metadata=about_svg)
+            p.write_text(_rounded_paths(p.read_text(encoding="utf-8")), encoding="utf-8")
+    if kept: return paths
     with study_style(), written_whole(png) as p:
         picture.figure.savefig(p, format="png", metadata=about_png)
-    with study_style(), written_whole(svg) as p:
-        picture.figure.savefig(p, format="svg", metadata=about_svg)
-        p.write_text(_rounded_paths(p.read_text(encoding="utf-8")), encoding="utf-8")
     with written_whole(words) as p:
         texts = {key: getattr(picture, key) for key in ("title", "caption", "alt")}
         texts |= {"source": source} if source else {}

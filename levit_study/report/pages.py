@@ -13,6 +13,7 @@ import re
 import struct
 from pathlib import Path
 from ..files import StudyError
+from .provenance import figure_origin
 
 # %% ../../nbs/63_report.pages.ipynb #3f94a144
 def _mathml(
@@ -190,17 +191,25 @@ def escaped(text):
     return re.sub(r"([\\`*_{}\[\]<>$#|~])", r"\\\1", text)
 
 # %% ../../nbs/63_report.pages.ipynb #f09e151b
-def _set_words(cell, alt, caption, width, source=""):
+def _made(stem, source, runs):
+    "What made a figure, with links to its runs and to the notebook that draws it, in Markdown"
+    origin = figure_origin(stem)
+    if not source: return ""
+    text = f" [Made by {escaped(source)}]({runs})"
+    if origin is None: return text
+    page = f"/library/{origin.room.replace('.', '-')}"
+    return f"{text} from {escaped(origin.records)}; drawn in [{escaped(origin.room)}]({page})."
+
+def _set_words(cell, alt, caption, width, made=""):
     "Tell MyST-NB what to write around a cell's picture"
     cell.metadata["mystnb"] = {"image": {"alt": alt}}
     if width:
         cell.metadata["mystnb"]["image"]["width"] = f"{width}px"
     if caption:
-        made = f" [Made by {escaped(source)}](/runs/index)" if source else ""
         cell.metadata["mystnb"]["figure"] = {"caption": escaped(caption) + made}
 
 # %% ../../nbs/63_report.pages.ipynb #3a772baf
-def with_words(cells, figures):
+def with_words(cells, figures, runs="/runs/index"): # runs: the page of what the figures are of
     """The cells with a text alternative for every picture, and captions for those that have one,
     which say what made the picture and link to the runs that it is of"""
     heading, before, shown = "", "", []
@@ -213,5 +222,6 @@ def with_words(cells, figures):
             for output in filter(_is_picture, part.get("outputs", [])):
                 alt, caption, file = _describe(output, figures, heading, before)
                 source = figures.get(caption, {}).get("source", "")
-                _set_words(part, alt, caption, _with_better_copy(output, file), source)
+                made = _made(Path(file or "").stem, source, runs)
+                _set_words(part, alt, caption, _with_better_copy(output, file), made)
     return shown

@@ -17,6 +17,7 @@ from ..params import Params
 from ..evidence.results import special_trainings
 from ..evidence.statistics import ALL
 from .look import About, about_study
+from .parts import standing_in_words
 
 # %% ../../nbs/63a_report.summary.ipynb #1475921a
 _TEMPLATE = """<div class="answer">
@@ -169,9 +170,7 @@ _VERDICTS = {"supported": "supported", "contradicted": "contradicted", "inconclu
 
 def _standing(row): # row: of claims.csv
     "A verdict, or in a few words what an open one stands on"
-    standing = row.get("standing")
-    if row["verdict"] != "inconclusive" or not isinstance(standing, str): return row["verdict"]
-    return re.split(":| with | \\(", standing)[0]
+    return standing_in_words(row["verdict"], row.get("standing"))
 
 def _touched(claims): # -> claims, the others' numbers
     "Leave out the claims that no loss of the study touches"
@@ -180,6 +179,13 @@ def _touched(claims): # -> claims, the others' numbers
     others = open_ones.groupby(claims.claim, sort=False).all()
     others = list(others.index[others])
     return claims[~claims.claim.isin(others)], others
+
+def _judgeable(claims): # -> claims, the number of the others
+    "Leave out the claims without a verdict on any data set, as on synthetic ones"
+    if "standing" not in claims: return claims, 0
+    without = claims.standing.astype(str).str.startswith("no verdict")
+    without = without.groupby(claims.claim, sort=False).all()
+    return claims[~claims.claim.isin(without.index[without])], int(without.sum())
 
 def _claims(claims, datasets): # -> rows of claim, statement, interval, verdict per data set
     "The ledger in short; with one data set also the measured difference"
@@ -214,6 +220,15 @@ def _tally(claims, synthetic):
 def _left_out(untouched):
     "One line for the claims that the study's losses cannot test"
     if untouched: yield f"Not touched by these losses: {_listed(untouched)} of the paper's claims."
+
+def _without_verdict(number, report, has_report):
+    "One line for the claims without a verdict, with a link to their numbers"
+    if not number: return
+    words = f"{_count(number, 'claim')} of the paper"
+    link = Markup('<a href="{}#the-paper-s-claims-one-by-one">{}</a>').format(report, words)
+    verb = "has" if number == 1 else "have"
+    yield Markup("{} {} no verdict here: synthetic scans decide none.").format(
+        link if has_report else words, verb)
 
 def _points(organs, claims, params: Params, about: About): # organs, claims: tables or None
     "What limits the numbers"
@@ -255,12 +270,21 @@ def _read_table(name, root, datasets, notes): # -> DataFrame or None
     return table[table.dataset.isin(datasets)]
 
 # %% ../../nbs/63a_report.summary.ipynb #07a66e3e
-def summary_html(params: Params, root=".", notes=()) -> tuple[str, list[str]]: # HTML, all notes
+def summary_html(
+    params: Params,
+    root=".",
+    notes=(),
+    report="report.html", # the page with all claims, as the page sees it; "": the page itself
+) -> tuple[str, list[str]]: # HTML, all notes
     "What was asked, what came out, how sure, from reports/organs.csv and reports/claims.csv"
     about, study, read = about_study(params), params.study, []
     organs, claims = (_read_table(name, root, study.datasets, read) for name in _NEEDED)
     notes = [*read, *notes]
     claims, untouched = (None, []) if claims is None else _touched(claims)
+    claims, without = (None, 0) if claims is None else _judgeable(claims)
+    points = [*_points(organs, claims, params, about), *_left_out(untouched)]
+    if claims is not None:
+        points += _without_verdict(without, report, Path(root, "reports", "report.ipynb").exists())
     judged = [d for d in study.datasets if claims is not None and d in set(claims.dataset)]
     results = None if organs is None else [
         _results(organs, dataset, study.losses, about) for dataset in study.datasets]
@@ -270,9 +294,9 @@ def summary_html(params: Params, root=".", notes=()) -> tuple[str, list[str]]: #
         results=results,
         splits=[] if organs is None else [_SPLITS[split] for split in _judged(organs)],
         key=_key(params),
-        points=[*_points(organs, claims, params, about), *_left_out(untouched)],
+        points=points,
         notes=notes,
-        claims=_claims(claims, judged) if claims is not None else [],
+        claims=_claims(claims, judged) if judged else [],
         judged=[about.dataset(d) for d in judged] if len(judged) > 1 else ["Verdict"],
         words=_VERDICTS)
     return html, notes

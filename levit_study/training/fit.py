@@ -18,10 +18,10 @@ from ..data.dataset import PreparedStore, epoch_order, oversampled
 from ..model.grids import forget_biases
 from .state import Trainer, learning_rate_at, make_fabric, make_trainer
 from .state import resume, save_state, unwrapped
-from .scores import dice_from_counts, mean_scores, overlap_counts, summary
+from .course import best_epoch, summary
+from .scores import dice_from_counts, mean_scores, overlap_counts, validate
 from .record import Stopped, Watch, check_space, keep_epoch, keep_run, made_by
 from .record import memory_hint, stop_for_loss, watched
-from .scores import best_epoch, validate
 
 # %% ../../nbs/31_training.fit.ipynb #4756eac9
 def fit(

@@ -117,5 +117,5 @@ def train(
         program = str(Path(sys.executable).with_name("levit-study"))
         _launch([program, "train", *names], wanted)
     import pandas as pd
-    from levit_study.training.scores import summary
+    from levit_study.training.course import summary
     return summary(pd.read_csv(reports / "epochs.csv").to_dict("records"))

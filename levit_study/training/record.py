@@ -23,7 +23,7 @@ from ..machine import describe_machine, describe_revision, peak_memory
 from ..model.weights import read_card, save_weights
 from ..networks import start_file
 from .state import Trainer, unwrapped
-from .scores import best_epoch, summary
+from .course import best_epoch, summary
 
 # %% ../../nbs/30b_training.record.ipynb #88e3cd63
 def _write_epochs(path, history: list[dict]):

@@ -118,7 +118,7 @@ TRAINING = (
     "model.upsampling", "model.grids", "model.network", "model.fusion", "model.others",
     "model.pretrained", "model.precision", "model.build",
     "losses.comparison", "losses.interface",
-    "training.state", "training.scores", "training.fit",
+    "training.state", "training.scores", "training.course", "training.fit",
 )  # the rooms that decide a training's numbers, beside those of its loss
 
 # %% ../../nbs/30_training.state.ipynb #60341edb
