@@ -1,7 +1,7 @@
 """An epoch of training and validation: this study beside the recipe that is widely copied.
 
     python benchmarks/training.py ACDC --public FOLDER [--variants 128s 384] [--steps 4] [--turns 3]
-        [--output bench_training.csv]
+        [--device cpu] [--output bench_training.csv]
 
 ACDC is a folder with SSL4MIS's HDF5 files; it is prepared once into a temporary store. FOLDER is a
 copy of the public code, https://github.com/apple1986/LeViT-UNet. The copied recipe: each slice is
@@ -14,6 +14,7 @@ and augmenting a batch takes; `bare` its whole step's images per second over tho
 import argparse
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -73,8 +74,9 @@ def copied_loss(logits, labels, classes):
 
 class Copied:
     "The recipe that is widely copied"
-    def __init__(self, folder, variant, raw, slices, volumes):
-        self.model = with_four_classes(public_model(folder, variant, SIZE))
+    def __init__(self, args, variant, slices, volumes):
+        self.device, raw = args.device, args.acdc
+        self.model = with_four_classes(public_model(args.public, variant, SIZE)).to(self.device)
         self.random = np.random.default_rng(0)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=2e-3)
         self.raw, self.slices, self.volumes = raw, slices, volumes
@@ -84,7 +86,8 @@ class Copied:
         for _ in range(steps):
             names = self.random.choice(self.slices, BATCH)
             pairs = [copied_sample(self.raw / f"data/{name}.h5", self.random) for name in names]
-            images, labels = (torch.from_numpy(np.stack(x)) for x in zip(*pairs))
+            stacks = (torch.from_numpy(np.stack(x)) for x in zip(*pairs))
+            images, labels = (stack.to(self.device) for stack in stacks)
             loss = copied_loss(self.model(images[:, None].float()), labels.long(), 4)
             self.optimiser.zero_grad()
             loss.backward()
@@ -108,8 +111,8 @@ class Copied:
         "Label map of a slice"
         height, width = plane.shape
         small = ndimage.zoom(plane, (SIZE / height, SIZE / width), order=0)
-        logits = self.model(torch.from_numpy(small)[None, None].float())
-        classes = logits.softmax(1).argmax(1)[0].numpy()
+        logits = self.model(torch.from_numpy(small)[None, None].float().to(self.device))
+        classes = logits.softmax(1).argmax(1)[0].cpu().numpy()
         return ndimage.zoom(classes, (height / SIZE, width / SIZE), order=0)
 
 
@@ -123,13 +126,13 @@ def with_four_classes(model):
 
 class Ours:
     "This study's training"
-    def __init__(self, variant, store):
+    def __init__(self, variant, store, device):
         run = pick_run(load_params(PARAMS), "acdc", "baseline", 0)
         model = run.model.model_copy(update={"variant": variant})
         run = run.model_copy(update={"model": model})
-        self.run, self.store, fabric = run, store, make_fabric(run.training)
+        self.run, self.store, fabric = run, store, make_fabric(run.training, device)
         self.trainer = make_trainer(run, fabric, store.num_classes, store.voxel_shares("train"))
-        self.training, self.valid = store.load("train"), store.load("valid")
+        self.training, self.valid = (store.load(part).to(device) for part in ("train", "valid"))
         self.watch = argparse.Namespace(step_done=lambda slices: False)
 
     def train(self, steps):
@@ -146,23 +149,23 @@ class Ours:
     def data(self, steps):
         for step in range(steps):
             index = torch.randint(len(self.training), (BATCH,))
-            images, labels = self.training.batch(index)
+            images, labels = self.training.batch(index, self.trainer.fabric.device)
             augment(images, labels, self.run.training.augmentation, 0, step, index)
 
 
 def take_turns(args, copied, ours, bare, volumes):
     "Seconds of each part, in turns of which the first is not counted: a row per turn"
-    turns = []
+    turns, clock = [], partial(timed, device=args.device)
     for turn in range(args.turns + 1):
         seconds = {}
         keep_memory(False)  # as the system does by default, for the code that does not ask for more
-        seconds["copied step"] = timed(lambda: copied.train(args.steps)) / args.steps
-        seconds["copied validation"] = timed(lambda: copied.validate(2)) / 2 * len(volumes)
+        seconds["copied step"] = clock(lambda: copied.train(args.steps)) / args.steps
+        seconds["copied validation"] = clock(lambda: copied.validate(2)) / 2 * len(volumes)
         keep_memory()
-        seconds["step"] = timed(lambda: ours.train(args.steps)) / args.steps
-        seconds["validation"] = timed(ours.validate)
-        seconds["data"] = timed(lambda: ours.data(args.steps)) / args.steps
-        seconds["bare step"] = timed(lambda: [bare() for _ in range(args.steps)]) / args.steps
+        seconds["step"] = clock(lambda: ours.train(args.steps)) / args.steps
+        seconds["validation"] = clock(ours.validate)
+        seconds["data"] = clock(lambda: ours.data(args.steps)) / args.steps
+        seconds["bare step"] = clock(lambda: [bare() for _ in range(args.steps)]) / args.steps
         turns.append(seconds)
         parts = ", ".join(f"{part} {value:.3f} s" for part, value in seconds.items())
         print(f"turn {turn} of {args.turns}: {parts}", file=sys.stderr, flush=True)
@@ -171,9 +174,10 @@ def take_turns(args, copied, ours, bare, volumes):
 
 def compare(args, variant, store, slices, volumes):
     "One row per variant"
-    copied, ours = Copied(args.public, variant, args.acdc, slices, volumes), Ours(variant, store)
-    network = bench_network(levit_unet(variant, 4).eval(), autocast_precision(), True)
-    bare = bench_step(*network, True, torch.randn(BATCH, 1, SIZE, SIZE))
+    copied, ours = Copied(args, variant, slices, volumes), Ours(variant, store, args.device)
+    model = levit_unet(variant, 4).to(args.device).eval()
+    network = bench_network(model, autocast_precision(args.device), True)
+    bare = bench_step(*network, True, torch.randn(BATCH, 1, SIZE, SIZE, device=args.device))
     print(variant, file=sys.stderr)
     table, steps = take_turns(args, copied, ours, bare, volumes), len(slices) / BATCH
     epoch = table["step"] * steps + table["validation"]
@@ -200,6 +204,7 @@ def main():
     parser.add_argument("--variants", nargs="+", default=["128s", "384"])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", default="bench_training.csv")
     args = parser.parse_args()
     slices = (args.acdc / "train_slices.list").read_text().split()
@@ -211,7 +216,7 @@ def main():
         store, rows = PreparedStore(Path(folder, "acdc.h5")), []
         for variant in args.variants:
             rows.append(compare(args, variant, store, slices, volumes))
-            write_bench(pd.DataFrame(rows), args.output, batch=BATCH, size=SIZE)
+            write_bench(pd.DataFrame(rows), args.output, args.device, batch=BATCH, size=SIZE)
     print(pd.DataFrame(rows).round(3).T.to_string(header=False))
 
 

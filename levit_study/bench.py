@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCH_MODES', 'UNMATCHED', 'bench_network', 'bench_step', 'network_of', 'bench_model', 'machine', 'write_bench',
-           'network_costs', 'monai_counterparts', 'bench_losses']
+           'network_costs', 'bench_epoch', 'monai_counterparts', 'bench_losses']
 
 # %% ../nbs/71_bench.ipynb #b5938cde
 import copy
@@ -166,6 +166,31 @@ def network_costs(
         parameters = sum(p.numel() for p in model.parameters())
         rows.append((name, variant, parameters / 1e6, counter.get_total_flops() / 2e9))
     return pd.DataFrame(rows, columns=["network", "variant", "parameters", "multiply_adds"])
+
+# %% ../nbs/71_bench.ipynb #fefed6d2
+def bench_epoch(
+    variants=("128s", "192", "384", "unet"),  # the first one is what ratios are to
+    slices=1300,     # that an epoch trains on; ACDC's 70 training patients have about as many
+    batch=8,         # slices in a step
+    image_size=224,
+    repeats=3,       # turns
+    device="cpu",
+    progress=print,  # called with one line per network
+):                   # DataFrame: that of `network_costs`, images_per_second, epoch_seconds, ratio
+    "Measure training steps of several networks in turns, validation not counted"
+    steps, precision = {}, autocast_precision(device)
+    for variant in variants:
+        progress(f"{variant}, {batch} images of {image_size}, {precision}")
+        model = network_of(variant, 9, image_size).to(device)
+        images = torch.randn(batch, 1, *model.image_size, device=device)
+        steps[variant] = bench_step(*bench_network(model, precision, True), True, images)
+        steps[variant]()  # not counted: it allocates
+    turns = pd.DataFrame([{name: timed(step, device) for name, step in steps.items()}
+                          for _ in range(repeats)])
+    seconds = turns.median().to_numpy() / batch
+    ratios = turns.div(turns[variants[0]], axis=0).median().to_numpy()
+    speeds = {"images_per_second": 1 / seconds, "epoch_seconds": slices * seconds, "ratio": ratios}
+    return network_costs(variants, 9, image_size).assign(**speeds)
 
 # %% ../nbs/71_bench.ipynb #6bbd1f7c
 def monai_counterparts(

@@ -270,6 +270,8 @@ def _add_bench(commands):
     networks = "networks: 128s, 192, 384, unet, or a dotted path"
     add("--variants", nargs="+", default=["128s", "384"], help=networks)
     add("--modes", nargs="+", help="ways to compute; ratios are to the first")
+    epoch = "the networks side by side: weights, work, and an epoch of so many slices"
+    add("--epoch", type=int, metavar="SLICES", help=epoch)
     add("--batch", type=int, default=8)
     add("--size", type=int, default=224)
     add("--repeats", type=int, default=3)
@@ -278,15 +280,17 @@ def _add_bench(commands):
     command.set_defaults(run=_bench)
 
 def _bench(a):
-    from levit_study.bench import bench_losses, bench_model, machine
+    from levit_study.bench import bench_epoch, bench_losses, bench_model, machine
     from levit_study.evaluation.inference import pick_device
     device = pick_device(a.device).type
     if a.losses: table = bench_losses(repeats=a.repeats, device=device)
     else:
         settings = dict(batch=a.batch, image_size=a.size, repeats=a.repeats, device=device)
+        settings["progress"] = lambda line: print(line, file=sys.stderr)
         if a.modes is not None: settings["modes"] = tuple(a.modes)
-        say = lambda line: print(line, file=sys.stderr)
-        table = bench_model(tuple(a.variants), progress=say, **settings)
+        if a.epoch and a.modes: raise StudyError("bench: --epoch has one mode; leave --modes out")
+        if a.epoch: table = bench_epoch(a.variants, a.epoch, **settings)
+        else: table = bench_model(tuple(a.variants), **settings)
     here = machine(device)
     print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
     print(", ".join(f"{key} {value}" for key, value in here.items()))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEVIT', 'UNET', 'UNetSettings', 'network_name', 'check_settings', 'unet_settings', 'Chosen', 'check_network',
-           'start_file']
+           'start_file', 'Freezing', 'check_freezing']
 
 # %% ../nbs/00e_networks.ipynb #d3ff97b6
 from pathlib import Path
@@ -107,3 +107,32 @@ def start_file(
         raise StudyError(f"{path}: no such weight file; train what it comes from first, "
                          "or mend model.pretrained")
     return path
+
+# %% ../nbs/00e_networks.ipynb #e366c33b
+class Freezing(BaseModel):
+    "How long a pretrained encoder stays as it was loaded"
+    freeze_encoder_epochs: int = young(0, ge=0)  # the first so many epochs; 0: it learns at once
+
+def _why_not_freeze(run) -> str:
+    "Return what speaks against holding a run's encoder still, nothing if it can be"
+    model, epochs = run.model, run.training.epochs
+    if run.training.freeze_encoder_epochs > epochs: return f"the training has {epochs} epochs"
+    if not model.pretrained:
+        return ("model.pretrained is false, so random weights would be held still; "
+                "set it to a weight file, or freeze no epoch")
+    if model.network == LEVIT: return ""
+    from levit_study.model.freezing import names_encoder
+    if model.network != UNET and names_encoder(model.network, model.settings): return ""
+    return (f"network {model.network} does not say what its encoder is; give its module an "
+            "attribute `encoder`, or freeze no epoch")
+
+# %% ../nbs/00e_networks.ipynb #e997a3c8
+def check_freezing(
+    runs, # `params.Run`s
+):
+    "Raise `ValueError` for a run whose encoder cannot be held still as it asks"
+    for run in runs:
+        epochs = run.training.freeze_encoder_epochs
+        if epochs and (problem := _why_not_freeze(run)):
+            place = f"datasets.{run.dataset}.training.freeze_encoder_epochs = {epochs}"
+            raise ValueError(f"{place}: {problem}")

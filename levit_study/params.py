@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML, YAMLError
 
 from .files import StudyError
-from .networks import Chosen, check_network
+from .networks import Chosen, Freezing, check_freezing, check_network
 from .inputs import Inputs, young
 from .recipes import augmentation
 from .settings import check_loss
@@ -82,6 +82,7 @@ class Split(Section):
     # where the study has folds: their number, or the name of a `splits_final.json` in the folder;
     # test cases belong to none
     folds: Annotated[int, Field(ge=2)] | str = 5
+    train_patients: int | None = young(None, ge=1)  # the first so many of them train; None: all
 
 # %% ../nbs/01_params.ipynb #ec7aa645
 _Three = Field(None, min_length=3, max_length=3)
@@ -104,7 +105,6 @@ def _check_place(path):
     if isinstance(path, str) and "$" in path:
         raise ValueError("variables are not filled in: write the path out, or begin it with ~")
     return path
-
 _Rule = Literal["window", "minmax", "unit", "percentile"]  # of intensities
 
 class Data(Section, Inputs):
@@ -157,7 +157,6 @@ class Data(Section, Inputs):
             raise ValueError(f"{reason}, as in {example}")
         return pattern
 
-
 # %% ../nbs/01_params.ipynb #c3973594
 class Model(Section, Chosen):
     "Which network"
@@ -170,7 +169,7 @@ class Model(Section, Chosen):
     _pretrained = field_validator("pretrained")(_check_place)
 
 # %% ../nbs/01_params.ipynb #e38c176c
-class Training(Section):
+class Training(Section, Freezing):
     "How a model is trained"
     epochs: int = Field(30, ge=1)
     batch_size: int | Literal["auto"] = 8
@@ -304,6 +303,7 @@ class Params(Section):
         for name in self.study.datasets:
             _check_folds(name, self.datasets[name].data.split.folds, self.study.fold_numbers)
             _check_network(name, self.datasets[name])
+            check_freezing(pick_run(self, name, loss, 0) for loss in self.study.losses)
             zooms = pick_evaluation(self, name).zooms
             if zooms != [1.0] and self.datasets[name].data.crop is None:
                 reason = f"datasets.{name} has no data.crop, so there is no larger part to look at"

@@ -155,6 +155,49 @@ def test_params_say_what_is_wrong_with_channels(root, change, message):
     with pytest.raises(StudyError, match=message): load_params(content)
 
 
+@pytest.mark.parametrize("form, message", [
+    ({"labels": {"background": 0, "Myocardium": [1, 2]}}, "'myocardium' is a region of the labels 1, 2"),
+    ({"file_ending": ".png"}, "file_ending '.png': scans are read as NIfTI"),
+    ({"channel_names": {"0": "cine", "1": "late", "2": "LATE"}}, "names channel 'late' twice"),
+])
+def test_a_form_that_is_not_read_is_one_line(tmp_path, form, message):
+    folder = two_channels(tmp_path)
+    about = json.loads((folder/"dataset.json").read_text())
+    (folder/"dataset.json").write_text(json.dumps(about | form))
+    with pytest.raises(StudyError, match=message) as caught:
+        prepare(settings(folder), tmp_path/"x.h5", tmp_path/"manifest.json", progress=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda image: nib.Nifti1Image(np.asarray(image.dataobj), image.affine + np.diag([0, 0, 9, 0])), "lies up to .* beside the grid"),
+    (lambda image: nib.Nifti1Image(np.zeros(image.shape, [(c, "u1") for c in "RGB"]), image.affine), "colour to grey or channels"),
+])
+def test_a_channel_that_does_not_fit_stops_the_preparation(tmp_path, spoil, message):
+    folder = two_channels(tmp_path)
+    path = folder/"imagesTr/patient002_0001.nii.gz"
+    nib.save(spoil(nib.load(path)), path)
+    with pytest.raises(StudyError, match=message):
+        prepare(settings(folder), tmp_path/"x.h5", tmp_path/"manifest.json", progress=False)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"freeze_encoder_epochs": 2}, "acdc.training.freeze_encoder_epochs = 2: model.pretrained is false"),
+    ({"freeze_encoder_epochs": 99, "pretrained": "w.pth"}, "= 99: the training has 30 epochs"),
+    ({"freeze_encoder_epochs": 2, "pretrained": "w.pth", "network": "unet"}, "does not say what its encoder is"),
+    ({"train_patients": 0}, "train_patients"),
+])
+def test_params_say_what_is_wrong_with_a_transfer(root, change, message):
+    from ruamel.yaml import YAML
+    content = YAML(typ="safe").load((root/"tests/params.yaml").read_text())
+    content["study"]["datasets"] = ["acdc"]
+    about = content["datasets"]["acdc"]
+    about["training"] |= {key: change[key] for key in change if key == "freeze_encoder_epochs"}
+    about["data"]["split"] |= {key: change[key] for key in change if key == "train_patients"}
+    about["model"] = {key: change.get(key, value) for key, value in (("network", "levit_unet"), ("pretrained", False))}
+    with pytest.raises(StudyError, match=message): load_params(content)
+
+
 def test_late_fusion_needs_channels(root):
     from ruamel.yaml import YAML
     content = YAML(typ="safe").load((root/"tests/params.yaml").read_text())

@@ -17,17 +17,18 @@ TABLE = {
                   data.heart data.phantom data.slices data.context
                   data.dataset data.voxels data.store data.jobs data.manifest data.prepare""",
     "train": """recipes data.augment data.context data.dataset model.upsampling model.grids model.network model.fusion model.others model.pretrained
-                model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.topk losses.boundary
-                losses.adaptive training.state training.scores training.course training.fit""",
+                model.freezing model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.topk losses.boundary
+                losses.adaptive training.state training.checkpoint training.scores training.course training.fit""",
     "evaluate": """data.slices data.context data.dataset data.native model.upsampling model.grids model.network model.fusion model.others
                    model.precision model.build
                    model.inference training.course evaluation.metrics evaluation.inference evaluation.card evaluation.calibration
                    evaluation.evaluate""",
     "report": """data.cases data.context data.dataset data.native training.course evaluation.metrics evaluation.calibration evidence.elsewhere
                  evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.claims
-                 evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.answer evidence.published
-                 report.look report.parts report.provenance report.imbalance report.figures report.differences report.design report.behaviour report.clinical
-                 report.segmentations report.viewer report.charts""",
+                 evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.transfer
+                 evidence.answer evidence.published
+                 report.look report.parts report.provenance report.imbalance report.transfer report.figures report.differences report.design report.behaviour
+                 report.clinical report.segmentations report.viewer report.charts""",
     "site": """evidence.elsewhere evidence.results report.look report.parts report.provenance report.pages report.summary report.contents
                report.studies report.records report.checklists report.cards report.site""",
 }
@@ -43,7 +44,7 @@ REACHED = {
                 "data.native"],
     "train": ["files", "params", "inputs", "kinds", "networks", "settings", "machine", "model.weights", "training.record", "training.launch",
               "report", "data.cases"],
-    "evaluate": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained",
+    "evaluate": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained", "model.freezing",
                  "training.record", "training.state", "data.nifti", "data.channels", "data.labels", "data.volumes"],
     "report": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.nifti",
                "data.channels", "data.labels", "data.volumes"],

@@ -153,12 +153,33 @@ def test_a_training_of_a_fold_sees_its_own_cases_alone(toys, tmp_path):
         fit(run.model_copy(update={"fold": 2}), tmp_path / "toy.h5", tmp_path / "2", tmp_path / "2", "cpu", print, progress=False)
 
 
-def test_validation_is_the_same_with_two_processes(toys, environment):
+@pytest.fixture(scope="module")
+def validated(toys, environment):
+    "What one process and two found of the same data, see `toy.validate_toy`"
     for world in (1, 2):
         torchrun = [*TORCHRUN, "--nproc_per_node", str(world), "--master_port", "29411"]
         command = [*torchrun, TOY, "validate", toys / "toy.h5", toys]
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600)
-    one, two = (json.loads((toys / f"scores{world}.json").read_text()) for world in (1, 2))
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((toys / f"scores{world}.json").read_text()) for world in (1, 2)]
+
+
+def test_each_process_goes_on_with_its_own_sums_and_draws(validated):
+    together = validated[1]["together"]
+    assert together["sums"] == [[1, 10], [2, 10]] and together["counts"] == [1, 2]
+    first, second = together["drawn"]
+    assert first != second and together["again"] == together["drawn"]
+
+
+def test_a_loss_that_learns_weights_sees_float32_in_several_processes(validated):
+    together = validated[1]["together"]
+    assert together["types"] == ["torch.float32"]
+    first, second = together["gradient"]
+    assert first == second and any(first)
+
+
+def test_validation_is_the_same_with_two_processes(validated):
+    one, two = validated
     assert one["counts"] == two["counts"] and one["valid_dice"] == two["valid_dice"]
     assert abs(one["loss"] - two["loss"]) < 1e-6
 

@@ -64,8 +64,35 @@ def validate_toy(store, folder):
     loss, counts = validate(
         fabric, t.weights, t.plain_criterion, data.load("valid"), data.num_classes, 3)
     scores = {"loss": loss, "counts": counts.tolist(), **mean_scores(counts, data.structures)}
+    if fabric.world_size > 1: scores["together"] = train_together(t, Path(folder, "together"))
     if fabric.is_global_zero:
         Path(folder, f"scores{fabric.world_size}.json").write_text(json.dumps(scores))
+
+
+def train_together(t, folder):
+    "What each of several processes draws, finds in a checkpoint, and hands to a loss that learns weights"
+    import torch
+    from levit_study.training.checkpoint import _restore, load_checkpoint, save_state
+    from levit_study.training.state import make_fabric, make_trainer
+    fabric, rank = t.fabric, t.fabric.global_rank
+    t.sums = torch.tensor([1.0 + rank, 10.0], dtype=torch.float64)
+    t.counts = torch.full((3, 3), 1 + rank)
+    save_state(t, folder)
+    drawn = torch.rand(1)
+    t.sums = t.counts = None
+    _restore(t, load_checkpoint(folder))
+    again = torch.rand(1)
+    settings = {"kind": "uncertainty_weighted", "terms": [{"kind": "cross_entropy"}, {"kind": "dice"}]}
+    learning = toy_run(precision="bf16").model_copy(update={"loss_settings": settings})
+    mixed = make_trainer(learning, make_fabric(learning.training, "cpu"), 3, [0.8, 0.1, 0.1])
+    types = []
+    mixed.plain_criterion.register_forward_pre_hook(lambda module, given: types.append(str(given[0].dtype)))
+    logits = mixed.model(torch.rand(2, 1, 32, 32) + rank)
+    mixed.fabric.backward(mixed.criterion(logits, torch.randint(3, (2, 32, 32))))
+    gradient = mixed.plain_criterion.log_variance.grad
+    each = [t.sums, t.counts[0, 0], drawn, again, gradient]
+    names = "sums", "counts", "drawn", "again", "gradient"
+    return {name: fabric.all_gather(value).tolist() for name, value in zip(names, each)} | {"types": types}
 
 
 def main(action, store, folder):

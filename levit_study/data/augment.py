@@ -171,7 +171,8 @@ def _add_noise(images, deviation, streams):
 
 def _scale_contrast(images, factor, _):
     "Scale about each image's mean; summed in double, it is the same for any number of threads"
-    mean = images.double().mean((1, 2, 3), keepdim=True).float()
+    work = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64
+    mean = images.to(work).mean((1, 2, 3), keepdim=True).float()
     return (images - mean) * factor + mean
 
 # %% ../../nbs/17_data.augment.ipynb #49c2da1d

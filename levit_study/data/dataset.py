@@ -122,6 +122,12 @@ class PreparedStore:
                              f"{self.num_classes} classes; prepare it anew")
         return SliceSet(self, indices, *map(torch.from_numpy, (images, labels)), context)
 
+# %% ../../nbs/18_data.dataset.ipynb #c4d81f3a
+def _sent(indices, device):
+    "Copy indices to a device; to a GPU from pinned memory, so that nothing waits for it"
+    if device.type != "cuda": return indices.to(device)
+    return indices.pin_memory().to(device, non_blocking=True)
+
 # %% ../../nbs/18_data.dataset.ipynb #2a9a3c1f
 class SliceSet:
     "The slices of a split, handed out as batches"
@@ -140,9 +146,11 @@ class SliceSet:
     def __len__(self): return len(self.indices)
 
     def to(self, device):
-        "Move the slices to a device, where a batch is one gather; nothing for slices on disk"
-        if self.images is not None:
-            self.images, self.labels = self.images.to(device), self.labels.to(device)
+        """Move the slices to a device, where a batch is one gather; slices on disk stay there, and
+        those that its memory is too small for where they are"""
+        if self.images is None: return self
+        try: self.images, self.labels = self.images.to(device), self.labels.to(device)
+        except torch.OutOfMemoryError: pass
         return self
 
     def _find_stacks(self):
@@ -178,7 +186,8 @@ class SliceSet:
         elif self.images is None:
             images, labels = map(torch.from_numpy, self.store.slices(self.indices[indices.numpy()]))
         else:
-            images, labels = (held[indices.to(held.device)] for held in (self.images, self.labels))
+            places = _sent(indices, self.images.device)
+            images, labels = self.images[places], self.labels[places]
         images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
         if images.ndim == 3: images = images[:, None]
         return images.float().div_(255), labels.long()

@@ -20,7 +20,7 @@ from ..files import StudyError, digest_of_code, hash_file
 from .voxels import reading
 from .dataset import SPLITS, STORE_FORMAT
 from .folds import fold_splits
-from .splits import benchmark_valid, joined, split_cases
+from .splits import benchmark_valid, joined, split_cases, with_fewer
 from .volumes import shared_orientation
 
 # %% ../../nbs/18d_data.jobs.ipynb #6f10ea97
@@ -182,6 +182,17 @@ def _set_folds(jobs, data, groups):
         if job.split: job.folds = [fold[job.case.name] for fold in roles]
 
 # %% ../../nbs/18d_data.jobs.ipynb #509346bc
+def _train_fewer(jobs, split, folds):
+    "Spare training patients beyond the first `train_patients`, in each fold where there are folds"
+    jobs = [job for job in jobs if job.used and job.split]
+    cases, settings = [job.case for job in jobs], (split.train_patients, split.seed, split.stratify)
+    if not folds:
+        roles = with_fewer({job.case.name: job.split for job in jobs}, cases, *settings)
+        for job in jobs: job.split = roles[job.case.name]
+    for fold in range(len(jobs[0].folds) if folds else 0):
+        roles = with_fewer({job.case.name: job.folds[fold] for job in jobs}, cases, *settings)
+        for job in jobs: job.folds[fold] = roles[job.case.name]
+
 def split_jobs(
     jobs,    # `Job`s of a data set
     data,    # its settings
@@ -201,3 +212,4 @@ def split_jobs(
     if folds: _set_folds(jobs, data, groups)
     for group in groups if not data.keep_copies else ():
         _leave_out(group, jobs)
+    if data.split.train_patients: _train_fewer(jobs, data.split, folds)

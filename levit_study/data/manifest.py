@@ -16,7 +16,7 @@ from pathlib import Path
 from .dataset import SPLITS, class_names
 from .jobs import code_digest
 from .folds import thin_groups
-from .splits import check_benchmark
+from .splits import SPARE, check_benchmark
 
 # %% ../../nbs/18e_data.manifest.ipynb #e92e05be
 def split_table(
@@ -124,6 +124,7 @@ def _settings(data, folds):
     splitting = ("kind", "valid", "test", "seed", "stratify", "nested")
     split = {name: getattr(data.split, name) for name in splitting}
     if folds: split["folds"] = data.split.folds
+    if data.split.train_patients: split["train_patients"] = data.split.train_patients
     channels = {"channels": data.channels} if data.channels else {}
     return {name: getattr(data, name) for name in names} | channels | {"split": split}
 
@@ -141,6 +142,7 @@ def build_manifest(
     cases = {job.case.name: _case_entry(job, columns[job.case.name], classes) for job in used}
     slices, patients = dict.fromkeys(SPLITS, 0), {split: set() for split in SPLITS}
     for case in cases.values():
+        if case["split"] == SPARE: continue
         slices[case["split"]] += case["slices"]
         patients[case["split"]].add(case["patient"])
     packages = ("levit-study", "numpy", "torch", "h5py", "nibabel")

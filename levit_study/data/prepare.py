@@ -28,6 +28,8 @@ from levit_study.data.jobs import (
 )
 from .layouts import find_cases
 from .manifest import build_manifest, split_table
+from .modalities import check_form
+from .splits import SPARE
 from .store import case_columns, join_cases
 
 # %% ../../nbs/19_data.prepare.ipynb #d618a0c2
@@ -80,7 +82,7 @@ def _run_cases(
 # %% ../../nbs/19_data.prepare.ipynb #9cc6f050
 def _keeps_volume(job, data):
     "Say whether the case's own grid is needed: results are measured on it"
-    return job.split != "train" or bool(job.folds) or data.keep_training_volumes
+    return job.split not in ("train", SPARE) or bool(job.folds) or data.keep_training_volumes
 
 def _prepare_missing(
     jobs,     # all `Job`s, split
@@ -230,6 +232,7 @@ def prepare(
     splits = Path(splits or manifest.with_name("splits.csv"))
     errors = manifest.with_name("errors.txt")
     outputs = _Outputs(Path(store), manifest, splits, errors)
+    check_form(data.folder, data.structures)
     cases = find_cases(data.folder, data.layout, data.patient, data.channels)
     data = share_orientation(data, cases)
     jobs = [plan_case(case, data) for case in cases]

@@ -28,7 +28,7 @@ def _foreground_sample(probabilities, reference, most: int = 4096):
     places = ((probabilities.argmax(1) > 0) | (reference > 0)).nonzero()
     places = places[::max(-(-len(places) // most), 1)]
     batch, row, column = places.T
-    return probabilities[batch, :, row, column].double().cpu(), reference[batch, row, column].cpu()
+    return probabilities[batch, :, row, column].cpu().double(), reference[batch, row, column].cpu()
 
 class CalibrationSample:
     "Voxels of each split, their probabilities and true classes; `add` is for `evaluate`'s watch"

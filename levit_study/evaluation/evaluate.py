@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from ..data.native import stored_volume
 from ..files import StudyError, written_whole
+from ..model.precision import widest
 from .inference import largest_regions
 from .metrics import case_metrics, with_worst_case
 
@@ -27,9 +28,10 @@ def _reliability_counts(probabilities, reference, bins=10) -> np.ndarray:
     (bins, 3) with pixels, sum of confidence, correct ones"""
     confidence, predicted = probabilities.max(1)
     kept = (predicted > 0) | (reference > 0)
-    confidence, right = confidence[kept].double(), (predicted == reference)[kept].double()
+    work = widest(confidence.device)
+    confidence, right = confidence[kept].to(work), (predicted == reference)[kept].to(work)
     place = (confidence * bins).long().clamp(max=bins - 1)
-    empty = torch.zeros(bins, dtype=torch.float64, device=place.device)
+    empty = torch.zeros(bins, dtype=work, device=place.device)
     sums = [empty.index_add(0, place, x) for x in (torch.ones_like(right), confidence, right)]
     return torch.stack(sums, 1).cpu().numpy()
 

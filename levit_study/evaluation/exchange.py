@@ -13,10 +13,13 @@ import os
 import shutil
 from pathlib import Path
 import h5py
+import nibabel as nib
 from ..data.cases import Case
+from ..data.channels import read_channels
 from ..data.labels import label_table, map_labels
 from ..data.layouts import find_cases
-from ..data.nifti import read_nifti_pair, read_oriented, write_label_map
+from ..data.nifti import read_nifti_pair, read_oriented, write_label_map, write_nifti
+from ..data.splits import SPARE
 from ..evidence.elsewhere import check_dataset
 from ..files import StudyError, write_json, written_whole
 from ..params import Data, Params
@@ -37,9 +40,11 @@ def roles_by_fold(
     rows: list[dict],      # of `read_splits`
     in_folds: bool = True, # False: the one split, whatever folds the data have
 ) -> list[dict]:
-    "For each fold, or once without folds: {case: train, valid, fold or test}"
+    """For each fold, or once without folds: {case: train, valid, fold, test or spare}; without the
+    cases that are spare in all"""
     folds = [name for name in rows[0] if name.startswith("fold") and name[4:].isdigit()]
     columns = folds if in_folds and folds else ["split"]
+    rows = [row for row in rows if any(row[name] != SPARE for name in columns)]
     return [{row["case"]: row[name] for row in rows} for name in columns]
 
 # %% ../../nbs/45_evaluation.exchange.ipynb #ed0a0eb3
@@ -67,19 +72,31 @@ def place_file(source, target):
     except OSError:
         with written_whole(target) as partial: shutil.copyfile(source, partial)
 
+def _place_channels(case: Case, folder: Path):
+    "A case's channels as `<case>_0000.nii.gz`, `_0001` …; those of a fourth axis are written out"
+    for number, (path, place) in enumerate(case.channels or [(case.image, None)]):
+        target = folder / f"{case.name}_{number:04d}.nii.gz"
+        if place is None: place_file(path, target)
+        else: write_nifti(target, nib.load(path).slicer[..., place], 1)
+
+def _first_channel(case: Case):
+    "What `read_oriented` gives of a case's first channel"
+    return read_channels(case.channels[:1]) if case.channels else read_oriented(case.image)
+
 def _place_labels(case: Case, target, data: Data):
     "A case's label map in the study's values, on its image's grid"
     if data.label_map is None: return place_file(case.label, target)
-    _, label, _, _ = read_nifti_pair(case.image, case.label)
+    scan = _first_channel(case)
+    _, label, _, _ = read_nifti_pair(case.image, case.label, scan)
     mapped = map_labels(label, label_table(data.label_map, data.structures), case.label)
-    write_label_map(target, mapped, read_oriented(case.image)[2])
+    write_label_map(target, mapped, scan[2])
 
 # %% ../../nbs/45_evaluation.exchange.ipynb #57a4a28c
 def _check_nifti(dataset: str, cases):
     "Raise `StudyError` unless all cases are NIfTI files with a label map"
     for case in cases:
         if case.problem: raise StudyError(case.problem)
-        for path in (case.image, case.label):
+        for path in (case.image, *(path for path, _ in case.channels), case.label):
             if not str(path).lower().endswith((".nii", ".nii.gz")):
                 problem = f"{path}: is not NIfTI, which nnU-Net reads"
                 remedy = "get the scans as NIfTI (layouts btcv, acdc, decathlon)"
@@ -97,9 +114,13 @@ def _target(data: Data, dataset: str, output, number: int) -> Path:
     return target
 
 def _about(data: Data, training: int) -> dict:
-    "nnU-Net's dataset.json; the channel's name decides how it scales intensities"
+    "nnU-Net's dataset.json; a channel's name decides how it scales intensities"
+    names = data.channels or ["MRI"]
+    rules = data.intensity
+    if isinstance(rules, str): rules = dict.fromkeys(names, rules)
+    names = ["CT" if rules[name] == "window" else name for name in names]
     return {
-        "channel_names": {"0": "CT" if data.intensity == "window" else "MRI"},
+        "channel_names": {str(number): name for number, name in enumerate(names)},
         "labels": {"background": 0, **data.structures},
         "numTraining": training,
         "file_ending": ".nii.gz",
@@ -109,7 +130,8 @@ def _about(data: Data, training: int) -> dict:
 def _chosen_cases(dataset: str, data: Data, names, root) -> dict: # name -> `Case`
     "The cases of the split with their files; `StudyError` if one is gone, or no NIfTI"
     scans = Path(root, Path(data.folder).expanduser())
-    cases = {case.name: case for case in find_cases(scans, data.layout, data.patient)}
+    listed = find_cases(scans, data.layout, data.patient, data.channels)
+    cases = {case.name: case for case in listed}
     absent = sorted(names - cases.keys())
     if absent:
         raise StudyError(f"{scans}: case {absent[0]} is not there any more; dvc repro prepare")
@@ -121,7 +143,7 @@ def _write_folder(target: Path, data: Data, cases: dict, roles: list[dict]):
     tested = {name for name in cases if all(fold[name] == "test" for fold in roles)}
     for name, case in cases.items():
         part = "Ts" if name in tested else "Tr"
-        place_file(case.image, target / f"images{part}" / f"{name}_0000.nii.gz")
+        _place_channels(case, target / f"images{part}")
         _place_labels(case, target / f"labels{part}" / f"{name}.nii.gz", data)
     write_json(target / "dataset.json", _about(data, len(cases) - len(tested)))
     with written_whole(target / "splits_final.json") as partial:
@@ -163,13 +185,14 @@ def export_predictions(
 ) -> list[Path]:
     "Write a run's label maps as `<case>.nii.gz` in the study's values; nothing is replaced"
     scans = Path(root, Path(data.folder).expanduser())
-    cases, written = {case.name: case for case in find_cases(scans, data.layout, data.patient)}, []
+    listed = find_cases(scans, data.layout, data.patient, data.channels)
+    cases, written = {case.name: case for case in listed}, []
     with h5py.File(predictions) as file:
         for name in file:
             _check_nifti(scans, [cases[name]])
             target = Path(output, f"{name}.nii.gz")
             if os.path.lexists(target):
                 raise StudyError(f"{target}: exists already; remove it first")
-            write_label_map(target, file[name][()], read_oriented(cases[name].image)[2])
+            write_label_map(target, file[name][()], _first_channel(cases[name])[2])
             written.append(target)
     return written

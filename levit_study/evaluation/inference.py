@@ -8,6 +8,7 @@ __all__ = ['PredictionSettings', 'prediction_settings', 'pick_device', 'Network'
 
 # %% ../../nbs/41_evaluation.inference.ipynb #1da651d2
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from ..params import Measurement
 from ..data.context import as_channels, check_stack, neighbours
 from ..data.slices import from_square, to_square
 from ..model.inference import for_inference, load_weights
+from ..model.precision import reproducible
 
 # %% ../../nbs/41_evaluation.inference.ipynb #d0540c82
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def load_network(
 ) -> Network:
     "The trained network of a weight file, ready to predict; `StudyError` if the file is no such"
     device = pick_device(device)
+    if device.type == "cuda": reproducible()
     model, card = load_weights(weights)
     model = for_inference(model.to(device), precision)
     return Network(model, card, settings, str(weights))
@@ -110,6 +113,15 @@ def _mean_logits(model, slices, flips):
     views = [(), (-1,), (-2,), (-2, -1)] if flips else [()]
     logits = sum(torch.flip(model(torch.flip(slices, v)).float(), v) for v in views)
     return logits / len(views)
+
+# %% ../../nbs/41_evaluation.inference.ipynb #5a1c9e07
+@contextmanager
+def _memory_named(network: Network):
+    "A block in which a GPU's lack of memory is a `StudyError` that says what to do"
+    try: yield
+    except torch.OutOfMemoryError:
+        lack = "the GPU's memory is too small for its slices beside what else it holds"
+        raise StudyError(f"{network.weights}: {lack}; use the device cpu") from None
 
 # %% ../../nbs/41_evaluation.inference.ipynb #3dc41b8f
 @torch.inference_mode()
@@ -132,10 +144,11 @@ def class_probabilities(
         below, above = seen.min(), seen.max() + 1
         batch = torch.as_tensor(image[below:above], dtype=torch.float32)
         probabilities = 0
-        for part in parts:
-            slices = as_channels(to_square(batch, size, part), seen - below).to(device)
-            logits = _mean_logits(network.model, slices, settings.flips)
-            probabilities = probabilities + from_square(logits, tuple(batch.shape[-2:]), part)
+        with _memory_named(network):
+            for part in parts:
+                slices = as_channels(to_square(batch, size, part), seen - below).to(device)
+                logits = _mean_logits(network.model, slices, settings.flips)
+                probabilities = probabilities + from_square(logits, tuple(batch.shape[-2:]), part)
         yield first, probabilities / len(parts)
 
 # %% ../../nbs/41_evaluation.inference.ipynb #2dfd729a

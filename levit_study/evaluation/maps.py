@@ -11,7 +11,6 @@ import re
 import numpy as np
 import torch
 from ..data.nifti import write_label_map
-from .calibration import calibrated
 from .targets import Outputs, ScanFiles
 
 # %% ../../nbs/42b_evaluation.maps.ipynb #371a428c
@@ -41,6 +40,7 @@ class Maps:
 
     def add(self, first: int, probabilities):
         "Take in a batch of slices from `first` on: (B,classes,rows,columns)"
+        from levit_study.evaluation.calibration import calibrated  # with SciPy and pandas
         p = calibrated(probabilities, self.temperature or 1.0)
         for name, value in self.names.items():
             share = uncertainty(p) if value is None else p[:, value]

@@ -18,6 +18,7 @@ from .results import Results, collect, training_grid
 from .statistics import paired_tests
 from .survival import published_tables, survival
 from .tables import convergence, headline, organ_table, table1
+from .transfer import transfer_table
 from .networks import network_claims
 from .verdicts import claims_ledger
 from ..files import StudyError
@@ -42,7 +43,8 @@ def study_tables(
     networks = network_claims(params, epochs, cases)
     if len(networks): ledger = pd.concat([ledger, networks[list(ledger)]], ignore_index=True)
     shares = training_shares(manifests, datasets)
-    rarity = imbalance_table(cases, shares, *sure)  # of a study of imbalance alone
+    special = {"imbalance": imbalance_table(cases, shares, *sure),  # of such studies alone
+               "transfer": transfer_table(params, cases, manifests)}
     return {
         "table1": table1(epochs, results.runs, paper, grids),
         "organs": organ_table(cases, *sure),
@@ -53,7 +55,7 @@ def study_tables(
         "survival": survival(published_tables(paper, literature)),
         "convergence": convergence(epochs),
         "epochs": epochs.drop(columns=["seconds", "images_per_second"], errors="ignore"),
-    } | ({"imbalance": rarity} if len(rarity) else {})
+    } | {name: table for name, table in special.items() if len(table)}
 
 # %% ../../nbs/56_evidence.published.ipynb #fea7bb4c
 def as_csv(table: pd.DataFrame) -> str:

@@ -28,7 +28,8 @@ def _form_of(tensors, source):
     if form is None:
         first = next(iter(tensors), "none")
         raise StudyError(
-            f"{source}: neither a LeViT checkpoint nor LeViT-UNet weights (first tensor: {first})"
+            f"{source}: neither a LeViT checkpoint nor LeViT-UNet weights: "
+            f"none of its {len(tensors)} tensors has a counterpart (the first is {first})"
         )
     return form
 

@@ -16,12 +16,14 @@ from ..params import Run
 from ..data.augment import augment
 from ..data.dataset import PreparedStore, epoch_order, oversampled
 from ..model.grids import forget_biases
+from ..model.precision import widest
 from .state import Trainer, learning_rate_at, make_fabric, make_trainer
-from .state import resume, save_state, unwrapped
+from .state import unwrapped
+from .checkpoint import resume, save_state
 from .course import best_epoch, summary
 from .scores import dice_from_counts, mean_scores, overlap_counts, validate
 from .record import Stopped, Watch, check_space, keep_epoch, keep_run, made_by
-from .record import memory_hint, stop_for_loss, watched
+from .record import memory_named, stop_for_loss, stop_for_gradient, watched
 
 # %% ../../nbs/31_training.fit.ipynb #4756eac9
 def fit(
@@ -45,18 +47,19 @@ def fit(
     check_space(models, t.model)
     start = getattr(unwrapped(t.model), "load_report", None)
     if start: say(f"{t.name}: starts from {start}")
+    if t.encoder: say(f"{t.name}: {t.encoder}")
     if not t.batch_size: t.batch_size = _common_batch(t, store.num_classes)
     resume(t, models, say)
     with watched(t, len(train), say, progress) as watch:
         while not t.complete:
             started = time.perf_counter()
-            try: whole = train_epoch(t, train, watch, models)
-            except torch.OutOfMemoryError: raise StudyError(memory_hint(t)) from None
+            with memory_named(t): whole = train_epoch(t, train, watch, models)
             t.spent += time.perf_counter() - started
             if not whole:
                 save_state(t, models / "checkpoints")
                 raise Stopped(t)
-            t.history.append(close_epoch(t, train, valid, store.structures))
+            with memory_named(t, "valid_batch_size"):
+                t.history.append(close_epoch(t, train, valid, store.structures))
             best = best_epoch(t.history) is t.history[-1]
             if fabric.is_global_zero: keep_epoch(t, store.structures, reports, models, best)
             t.epoch, t.step, t.spent = t.epoch + 1, 0, 0.0
@@ -98,15 +101,15 @@ def _batches_of(order: torch.Tensor, batch_size: int, run: Run) -> tuple: # of i
 def _start_sums(t: Trainer, num_classes: int):
     "Set the epoch's sums to zero"
     device = t.fabric.device
-    t.sums = torch.zeros(2, dtype=torch.float64, device=device)
+    t.sums = torch.zeros(2, dtype=widest(device), device=device)
     t.counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
 
 # %% ../../nbs/31_training.fit.ipynb #8d4f9d31
 @torch.no_grad()
 def _add_to_sums(t: Trainer, logits, labels, loss):
     "Add a batch's loss and counts of voxels"
-    size = torch.full_like(loss, len(labels), dtype=torch.float64)
-    t.sums += torch.stack([loss.detach().double() * len(labels), size])
+    loss = loss.detach().to(t.sums.dtype)
+    t.sums += torch.stack([loss * len(labels), torch.full_like(loss, len(labels))])
     t.counts += torch.stack(overlap_counts(logits.argmax(1), labels, t.counts.shape[1]))
 
 # %% ../../nbs/31_training.fit.ipynb #ae4fa6c5
@@ -119,6 +122,7 @@ def train_epoch(
     "Train until the end of the epoch, from the step where it was left"
     fabric, training, seed = t.fabric, t.run.training, t.run.seed
     t.model.train()
+    if t.encoder: t.encoder.hold(t.epoch, fabric.world_size)
     if t.step == 0: _start_sums(t, slices.store.num_classes)
     world = fabric.global_rank, fabric.world_size
     order = epoch_order(len(slices), seed, t.epoch, *world)
@@ -143,14 +147,21 @@ def train_epoch(
                     stop_for_loss(t, batch, logits, loss, cases, folder)
                 fabric.backward(loss / len(step_batches))
             _add_to_sums(t, logits, labels, loss)
-        if training.clip_norm:
-            fabric.clip_gradients(t.model, t.optimiser, max_norm=training.clip_norm)
+        if t.encoder: t.encoder.drop_gradients()
+        if training.clip_norm: _clip(t)
         t.optimiser.step()
         t.optimiser.zero_grad(set_to_none=True)
         if t.average is not None: t.average.update_parameters(unwrapped(t.model))
         t.step = step + 1
         if watch.step_done(sum(map(len, step_batches))): return False
     return True
+
+# %% ../../nbs/31_training.fit.ipynb #3c68e728
+def _clip(t: Trainer):
+    "Scale the gradients to a norm of at most `clip_norm`; `StudyError` if it is not finite"
+    limits = {"max_norm": t.run.training.clip_norm, "error_if_nonfinite": False}
+    norm = t.fabric.clip_gradients(t.model, t.optimiser, **limits)
+    if not torch.isfinite(norm): stop_for_gradient(t, norm)
 
 # %% ../../nbs/31_training.fit.ipynb #af4742b0
 def share_buffers(fabric: Fabric, model):
@@ -174,7 +185,8 @@ def _settle_norms(
     forget_biases(network)  # what it spread out at the last validation is out of date
     network.eval()
     norm_type = torch.nn.modules.batchnorm._BatchNorm
-    norms = [module for module in network.modules() if isinstance(module, norm_type)]
+    still = t.encoder.modules_in(network) if t.encoder else ()
+    norms = [m for m in network.modules() if isinstance(m, norm_type) and m not in still]
     if not norms: return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -211,8 +223,9 @@ def close_epoch(
     seen_scores = mean_scores(seen_counts, structures, "train_case")
     train_dice = torch.as_tensor(dice_from_counts(*counts.cpu().double()))
     valid_dice = torch.as_tensor(dice_from_counts(*valid_counts.cpu().double())).nanmean(0)
-    t.criterion.update_from_training(train_dice.to(fabric.device))
-    t.criterion.update_from_validation(valid_dice.to(fabric.device))
+    form = fabric.device, widest(fabric.device)
+    t.plain_criterion.update_from_training(train_dice.to(*form))
+    t.plain_criterion.update_from_validation(valid_dice.to(*form))
     return {
         "epoch": t.epoch,
         "train_loss": (sums[0] / sums[1]).item(),
@@ -226,22 +239,36 @@ def close_epoch(
     }
 
 # %% ../../nbs/31_training.fit.ipynb #c82a2152
+def _try_batch(t: Trainer, num_classes: int, batch_size: int):
+    "Make a training step of so many slices but for the optimiser's part, and undo what it changes"
+    device, size = t.fabric.device, t.run.data.size
+    network = unwrapped(t.model).train()  # without DDP: processes try different sizes
+    room = [torch.empty_like(p) for p in network.parameters() for _ in range(2)]  # Adam's moments
+    before = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    images = torch.zeros(batch_size, t.run.data.in_channels, size, size, device=device)
+    labels = torch.zeros(batch_size, size, size, dtype=torch.int64, device=device)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with t.fabric.autocast(): logits = network(images)
+            t.plain_criterion(logits.float(), labels).backward()
+    finally:
+        del room
+        for buffer, value in before: buffer.copy_(value)
+        network.zero_grad(set_to_none=True)
+        t.plain_criterion.zero_grad(set_to_none=True)  # a loss may learn weights
+
+def _fits(*batch) -> bool:
+    "Whether the GPU has the memory for a batch, see `_try_batch`"
+    try: _try_batch(*batch)
+    except torch.OutOfMemoryError: return False
+    finally: torch.cuda.empty_cache()
+    return True
+
 def _largest_batch(t: Trainer, num_classes: int, limit: int = 256) -> int:
     "Return how many slices a step can safely hold, a power of two; 8 on a CPU"
-    device, size, fits = t.fabric.device, t.run.data.size, 1
-    if device.type != "cuda": return 8  # its memory is not the limit
-    while fits < limit:
-        try:
-            images = torch.zeros(2 * fits, t.run.data.in_channels, size, size, device=device)
-            labels = torch.zeros(2 * fits, size, size, dtype=torch.int64, device=device)
-            t.criterion(t.model(images), labels).backward()
-        except torch.OutOfMemoryError:
-            break
-        finally:
-            t.model.zero_grad(set_to_none=True)
-            t.criterion.zero_grad(set_to_none=True)  # a loss may learn weights
-            torch.cuda.empty_cache()
-        fits *= 2
+    if t.fabric.device.type != "cuda": return 8  # its memory is not the limit
+    fits = 1
+    while fits < limit and _fits(t, num_classes, 2 * fits): fits *= 2
     return max(fits // 2, 1)
 
 # %% ../../nbs/31_training.fit.ipynb #d4abb1b3

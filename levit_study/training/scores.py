@@ -9,6 +9,7 @@ __all__ = ['overlap_counts', 'dice_from_counts', 'jaccard_from_counts', 'mean_sc
 import numpy as np
 import torch
 from ..files import StudyError
+from ..model.precision import widest
 
 # %% ../../nbs/30a_training.scores.ipynb #84466173
 def _integers(labels, num_classes):
@@ -112,16 +113,16 @@ def validate(
 ) -> tuple[float, torch.Tensor]: # mean loss over slices; counts (3, cases, classes)
     "Segment all validation slices and count voxels per case"
     model.eval()
-    device = fabric.device
+    device, work = fabric.device, widest(fabric.device)
     case, num_cases = _case_numbers(slices)
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    total = torch.zeros(2, dtype=work, device=device)
     counts = torch.zeros(3, num_cases, num_classes, dtype=torch.int64, device=device)
     batches = torch.arange(len(slices)).split(batch_size)
     for index in batches[fabric.global_rank::fabric.world_size]:
         images, labels = slices.batch(index, device)
         logits = model(images)
-        size = torch.tensor(float(len(index)), dtype=torch.float64, device=device)
-        total += torch.stack([criterion(logits, labels).double() * len(index), size])
+        loss = criterion(logits, labels).to(work)
+        total += torch.stack([loss * len(index), torch.full_like(loss, len(index))])
         cases = case[index].to(device)
         counts += _counts_by_case(logits.argmax(1), labels, cases, num_cases, num_classes)
     total = fabric.all_reduce(total, reduce_op="sum")
