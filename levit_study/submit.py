@@ -99,9 +99,15 @@ def _stoppable(jobs: list[Job]):
     if asked: raise KeyboardInterrupt
 
 # %% ../nbs/70d_submit.ipynb #dcd8625f
-def _prepare():
+def _first_stages(params: Params) -> list[str]:
+    "Return the stages that all trainings depend on"
+    return ["code", *(f"prepare@{dataset}" for dataset in params.study.datasets)]
+
+def _prepare(params: Params):
     "Make what all trainings depend on; `StudyError` if that fails"
-    if call_dvc("--wait-for-lock", "repro", "prepare").returncode:
+    first = _first_stages(params)
+    if not changed_stages(first): return  # nor would DVC, while trainings read it
+    if call_dvc("--wait-for-lock", "repro", *first).returncode:
         raise StudyError("the data could not be prepared; what is above says why")
 
 def _changed(params: Params, queued) -> set[str]:
@@ -131,7 +137,7 @@ def submit(
     if request: check_slurm(request)
     else: variables = worker_variables(workers, _cores(), visible_gpus(params.compute.device))
     if request: check_shared(request)
-    if not dry_run: _prepare()
+    if not dry_run: _prepare(params)
     queued = queued_cells(all_cells(params)) if request else {}
     for cell, number in queued.items(): say(f"{cell}: in the queue already, as job {number}")
     changed = _changed(params, queued)
