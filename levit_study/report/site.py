@@ -25,9 +25,10 @@ from .studies import front_html, published_studies, studies_pages
 from .summary import summary_html
 
 # %% ../../nbs/64_report.site.ipynb #e79c273e
-_CARDS = [ # first page of its kind, title, text
+_CARDS = [ # first page of its kind, or a heading of it; title, text
     ("studies/index", "Real studies", "What was run on patients' scans, with all its records"),
     ("report", "The report", "All tables, figures and tests, with the paper's beside them"),
+    ("report#Cases to look at", "The cases", "Slice by slice: reference, each loss, errors"),
     ("data/", "The data", "What was read, how it was split, how large each structure is"),
     ("runs/index", "All runs", "Each training with its course and its scores"),
     ("cards/checklists", "For reviewers", "CLAIM and MICCAI checklists, model cards, datasheets"),
@@ -39,7 +40,7 @@ _LANDING = """# {{ title|safe }}
 {{ summary|safe }}
 <nav class="cards" aria-label="Read on">
 {% for path, name, text in cards %}
-<a href="{{ path }}.html"><b>{{ name }}</b><span>{{ text }}</span></a>
+<a href="{{ path }}"><b>{{ name }}</b><span>{{ text }}</span></a>
 {% endfor %}
 </nav>
 ```
@@ -57,12 +58,19 @@ def front_page(params: Params, root, summary, place="") -> str: # HTML; place: "
     return "\n".join([real, here] if synthetic else [here, real])
 
 # %% ../../nbs/64_report.site.ipynb #a011444f
+def _address(pages, place): # e.g. report.html#a-heading, empty where there is none
+    "Return where the first page of a kind is, or a heading of it"
+    start, _, heading = place.partition("#")
+    page = next((page for page in pages if page.path.startswith(start)), None)
+    if not page: return ""
+    if not heading: return f"{page.path}.html"
+    shown = isinstance(page.content, list) and any(heading in cell.source for cell in page.content)
+    return f"{page.path}.html#{heading.lower().replace(' ', '-')}" if shown else ""
+
 def _landing(title, summary, pages) -> Page:
     "The page that answers on one screen, with a link to the first page of each kind that there is"
-    paths, cards = [page.path for page in pages], []
-    for start, name, text in _CARDS:
-        if path := next((path for path in paths if path.startswith(start)), None):
-            cards.append((path, name, text))
+    cards = [(_address(pages, place), *words) for place, *words in _CARDS]
+    cards = [card for card in cards if card[0]]
     text = _JINJA.from_string(_LANDING).render(summary=summary, cards=cards, title=escaped(title))
     return Page("index", "Overview", text)
 
