@@ -2,6 +2,7 @@
 import math
 import os
 import re
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -46,8 +47,9 @@ def execute(name):
     for cell in nbformat.read(ROOT / "nbs" / name, 4).cells:
         if skipped(cell): continue
         text, drew = words(cell)
-        now, draws = words({"outputs": shell.run(cell.source)})
-        if shell.exc: return f"{name}: {shell.prettytb()}"
+        quiet = "\nNone" if cell.source.rstrip().endswith(";") else ""   # the shell would keep what the cell prints to itself
+        now, draws = words({"outputs": shell.run(cell.source + quiet)})
+        if shell.exc: return f"{name}: {''.join(traceback.format_exception(shell.exc))}\nin\n{cell.source}"
         if drew != draws: return f"{name}: shows {'a picture' if drew else 'no picture'}, gives {'one' if draws else 'none'}:\n{cell.source}"
         if not alike(text, now): return f"{name}: shows\n{text}\nbut gives\n{now}\nin\n{cell.source}"
     return ""
