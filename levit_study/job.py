@@ -26,6 +26,14 @@ def study_digest(root=".") -> str:
     return f"{hash_file(root / 'params.yaml')[:16]}-{digest_of_code(*code)}"
 
 # %% ../nbs/70b_job.ipynb #f3674c3c
+def _prepared():
+    "Return what a child does first: end with its parent, and hear SIGINT where nohup hid it"
+    follow = end_with_parent(signal.SIGKILL)
+    def prepare():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        follow()
+    return prepare
+
 _SHIELD = ["/bin/sh", "-c", 'trap "" TERM USR1 USR2; exec "$@"', "sh"]  # exec keeps what is ignored
 
 @dataclass
@@ -57,7 +65,7 @@ class Job:
         "Start DVC in a session of its own and wait for it; return its status"
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         settings = dict(cwd=self.folder, start_new_session=True, stdin=subprocess.DEVNULL,
-                        preexec_fn=end_with_parent(signal.SIGKILL))
+                        preexec_fn=_prepared())
         settings["env"] = {**os.environ, "PATH": programs, **self.variables}
         if self.log is None: return self._wait(settings)
         Path(self.log).parent.mkdir(parents=True, exist_ok=True)
