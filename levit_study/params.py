@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_SPLIT', 'Section', 'fold_number', 'Study', 'Split', 'Phantom', 'Data', 'Model', 'Training', 'Measurement',
-           'Evaluation', 'DataSet', 'Compute', 'pick_evaluation', 'Params', 'as_line', 'load_params', 'Run', 'pick_run']
+           'Evaluation', 'DataSet', 'Compute', 'pick_evaluation', 'Run', 'pick_run', 'Params', 'as_line', 'load_params']
 
 # %% ../nbs/01_params.ipynb #7ed2c0a3
 import re
@@ -249,6 +249,38 @@ def pick_evaluation(params: "Params", dataset: str) -> Measurement:
     special = params.datasets[dataset].evaluation.model_dump(exclude_unset=True)
     return Measurement.model_validate(common | special)
 
+# %% ../nbs/01_params.ipynb #1612fb00
+class Run(Section):
+    "All that one training depends on"
+    dataset: str
+    loss: str
+    seed: int
+    fold: int | None = None  # None: the one split of a study without folds
+    data: Data
+    model: Model
+    training: Training
+    loss_settings: dict[str, Any]
+
+    def record(self) -> dict:
+        "Return the run's parameters as plain values, ready for JSON"
+        return self.model_dump(mode="json", exclude={"data": {"shown_channel"}})
+
+    @property
+    def encoders(self) -> int: return self.data.modalities if self.model.fusion == "late" else 1
+
+def pick_run(params: "Params", dataset: str, loss: str, seed: int, fold=None) -> Run:
+    "Return the run of `loss` on `dataset` with `seed`; `StudyError` for an unknown name"
+    for section, name in (("datasets", dataset), ("losses", loss)):
+        if name not in (known := getattr(params, section)):
+            raise StudyError(f"params.yaml: {section} has no '{name}' (it has {', '.join(known)})")
+    about, settings = params.datasets[dataset], dict(params.losses[loss])
+    training = about.training.model_dump() | settings.pop("training", {})
+    return Run(
+        dataset=dataset, loss=loss, seed=seed, fold=fold_number(fold),
+        data=about.data, model=about.model,
+        training=Training.model_validate(training), loss_settings=settings,
+    )
+
 # %% ../nbs/01_params.ipynb #11662628
 def _check_names(section: str, known, used):
     "Raise `ValueError` unless the names can stand in a path and those that are used are defined"
@@ -366,35 +398,3 @@ def load_params(
         raise StudyError(f"{path}: holds no sections; study, datasets and losses are needed")
     try: return Params.model_validate(content)
     except ValidationError as error: raise StudyError(as_line(error, name)) from None
-
-# %% ../nbs/01_params.ipynb #1612fb00
-class Run(Section):
-    "All that one training depends on"
-    dataset: str
-    loss: str
-    seed: int
-    fold: int | None = None  # None: the one split of a study without folds
-    data: Data
-    model: Model
-    training: Training
-    loss_settings: dict[str, Any]
-
-    def record(self) -> dict:
-        "Return the run's parameters as plain values, ready for JSON"
-        return self.model_dump(mode="json", exclude={"data": {"shown_channel"}})
-
-    @property
-    def encoders(self) -> int: return self.data.modalities if self.model.fusion == "late" else 1
-
-def pick_run(params: Params, dataset: str, loss: str, seed: int, fold=None) -> Run:
-    "Return the run of `loss` on `dataset` with `seed`; `StudyError` for an unknown name"
-    for section, name in (("datasets", dataset), ("losses", loss)):
-        if name not in (known := getattr(params, section)):
-            raise StudyError(f"params.yaml: {section} has no '{name}' (it has {', '.join(known)})")
-    about, settings = params.datasets[dataset], dict(params.losses[loss])
-    training = about.training.model_dump() | settings.pop("training", {})
-    return Run(
-        dataset=dataset, loss=loss, seed=seed, fold=fold_number(fold),
-        data=about.data, model=about.model,
-        training=Training.model_validate(training), loss_settings=settings,
-    )

@@ -2,6 +2,7 @@
 import math
 import os
 import re
+import signal
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -43,6 +44,7 @@ def execute(name):
     "Run one notebook in this process; return what is wrong, empty if nothing is"
     from execnb.shell import CaptureShell
     os.chdir(ROOT / "nbs")
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # as in a kernel, also where these tests run under nohup
     shell = CaptureShell(mpl_format="png")
     for cell in nbformat.read(ROOT / "nbs" / name, 4).cells:
         if skipped(cell): continue
