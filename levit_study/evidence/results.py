@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'NATIVE', 'COLUMNS', 'best_and_last', 'judging_splits', 'judging_cases', 'training_grid', 'check_record',
            'read_table', 'read_record', 'Results', 'with_elsewhere', 'runs_of', 'collect', 'special_trainings',
-           'list_runs', 'typical_cases', 'telling_slice', 'kept_predictions', 'examples']
+           'list_runs', 'typical_cases', 'telling_slice', 'kept_predictions', 'segmented_cases', 'examples']
 
 # %% ../../nbs/50_evidence.results.ipynb #3289dd5d
 import json
@@ -282,6 +282,11 @@ def kept_predictions(cases: pd.DataFrame, in_folds: bool, root) -> dict[str, Pat
             raise StudyError(f"{path}: missing; run dvc repro evaluate, or dvc pull")
     return kept
 
+def segmented_cases(results: Results, dataset: str, split: str) -> pd.DataFrame:
+    "Return the rows of a split's cases whose label maps are here; those of other methods are not"
+    cases = results.cases[(results.cases.dataset == dataset) & (results.cases.split == split)]
+    return cases[cases.loss.isin(results.runs.loss)]
+
 def examples(
     results: Results,
     dataset: str,
@@ -294,8 +299,7 @@ def examples(
     from levit_study.data.dataset import PreparedStore
     from levit_study.data.native import stored_volume
     store = PreparedStore(Path(root, "data", "prepared", f"{dataset}.h5"))
-    cases = results.cases[(results.cases.dataset == dataset) & (results.cases.split == split)]
-    cases = cases[cases.loss.isin(results.runs.loss)]  # elsewhere's label maps are not here
+    cases = segmented_cases(results, dataset, split)
     slices = []
     for role, case in typical_cases(cases).items():
         kept = kept_predictions(cases[cases.case == case], results.in_folds, root)

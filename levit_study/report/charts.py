@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 import pandas as pd
 from ..evidence.statistics import ALL
-from .behaviour import size_column
+from .behaviour import mean_sizes, size_column
 from .clinical import limits_of
 from .differences import against
 from .look import About, checked
@@ -72,11 +72,7 @@ def size_charts(
     about=About(), # names, and the split whose cases are drawn
 ) -> list[dict]: # a chart for each data set
     "Dice against size as a chart: a point is a structure of a case, a line the trend of a loss"
-    keys = ["dataset", "loss", "case", "structure"]
-    cases = checked(cases, "size_charts", [*keys, "dice", "voxels"], about)
-    columns = [c for c in ("dice", "voxels", "volume_ml") if c in cases]
-    means = cases.groupby(keys, sort=False)[columns].mean().reset_index()
-    means = means[(means["voxels"] > 0) & means["dice"].notna()]
+    means = mean_sizes(cases, "size_charts", about)
     size, label = size_column(means)
     unit = "ml" if size == "volume_ml" else "voxels"
     return [_size_chart(dataset, _size_points(rows, size, unit), label, about)

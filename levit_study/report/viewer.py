@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from ..data.dataset import PreparedStore
 from ..data.native import stored_volume
-from ..evidence.results import Results, kept_predictions, telling_slice
+from ..evidence.results import Results, kept_predictions, segmented_cases
+from ..evidence.results import telling_slice
 from ..files import StudyError
 from .look import About, structure_colors
 from .segmentations import ERRORS
@@ -122,8 +123,7 @@ def viewer_cases(
 ) -> tuple[list[dict], int, dict]: # cases with the worst first, how many there are, structures
     "Read the cases of a page: all, or the worst and a spread; `StudyError` if a file is missing"
     store = PreparedStore(Path(root, "data", "prepared", f"{dataset}.h5"))
-    cases = results.cases[(results.cases.dataset == dataset) & (results.cases.split == split)]
-    cases = cases[cases.loss.isin(results.runs.loss)]  # elsewhere's label maps are not here
+    cases = segmented_cases(results, dataset, split)
     order = list(cases.groupby("case").dice.mean().sort_values(kind="stable").index)
     records, used = {}, 0
     for case in _by_turns(order):
