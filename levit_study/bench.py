@@ -251,6 +251,7 @@ def _gradient(
     "Return the gradient of the loss by the logits"
     return torch.autograd.grad(criterion(logits, target), logits)
 
+# %% ../nbs/71_bench.ipynb #c8ad200f
 def _compare_loss(ours, counterpart, shape, repeats, device):
     "Return the row of one loss and one shape, see `bench_losses`"
     logits = torch.randn(shape, device=device, requires_grad=True)

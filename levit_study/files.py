@@ -47,6 +47,7 @@ def _plain(value):
     if isinstance(value, list | tuple): return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
+# %% ../nbs/00_files.ipynb #b1956a5f
 def write_json(path, content: dict):
     "Write `content` as JSON, whole or not at all; numbers that are not finite become null"
     with written_whole(path) as partial:
@@ -120,6 +121,7 @@ def _speaks(node: ast.AST) -> bool:
     if not isinstance(node, ast.Call): return False
     return getattr(node.func, "attr", getattr(node.func, "id", None)) in _SPEAKING
 
+
 def _only_spoken(function: ast.AST) -> set:
     "Return a function's messages, and the assignments of names that only these read"
     nodes = list(ast.walk(function))
@@ -137,6 +139,7 @@ def _only_spoken(function: ast.AST) -> set:
                 if not names & {None, *read}: found.add(node)
     return spoken
 
+# %% ../nbs/00_files.ipynb #743701b2
 def _without_words(tree: ast.AST):
     "Empty the docstrings and messages of a syntax tree"
     for node in ast.walk(tree):
@@ -148,6 +151,7 @@ def _without_words(tree: ast.AST):
         for part in ast.walk(message):
             if isinstance(part, ast.Constant) and isinstance(part.value, str): part.value = ""
 
+# %% ../nbs/00_files.ipynb #bacfba10
 def bare_code(text: str) -> str:
     "Return Python without what it only says: no comments, docstrings, messages or layout"
     tree = ast.parse(text)
@@ -166,6 +170,7 @@ def run_tail(dataset: str, loss: str, seed: int, fold: int | None = None) -> Pat
     tail = Path(dataset, loss, f"seed{seed}")
     return tail if fold is None else tail / f"fold{fold}"
 
+# %% ../nbs/00_files.ipynb #e7856173
 def run_folders(
     dataset: str,
     loss: str,
@@ -185,6 +190,7 @@ def project_folder(start=".") -> Path:
         if (folder / "params.yaml").is_file(): return folder
     raise StudyError(f"{start}: in no study's folder: there is no params.yaml at or above it")
 
+# %% ../nbs/00_files.ipynb #681c2f53
 def enter_project():
     "Change to the project's folder, so that its relative paths hold"
     os.chdir(project_folder())

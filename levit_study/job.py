@@ -34,6 +34,7 @@ def _prepared():
         follow()
     return prepare
 
+# %% ../nbs/70b_job.ipynb #d1e1d860
 _SHIELD = ["/bin/sh", "-c", 'trap "" TERM USR1 USR2; exec "$@"', "sh"]  # exec keeps what is ignored
 
 @dataclass

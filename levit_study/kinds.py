@@ -40,10 +40,12 @@ class Settings(BaseModel):
     "Settings of a loss of this study; one that is not listed is refused"
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
 
+
 class AnyLoss(Settings):
     "What every loss may be given"
     ignore_index: int|None = None # label of pixels to leave out, such as 255; None: all count
 
+# %% ../nbs/00a_kinds.ipynb #2564eaf7
 class Region(AnyLoss):
     "What losses that compare whole regions may be given"
     include_background: bool = True # count class 0 as a class
@@ -59,9 +61,11 @@ class _WithDice(AnyLoss):
     include_background: bool = True # count class 0 as a class
     per_image: bool = False # a Dice per image, averaged; else one for the batch
 
+# %% ../nbs/00a_kinds.ipynb #6b5e9d52
 class SumOfLosses(AnyLoss):
     "What a weighted sum may be given"
     terms: list[dict] # each with kind, weight (1 if absent) and the settings of that kind
+
 
 class ClassWeighted(AnyLoss):
     "What a loss that weighs the classes of another may be given"

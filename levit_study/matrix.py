@@ -55,12 +55,14 @@ def call_dvc(*arguments, root=".", **settings) -> subprocess.CompletedProcess:
     settings = dict(cwd=root, env={**os.environ, "PATH": programs}) | settings
     return subprocess.run([sys.executable, "-m", "dvc", *arguments], **settings)
 
+# %% ../nbs/70a_matrix.ipynb #71791bb6
 def changed_stages(stages=(), root=".") -> set[str]:
     "Return which of some stages (or of all) DVC would run again; `StudyError` with its reason"
     done = call_dvc("status", "--json", *stages, root=root, capture_output=True, text=True)
     if done.returncode == 0: return set(json.loads(done.stdout))
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["failed"]
     raise StudyError(f"dvc status: {errors[0].removeprefix('ERROR: ')}; run it to see more")
+
 
 def missing_cells(params: Params, changed: set[str]) -> list[Cell]:
     "Return the trainings of which a stage has changed"
@@ -89,6 +91,7 @@ class Cost(NamedTuple):
     @property
     def seconds(self): return self.epoch * self.epochs
 
+# %% ../nbs/70a_matrix.ipynb #f5eab296
 def expected_cost(params: Params, cell: Cell, records: list[dict]) -> Cost:
     "Return the median cost of an epoch of the recorded trainings that are most like a cell's"
     run = pick_run(params, *cell[:3], cell.fold)

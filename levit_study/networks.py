@@ -49,6 +49,7 @@ def check_settings(
                          "of a class or function, as my_networks.Attention")
     if network == UNET: unet_settings(settings)
 
+# %% ../nbs/00e_networks.ipynb #d2e5c1b5
 def unet_settings(settings: dict) -> dict:
     "Return every setting of `unet`, defaults filled in; `StudyError` names what is wrong"
     try: return UNetSettings.model_validate(settings).model_dump()

@@ -52,6 +52,7 @@ def _write_settings(params: Params, folder: Path):
             record["loss_settings"] = check_loss(record["loss_settings"], f"losses.{loss}")
             write_json(folder / dataset / f"{loss}.json", record)
 
+# %% ../nbs/70_pipeline.ipynb #fcde7fff
 def write_code(
     output,     # folder to write into
     root=".",   # the project's folder

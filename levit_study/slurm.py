@@ -105,6 +105,7 @@ def disk_of(path, mounts="/proc/self/mounts") -> str:
         if place.is_relative_to(point): best = max(best, (len(point.parts), disk))
     return best[1]
 
+# %% ../nbs/70c_slurm.ipynb #d814bdf9
 def check_shared(request: Request, folder=".", mounts="/proc/self/mounts"):
     "Raise `StudyError` where the study cannot be written, or lies on a disk of this machine alone"
     used = [path for path in (Path(folder, name) for name in _USED) if path.exists()]
@@ -157,6 +158,7 @@ def queued_cells(cells: list[Cell]) -> dict[Cell, str]:
     alive = _ask("squeue", "--noheader", "--array", "--me", "--format=%i").split()
     return {cell: known[str(cell)] for cell in cells if known.get(str(cell)) in alive}
 
+# %% ../nbs/70c_slurm.ipynb #f3b6c773
 def _remember(jobs: dict[Cell, str]):
     "Note the jobs' numbers beside those of before"
     path = _JOBS / "queued.json"

@@ -55,6 +55,7 @@ def worker_variables(
     shares = [{"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} if gpus else {} for k in range(workers)]
     return [threads | share for share in shares]
 
+# %% ../nbs/70d_submit.ipynb #3287dc6f
 def visible_gpus(device: str) -> list[str]: # `compute.device`
     "Return the GPUs that trainings may use"
     if device not in ("auto", "cuda"): return []
@@ -103,6 +104,7 @@ def _first_stages(params: Params) -> list[str]:
     "Return the stages that all trainings depend on"
     return ["code", *(f"prepare@{dataset}" for dataset in params.study.datasets)]
 
+# %% ../nbs/70d_submit.ipynb #75d097b9
 def _prepare(params: Params):
     "Make what all trainings depend on; `StudyError` if that fails"
     first = _first_stages(params)
@@ -110,12 +112,14 @@ def _prepare(params: Params):
     if call_dvc("--wait-for-lock", "repro", *first).returncode:
         raise StudyError("the data could not be prepared; what is above says why")
 
+# %% ../nbs/70d_submit.ipynb #8195f989
 def _changed(params: Params, queued) -> set[str]:
     "Return what DVC would run, beyond what is queued: it does not answer for what is at work"
     if not queued: return changed_stages()
     rest = [cell for cell in all_cells(params) if cell not in queued]
     return changed_stages([name for cell in rest for name in cell.stages]) if rest else set()
 
+# %% ../nbs/70d_submit.ipynb #5c59529e
 def _costs(params: Params, cells: list[Cell]) -> dict[Cell, Cost]:
     "Return what each training costs, by this study's records, else by the published ones"
     here, published = recorded_runs("reports/runs"), recorded_runs("reports/studies")
@@ -157,6 +161,7 @@ def _cores() -> int:
     "Return the cores that this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
+# %% ../nbs/70d_submit.ipynb #3aac10d3
 def _here(cells: list[Cell], variables: list[dict], say):
     "Run trainings on this machine, then what depends on them"
     digest, root = study_digest(), os.getcwd()
@@ -167,6 +172,7 @@ def _here(cells: list[Cell], variables: list[dict], say):
     if call_dvc("--wait-for-lock", "repro").returncode:
         raise StudyError("all trainings are done; what is above says why the report is not")
 
+# %% ../nbs/70d_submit.ipynb #18613409
 def _to_slurm(cells: list[Cell], request: Request, say):
     "Queue trainings"
     jobs = queue(cells, request, study_digest()) if cells else {}

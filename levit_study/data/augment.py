@@ -68,6 +68,7 @@ def _mirroring(
     "Return what a quarter turn followed by a mirroring amounts to"
     return 2 * (quarter % 2) + (axis ^ quarter // 2)
 
+# %% ../../nbs/17_data.augment.ipynb #d81cdece
 def _mirrored(
     tensor,    # (B,...,H,W)
     mirroring, # index into `_MIRRORINGS`

@@ -18,6 +18,7 @@ def _apart(shape, affines):
     one, other = (nib.affines.apply_affine(affine, corners) for affine in affines)
     return np.abs(one - other).max()
 
+# %% ../../nbs/10a_data.channels.ipynb #babc5d41
 def check_one_grid(path, first, shapes, affines):
     "Return notes; `StudyError` unless the channel in `path` lies on the grid of that in `first`"
     if shapes[0] != shapes[1]:
@@ -40,6 +41,7 @@ def _read_channel(path, place, scans):
                          "mend data.channels, or add the channel")
     return array if place is None else array[:, place], affine, header, notes
 
+# %% ../../nbs/10a_data.channels.ipynb #56f707a0
 def read_channels(
     channels, # ((path, place), …): NIfTI files; place on the fourth axis, None where it has three
 ):

@@ -46,6 +46,7 @@ def source_files(
     paths = case.parts or (case.image, case.label, *(path for path, _ in case.channels))
     return sorted({Path(path) for path in paths if path is not None})
 
+# %% ../../nbs/18d_data.jobs.ipynb #7777717d
 def _case_key(case, hashes, data):
     "Identify a prepared case by its sources and settings: 32 hexadecimal digits"
     settings = [reading(data), data.size, data.crop]
@@ -101,6 +102,7 @@ class Prepared:
     volume: bool  # whether its volume is kept, too
     digest: str   # of its image
 
+# %% ../../nbs/18d_data.jobs.ipynb #f0fd30bb
 def rows_of(
     path, # HDF5 file
 ): # dict key -> `Prepared`
@@ -156,10 +158,12 @@ def _movable(groups, jobs, kind):
             parts[number, places[patient]].add(patient)
     return [part for part in parts.values() if len(part) > 1]
 
+# %% ../../nbs/18d_data.jobs.ipynb #acf3cff9
 def _place(job):
     "Return whom a case judges: copies in two folds were dealt to one, so folds train and test"
     return job.split if not job.folds or job.split == "test" else "train"
 
+# %% ../../nbs/18d_data.jobs.ipynb #04a5a132
 def _leave_out(group, jobs):
     "Mark the cases of a group of patients but for those in the last of train, valid and test"
     members = [job for job in jobs if job.case.patient in group and not job.problem]
@@ -193,6 +197,7 @@ def _train_fewer(jobs, split, folds):
         roles = with_fewer({job.case.name: job.folds[fold] for job in jobs}, cases, *settings)
         for job in jobs: job.folds[fold] = roles[job.case.name]
 
+# %% ../../nbs/18d_data.jobs.ipynb #1b206ff6
 def split_jobs(
     jobs,    # `Job`s of a data set
     data,    # its settings

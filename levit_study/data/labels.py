@@ -103,6 +103,7 @@ def _labelled_box(label):
     box = tuple(slice(some[0], some[-1] + 1) for some in ranges)
     return label[box], np.array([some[0] for some in ranges])
 
+# %% ../../nbs/11_data.labels.ipynb #e51d8c03
 def _centres(label, structures):
     "Return {name: mean (slice, row, column)} of the structures that a label map holds"
     centres, (part, first) = {}, _labelled_box(label)
@@ -114,6 +115,7 @@ def _centres(label, structures):
             centre = [np.average(np.arange(len(p)), weights=p) for p in profiles]
             centres[name] = first + centre
     return centres
+
 
 def _from_to(centres, start, end):
     "Return the vector between the mean centres of two groups of structures, None if one is absent"

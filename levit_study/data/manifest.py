@@ -117,6 +117,7 @@ def _case_entry(job, columns, classes):
         "files": job.files,
     }
 
+# %% ../../nbs/18e_data.manifest.ipynb #530b0402
 def _settings(data, folds):
     "Return the settings that decide what is prepared, and how it is split"
     names = ("layout", "intensity", "window", "label_map", "structures", "size", "crop",

@@ -18,6 +18,7 @@ def _number(key, path):
     match = re.fullmatch(pattern, path.name, re.IGNORECASE)
     return int(match[1]) if match else None
 
+# %% ../../nbs/12c_data.modalities.ipynb #c1b21eb4
 def channel_files(key, paths):
     "Return ((file, None), …) if the files of a case are its channels, and more than the first"
     numbers = [_number(key, path) for path in paths]
@@ -54,6 +55,7 @@ def _by_number(case):
     return {number: [path for path in paths if _number(case.name, path) == number]
             for number in numbers}
 
+# %% ../../nbs/12c_data.modalities.ipynb #d8d1690a
 def _with_channels(case, numbers, alone):
     "Return a case with the channels of {name: number}, or with the problem that one is not there"
     if case.problem: return case

@@ -42,6 +42,7 @@ def _default_workers(
     size = sum(path.stat().st_size for case in cases for path in source_files(case))
     return min(cores, len(cases)) if size > 64 * 2**20 else 1
 
+# %% ../../nbs/19_data.prepare.ipynb #f0328168
 def _start_worker():
     "Let the parent alone handle Ctrl-C, and end this process when the parent ends, however it does"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -57,6 +58,7 @@ def _outcome(case, call):
     except StudyError as error: return case, error
     return case, None
 
+# %% ../../nbs/19_data.prepare.ipynb #a87fe58c
 def _run_cases(
     arguments, # list of argument tuples of `prepare_case`
     workers,   # processes; 1: in this one
@@ -84,6 +86,7 @@ def _keeps_volume(job, data):
     "Say whether the case's own grid is needed: results are measured on it"
     return job.split not in ("train", SPARE) or bool(job.folds) or data.keep_training_volumes
 
+# %% ../../nbs/19_data.prepare.ipynb #6eb24da9
 def _prepare_missing(
     jobs,     # all `Job`s, split
     store,    # the store that shall be
@@ -156,6 +159,7 @@ class _Outputs:
     @property
     def parts(self): return Path(f"{self.store}.parts")
 
+# %% ../../nbs/19_data.prepare.ipynb #58a235fb
 def _check_room(files, folder):
     "Raise OSError where a disk has less room than files need"
     needed = sum(Path(path).stat().st_size for path in files)

@@ -56,6 +56,7 @@ def _hdf5_array(path, file, wanted, dimensions):
     shape = check_shape(path, data.shape, dimensions)
     return data[()].reshape(shape)
 
+# %% ../../nbs/12_data.volumes.ipynb #2ae0f4de
 def _read_hdf5(path, dimensions, wanted):
     "Return the `wanted` arrays of an HDF5 file, even if another program locks it"
     try:
@@ -110,6 +111,7 @@ def _read_prepared(path, dimensions, wanted):
     read = _read_npz if str(path).lower().endswith(".npz") else _read_hdf5
     return read(path, dimensions, wanted)
 
+# %% ../../nbs/12_data.volumes.ipynb #82804bc5
 def _read_slices(parts, wanted):
     "Return the `wanted` arrays of a volume from files of one slice each"
     planes = [_read_prepared(part, 2, wanted) for part in parts]
@@ -189,6 +191,7 @@ def scale_intensity(
     scaled *= np.float32(1/(high - low))
     return np.clip(scaled, 0, 1, out=scaled)
 
+# %% ../../nbs/12_data.volumes.ipynb #60de6476
 def _scale_channels(image, intensity, window, path, channels=()):
     "Scale each channel by its own extremes; `intensity` is one rule, or a list of one for each"
     rules = [intensity]*max(len(channels), 1) if isinstance(intensity, str) else intensity
@@ -202,12 +205,14 @@ def _is_nifti(path):
     "Whether a file's name is that of a NIfTI file, in letters of either case"
     return str(path).lower().endswith((".nii", ".nii.gz"))
 
+
 def _default_axes(path):
     "Return how a prepared file is stored if its organs do not tell"
     name = Path(path).name
     synapse = re.fullmatch(r"case\d{4}(_slice\d+\.npz|(\.npy)?\.(h5|npz))", name)
     return "SLP" if synapse else "SPL"
 
+# %% ../../nbs/12_data.volumes.ipynb #a998bff0
 def _turn(array, code):
     "Return an array whose axes run to `code` in the study's orientation"
     turn = ornt_transform(axcodes2ornt(tuple(code)), axcodes2ornt(study_axes[::-1]))
@@ -272,6 +277,7 @@ def _orient_prepared(case, image, label, structures, orientation):
     notes = [] if code == "SPL" else [f"stored with axes {code}, turned to SPL"]
     return _turn(image, code), None if label is None else _turn(label, code), notes
 
+# %% ../../nbs/12_data.volumes.ipynb #826532dd
 def _spacing(affine):
     "Return the lengths of an affine's columns in mm"
     return tuple(float(n) for n in np.linalg.norm(affine[:3, :3], axis=0))

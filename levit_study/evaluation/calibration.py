@@ -30,6 +30,7 @@ def _foreground_sample(probabilities, reference, most: int = 4096):
     batch, row, column = places.T
     return probabilities[batch, :, row, column].cpu().double(), reference[batch, row, column].cpu()
 
+# %% ../../nbs/41c_evaluation.calibration.ipynb #c035653b
 class CalibrationSample:
     "Voxels of each split, their probabilities and true classes; `add` is for `evaluate`'s watch"
     def __init__(self): self.batches = {}
@@ -51,6 +52,7 @@ def negative_log_likelihood(probabilities, truth, temperature: float = 1.0) -> f
     logits = probabilities.clamp_min(_SMALLEST).log() / temperature
     return float(torch.nn.functional.cross_entropy(logits, truth.long()))
 
+# %% ../../nbs/41c_evaluation.calibration.ipynb #3d6c0dfe
 def fit_temperature(sample: CalibrationSample, split: str = "valid") -> float:
     "The temperature, 0.1 to 10 in steps of 0.001, that suits a split best; 1 without foreground"
     voxels = sample.voxels(split)
@@ -71,6 +73,7 @@ def _bins(probabilities, truth, bins: int = 10) -> dict:
     most = np.maximum(count, 1)
     return {"voxels": count, "confidence": sure / most, "accuracy": right / most}
 
+# %% ../../nbs/41c_evaluation.calibration.ipynb #23ca6aa8
 def calibration_table(sample: CalibrationSample, temperature: float) -> pd.DataFrame:
     """The table of calibration.csv, of the sampled voxels: split, bin, voxels, confidence,
     accuracy, and the last three with `_after`, at the temperature"""
@@ -89,6 +92,7 @@ def _calibration_error(table: pd.DataFrame, after: str = "") -> float:
     apart = (table[f"confidence{after}"] - table[f"accuracy{after}"]).abs()
     return float(np.average(apart, weights=table[f"voxels{after}"]))
 
+# %% ../../nbs/41c_evaluation.calibration.ipynb #f19c71d7
 def calibration_scores(sample: CalibrationSample, temperature: float) -> dict:
     "`temperature`, and per split calibration error and likelihood, before and after"
     scores, table = {"temperature": temperature}, calibration_table(sample, temperature)

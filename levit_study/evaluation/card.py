@@ -56,6 +56,7 @@ def is_evaluated(weights) -> bool:
     "Whether the card beside a weight file is of these weights"
     return _read_card_file(weights)[0] is not None
 
+# %% ../../nbs/41a_evaluation.card.ipynb #4e37240f
 def _checked(values, source) -> PredictionSettings:
     "Settings from a mapping, held to what params.yaml may say; `source` is named in messages"
     try:

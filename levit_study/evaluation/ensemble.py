@@ -61,6 +61,7 @@ def _members(files, cards) -> list[dict]:
         for file, card in zip(files, cards, strict=True)
     ]
 
+# %% ../../nbs/41b_evaluation.ensemble.ipynb #6d19d00d
 def _common_card(files, cards) -> dict:
     "What the cards say alike, and the `members`"
     common = {key: value for key, value in cards[0].items()

@@ -28,6 +28,7 @@ class Member:
     weights: Path
     cases: Path  # its cases.csv
 
+# %% ../../nbs/46_evaluation.ensemble_runs.ipynb #98f6cdbd
 def find_members(params: Params, dataset: str, loss: str, root=".") -> list[Member]:
     "The evaluated trainings of a loss, all seeds and folds; `StudyError` for a stale one"
     members, trainings = [], product(params.study.seeds, params.study.fold_numbers)
@@ -55,6 +56,7 @@ def group_members(members: list[Member], over: str) -> list[list[Member]]:
     needed = {"seeds": "study.seeds", "folds": "study.folds", "all": "study.seeds or study.folds"}
     raise StudyError(f"--over {over}: there is one network to average; add to {needed[over]}")
 
+# %% ../../nbs/46_evaluation.ensemble_runs.ipynb #15ba75dc
 def group_name(group: list[Member]) -> str:
     "Which trainings these are: 'seeds 0, 1, folds 0, 1, 2'"
     seeds, folds = ({getattr(member, name) for member in group} for name in ("seed", "fold"))
@@ -87,11 +89,13 @@ def _judge(group, store, splits: dict, params: Params, dataset: str, progress: b
     tolerance = measurement.surface_tolerance
     return evaluate(store, network, None, splits, tolerance, progress)
 
+# %% ../../nbs/46_evaluation.ensemble_runs.ipynb #794ca78f
 def _joined(tables) -> pd.DataFrame:
     "One table, the ensemble's name first"
     table = pd.concat(tables, ignore_index=True)
     return table[["ensemble", *(name for name in table if name != "ensemble")]]
 
+# %% ../../nbs/46_evaluation.ensemble_runs.ipynb #91fb8ef5
 def _keep(folder: Path, cases, reliability, metrics: dict):
     "Write what was judged"
     for name, table in (("cases.csv", cases), ("reliability.csv", reliability)):

@@ -83,6 +83,7 @@ def _cases_of(store, splits) -> list[tuple]:
     return [(split, case) for split in splits
             for case in (splits[split] if named else store.split(split))]
 
+# %% ../../nbs/42_evaluation.evaluate.ipynb #b210486d
 @contextmanager
 def _label_file(path):
     "Yield an HDF5 file that is written whole or not at all; None where there is no path"
@@ -90,6 +91,7 @@ def _label_file(path):
     else:
         with written_whole(path) as unfinished, h5py.File(unfinished, "w") as file: yield file
 
+# %% ../../nbs/42_evaluation.evaluate.ipynb #46457cdd
 def _keep_labels(file, case, labels):
     "Add a case's label map to an HDF5 file, a slice a chunk"
     if file is None: return

@@ -36,6 +36,7 @@ def read_splits(dataset: str, root=".") -> list[dict]: # case, patient, split, a
         raise StudyError(f"{path}: is no table of splits; prepare the data set again: dvc repro")
     return [row for row in rows if row["split"] != "left out"]
 
+# %% ../../nbs/45_evaluation.exchange.ipynb #562491d3
 def roles_by_fold(
     rows: list[dict],      # of `read_splits`
     in_folds: bool = True, # False: the one split, whatever folds the data have
@@ -72,6 +73,7 @@ def place_file(source, target):
     except OSError:
         with written_whole(target) as partial: shutil.copyfile(source, partial)
 
+# %% ../../nbs/45_evaluation.exchange.ipynb #92849f0f
 def _place_channels(case: Case, folder: Path):
     "A case's channels as `<case>_0000.nii.gz`, `_0001` …; those of a fourth axis are written out"
     for number, (path, place) in enumerate(case.channels or [(case.image, None)]):
@@ -79,10 +81,12 @@ def _place_channels(case: Case, folder: Path):
         if place is None: place_file(path, target)
         else: write_nifti(target, nib.load(path).slicer[..., place], 1)
 
+# %% ../../nbs/45_evaluation.exchange.ipynb #931ff138
 def _first_channel(case: Case):
     "What `read_oriented` gives of a case's first channel"
     return read_channels(case.channels[:1]) if case.channels else read_oriented(case.image)
 
+# %% ../../nbs/45_evaluation.exchange.ipynb #d7aca748
 def _place_labels(case: Case, target, data: Data):
     "A case's label map in the study's values, on its image's grid"
     if data.label_map is None: return place_file(case.label, target)
@@ -138,6 +142,7 @@ def _chosen_cases(dataset: str, data: Data, names, root) -> dict: # name -> `Cas
     _check_nifti(dataset, [cases[name] for name in names])
     return {name: cases[name] for name in names}
 
+# %% ../../nbs/45_evaluation.exchange.ipynb #506da44f
 def _write_folder(target: Path, data: Data, cases: dict, roles: list[dict]):
     "Write what nnU-Net reads"
     tested = {name for name in cases if all(fold[name] == "test" for fold in roles)}
@@ -149,6 +154,7 @@ def _write_folder(target: Path, data: Data, cases: dict, roles: list[dict]):
     with written_whole(target / "splits_final.json") as partial:
         partial.write_text(json.dumps(nnunet_folds(roles), indent=1) + "\n")
 
+# %% ../../nbs/45_evaluation.exchange.ipynb #506da44f
 def export_splits(
     params: Params,
     dataset: str,

@@ -100,6 +100,7 @@ def hd95(
     "Return the 95 % Hausdorff distance: the larger of the two directed 95th percentiles"
     return float(max(np.percentile(from_prediction, 95), np.percentile(from_reference, 95)))
 
+# %% ../../nbs/40_evaluation.metrics.ipynb #821149ab
 def pooled_hd95(
     from_prediction,  # distances of the prediction's surface to the reference's
     from_reference,   # and the reverse
@@ -116,6 +117,7 @@ def average_surface_distance(
     total = from_prediction.sum() + from_reference.sum()
     return float(total / (len(from_prediction) + len(from_reference)))
 
+# %% ../../nbs/40_evaluation.metrics.ipynb #6ed3232f
 def surface_dice(
     from_prediction,  # distances of the prediction's surface to the reference's
     from_reference,   # and the reverse
@@ -138,6 +140,7 @@ def _distance_measures(distances, strict, tolerance, either):
         "nsd": surface_dice(*strict, tolerance),
     }
 
+# %% ../../nbs/40_evaluation.metrics.ipynb #bdae22a8
 def _transunet(dice, in_voxels, predicted):
     "Return Dice and HD95 (voxels) by the published convention: for comparison, not for conclusions"
     if in_voxels is not None:
@@ -150,6 +153,7 @@ def _transunet(dice, in_voxels, predicted):
 def _ratio(part, whole):
     return part / whole if whole else float("nan")
 
+# %% ../../nbs/40_evaluation.metrics.ipynb #3269e3f3
 def _overlap(both, predicted, positive, voxels):
     "Return the measures of four counts: voxels in both maps, predicted, in the reference, in all"
     return {
@@ -172,6 +176,7 @@ def _diagonal(shape, spacing=None):
     if spacing is None: return float(np.hypot(*shape[-2:]))
     return float(np.linalg.norm(np.multiply(shape, spacing)))
 
+# %% ../../nbs/40_evaluation.metrics.ipynb #26dad99b
 def _distances_of(prediction, reference, spacing):
     "Return the lists that the distances come from, those of the surface Dice, those in voxels"
     surfaces = _surface_points(prediction, reference)

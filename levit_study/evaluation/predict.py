@@ -63,6 +63,7 @@ def _settings_of(files, changes: dict) -> PredictionSettings:
     print(f"predicting with {each[0][0]} ({'; '.join(origins)})", file=sys.stderr)
     return each[0][0]
 
+# %% ../../nbs/43_evaluation.predict.ipynb #bfa49566
 def _network_for(files, changes: dict, device, precision):
     "The network of a weight file, or the ensemble of several, and the images that it is for"
     data = _card_data(read_card(files[0]), files[0])
@@ -93,6 +94,7 @@ def _volumes_ml(labels, spacing, structures: dict) -> dict:
     voxels = {name: (labels == value).sum() for name, value in structures.items()}
     return {name: float(count * millilitres) for name, count in voxels.items()}
 
+# %% ../../nbs/43_evaluation.predict.ipynb #87ec3e1d
 def _model(card: dict) -> dict:
     "What a result says of the network that made it"
     if "members" in card: return {"ensemble": card["members"]}
@@ -124,6 +126,7 @@ def _temperature(network) -> float | None:
     if "members" in network.card: return None
     return temperature_for(network.weights, network.settings)
 
+# %% ../../nbs/43_evaluation.predict.ipynb #72bfafbe
 def _segment(network, data: Data, files: ScanFiles, assume_axes=False, progress=False, names=()):
     """Segment one scan and write the result, with the maps of `map_names`; return the volumes in
     ml, the `Volume`, the label map"""
@@ -159,6 +162,7 @@ def _kept_volumes(network, files: ScanFiles) -> dict:
         raise StudyError(f"{files.labels}: kept, but {problem}, {remedy}")
     return volumes
 
+# %% ../../nbs/43_evaluation.predict.ipynb #57c8303f
 def _read_kept(data: Data, files: ScanFiles):
     "A scan as a `Volume`, and the label map that is there"
     if files.channels:
@@ -177,6 +181,7 @@ def _one_line(scan, problem: Exception) -> str:
     if isinstance(problem, StudyError): return text
     return f"{scan}: {type(problem).__name__}{': ' if text else ''}{text}"
 
+# %% ../../nbs/43_evaluation.predict.ipynb #66d02ead
 def _write_table(path, rows: list[dict], structures):
     "Write the volumes as CSV: a row per scan, a column per structure, ml"
     try:
@@ -196,6 +201,7 @@ def _draw(outputs: Outputs, files: ScanFiles, volume, labels, card):
     except OSError as error:
         raise cannot_write(files.picture, error) from None
 
+# %% ../../nbs/43_evaluation.predict.ipynb #f88dfe2b
 def _one_scan(network, data, files: ScanFiles, scans: Scans, outputs: Outputs, progress) -> dict:
     "Segment a scan, or keep what is there, with its picture; return its volumes in ml"
     names, there = map_names(outputs, data.structures), [*map(files.map_file, files.maps)]
@@ -218,17 +224,20 @@ def _map_files(outputs: Outputs, weights) -> tuple:
     if not (outputs.probabilities or outputs.uncertainty): return ()
     return tuple(map_names(outputs, _card_data(read_card(weights[0]), weights[0]).structures))
 
+# %% ../../nbs/43_evaluation.predict.ipynb #3e4a037f
 def _channels(weights):
     "The names of the channels that the first weights know; None where they say nothing of them"
     try: return read_card(weights[0]).get("channels")
     except StudyError: return None  # said when they are loaded
 
+# %% ../../nbs/43_evaluation.predict.ipynb #d364bd3b
 def _say_channels(files, names):
     "Say which channel is taken from where: nothing in a file's name proves it"
     taken = [f"{name} from {path.name}" + ("" if place is None else f", channel {place}")
              for name, (path, place) in zip(names or (), files[0].channels, strict=False)]
     if taken: print("predict:", "; ".join(taken), file=sys.stderr)
 
+# %% ../../nbs/43_evaluation.predict.ipynb #9b046655
 def predict(
     scans: Scans,
     weights,               # safetensors file of this study; several, or a folder: their ensemble

@@ -43,6 +43,7 @@ def parse_pairs(texts, option: str) -> dict: # text -> text
             raise StudyError(f"{option} {text}: is no pair; write NAME=VALUE, as in liver=1")
     return {name: value for name, _, value in pairs}
 
+# %% ../../nbs/44_evaluation.score.ipynb #de3d5288
 def parse_structures(texts) -> dict: # name -> value
     "Read structures as `name=value`; `StudyError` unless the values are whole numbers from 1"
     pairs = parse_pairs(texts, "--structures")
@@ -54,6 +55,7 @@ def parse_structures(texts) -> dict: # name -> value
         raise StudyError("--structures: a name or a value is given twice; give each its own")
     return structures
 
+# %% ../../nbs/44_evaluation.score.ipynb #c18f76c3
 def parse_label_map(texts, option="--label-map"):
     "Read a numbering: None, a name that the study knows, or pairs `value=structure`"
     if not texts: return None
@@ -64,8 +66,10 @@ def parse_label_map(texts, option="--label-map"):
 # %% ../../nbs/44_evaluation.score.ipynb #c580ce53
 def _stem(path) -> str: return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
+
 def _bare(name) -> str: return re.sub(r"(_gt|_0000)$", "", name, flags=re.IGNORECASE)
 
+# %% ../../nbs/44_evaluation.score.ipynb #a61464f6
 def label_files(folder) -> dict: # case -> list of files
     "The NIfTI files directly in a folder by their case; `StudyError` if there are none"
     place = Path(folder)
@@ -101,6 +105,7 @@ def _whole(labels):
     whole = np.rint(labels)
     return whole if np.abs(labels - whole).max() <= 0.03 else labels
 
+# %% ../../nbs/44_evaluation.score.ipynb #277ab9bb
 def score_case(prediction, reference, rules: Rules) -> list[dict]:
     "Measure one label map: a dict per structure; `StudyError` for other grids or labels"
     tables = rules.tables()
@@ -158,6 +163,7 @@ def _rules(options, params: Params | None) -> Rules:
     tolerance = options.tolerance or pick_evaluation(params, options.dataset).surface_tolerance
     return Rules(params.datasets[options.dataset].data.structures, *numberings, tolerance)
 
+# %% ../../nbs/44_evaluation.score.ipynb #e330af01
 def score_folders(options) -> tuple: # (table, problems), see `score`
     "Do what `levit-study score` was asked for: its parsed options"
     root = project_folder() if options.dataset else None

@@ -21,6 +21,7 @@ class Scans:
     path: str | Path | list    # a NIfTI file, or a folder of them; several: one scan's channels
     assume_axes: bool = False  # take NIfTI's default axes where a header gives none
 
+# %% ../../nbs/42a_evaluation.targets.ipynb #6842a662
 @dataclass(frozen=True)
 class Outputs:
     "What to write"
@@ -62,6 +63,7 @@ class ScanFiles:
 def _is_nifti(path) -> bool:
     return path.name.lower().endswith((".nii", ".nii.gz")) and not path.name.startswith(".")
 
+# %% ../../nbs/42a_evaluation.targets.ipynb #99792495
 def _label_name(scan) -> str:
     "A scan's name with its ending in small letters: as label maps are written"
     cut = -7 if scan.name.lower().endswith(".nii.gz") else -4
@@ -73,6 +75,7 @@ def _channels_of(paths, channels):
     if len(channels or ()) < 2: return ()
     if len(paths) > 1: return tuple((Path(path), None) for path in paths)
     return tuple((Path(paths[0]), place) for place in range(len(channels)))
+
 
 def _scans_of_channels(paths, output, more, channels):
     "Return the `ScanFiles` of a folder with a file for each channel, NAME_0000, or one for all"
@@ -92,6 +95,7 @@ def _scans_of_channels(paths, output, more, channels):
         files.append(ScanFiles(members[0][0], labels, *more, chosen))
     return files
 
+# %% ../../nbs/42a_evaluation.targets.ipynb #e60c40a3
 def scan_files(scans: Scans, outputs: Outputs, maps=(), channels=None) -> list[ScanFiles]:
     """Pair each scan with its files; `channels`: names of those that the weights know
 
@@ -126,6 +130,7 @@ def _identity(path):
         return None
     return info.st_dev, info.st_ino
 
+# %% ../../nbs/42a_evaluation.targets.ipynb #9cb2ec2e
 def _refuse_sources(targets, sources):
     "Raise `StudyError` if a file that is written is one that is read, links included"
     read = {_identity(source): source for source in sources}
@@ -169,6 +174,7 @@ def cannot_write(target, error: OSError) -> StudyError:
     remedy = "check the name, the folder's rights and the free space"
     return StudyError(f"{target}: cannot be written ({error.strerror or error}); {remedy}")
 
+# %% ../../nbs/42a_evaluation.targets.ipynb #a5601517
 def _try_writing(target):
     "Raise `StudyError` if `target` could not be written"
     try:

@@ -37,12 +37,15 @@ def loss_name(loss: str) -> str:
     proper = {"tversky": "Tversky", "dice": "Dice", "ce": "cross-entropy"}
     return " ".join(proper.get(word, word) for word in loss.split("_"))
 
+
 def _signed(value):
     return f"{value:+.3f}".replace("-", "−")
+
 
 def _listed(words):
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
+# %% ../../nbs/55a_evidence.answer.ipynb #767b0382
 def _differences(tests: pd.DataFrame, confidence=.95) -> str: # tests: one data set and split
     "Return each loss's difference to the first, and whether it is decided after Holm's correction"
     rows = tests[(tests.structure == ALL) & (tests.metric == "dice")]
@@ -70,11 +73,13 @@ def _counted(number, standing): # -> '2 are contradicted'
     verb = "are" if number > 1 else "is"
     return f"{number or 'none'} {verb} {_STANDING.get(standing, standing)}"
 
+
 def _typeset(text): # a claim's interval, with proper minus signs and names
     for plain, printed in (("-0.", "−0."), (" - ", " − "), ("focal_tversky", "focal Tversky")):
         text = text.replace(plain, printed)
     return text
 
+# %% ../../nbs/55a_evidence.answer.ipynb #5b7dadb0
 def _claims(claims: pd.DataFrame) -> str: # one data set's ledger
     "Return how many claims have which standing, and the decided ones in full"
     claims = claims[~claims.standing.str.startswith("not tested")] if len(claims) else claims
@@ -137,6 +142,7 @@ def shown_answers(page: str) -> dict[str, str]: # a page's text -> study's folde
     "Return the answers that a page shows, by the folder of their study"
     return {folder: text for _, folder, text, _ in _BLOCK.findall(page)}
 
+# %% ../../nbs/55a_evidence.answer.ipynb #603b625a
 def with_answer(page: str, folder: str, text: str) -> str:
     "Return the page with a study's answer in its place, the page itself if it has no such place"
     def fill(match):

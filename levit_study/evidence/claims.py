@@ -93,11 +93,13 @@ def _precision(cases):
     else: return pd.Series(np.nan, cases.index)
     return known.fillna(1).where(cases.sensitivity.notna())
 
+# %% ../../nbs/52_evidence.claims.ipynb #976bfab4
 def _with_worst(cases, name, worst):
     "Return a column with what a miss or an invention counts; NaN where the records lack it"
     if name not in cases or worst is None: return pd.Series(np.nan, cases.index)
     return cases[name].fillna(worst).where(cases.dice.notna())
 
+# %% ../../nbs/52_evidence.claims.ipynb #976bfab4
 def claim_cases(
     cases: pd.DataFrame, # collected cases.csv
 ) -> pd.DataFrame:
@@ -127,12 +129,14 @@ def _slope(sizes, values):
     if len(set(sizes)) < 2: return np.nan
     return float(np.polyfit(np.log2(sizes), values, 1)[0])
 
+
 def size_slopes(cases: pd.DataFrame) -> pd.Series:
     "Return, per loss, the change of Dice for each doubling of the reference's voxels"
     there = cases[(cases.voxels > 0) & cases.dice.notna()]
     groups = there.groupby("loss", sort=False)
     return pd.Series({loss: _slope(rows.voxels, rows.dice) for loss, rows in groups}, dtype=float)
 
+# %% ../../nbs/52_evidence.claims.ipynb #108daeba
 def slope_difference(
     cases: pd.DataFrame, # of one data set and split
     first: str,          # loss

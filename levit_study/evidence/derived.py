@@ -28,6 +28,7 @@ def _phases_of(patient):
     if len(sizes) < 2 or sizes.max() == sizes.min(): return {}
     return {sizes.idxmax(): "ED", sizes.idxmin(): "ES"}
 
+# %% ../../nbs/51b_evidence.derived.ipynb #56ac291d
 def cardiac_phases(
     cases: pd.DataFrame, # one data set's, with the structure left ventricle
 ) -> dict[str, str]: # case -> "ED" or "ES"
@@ -46,6 +47,7 @@ class Derived(NamedTuple):
     structures: tuple  # that the data must have
     value: Callable    # of {(structure, "ED" or "ES"): volume}; NaN where undefined
 
+# %% ../../nbs/51b_evidence.derived.ipynb #85c77f8b
 def _ejection_fraction(chamber):
     "Return the function of volumes that gives the ejection fraction of a chamber, in percent"
     def fraction(volumes):
@@ -53,6 +55,7 @@ def _ejection_fraction(chamber):
         return 100 * (1 - systolic / diastolic) if diastolic else float("nan")
     return fraction
 
+# %% ../../nbs/51b_evidence.derived.ipynb #3ab1d082
 def _volume(chamber, phase):
     "Return the function of volumes that picks one of them"
     return lambda volumes: volumes[chamber, phase]
@@ -65,6 +68,7 @@ def _of_chamber(chamber, short):
     for phase, word in (("ED", "end-diastolic"), ("ES", "end-systolic")):
         yield Derived(f"{short} {word} volume", "ml", needed, _volume(chamber, phase))
 
+# %% ../../nbs/51b_evidence.derived.ipynb #b0f16f81
 DERIVED = [*_of_chamber("left ventricle", "LV"), *_of_chamber("right ventricle", "RV")]
 
 def measures_for(structures) -> list[Derived]:
@@ -88,6 +92,7 @@ def _of_patient(rows, measures):
         numbers = {"reference": reference, "predicted": predicted}
         yield {"measure": each.name, "unit": each.unit} | numbers
 
+# %% ../../nbs/51b_evidence.derived.ipynb #6dcfbe99
 def patient_values(
     cases: pd.DataFrame, # collected cases.csv with predicted_voxels
 ) -> pd.DataFrame:

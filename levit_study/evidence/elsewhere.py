@@ -18,6 +18,7 @@ def check_dataset(params: Params, dataset: str):
         known = ", ".join(params.datasets)
         raise StudyError(f"params.yaml: datasets has no '{dataset}' (it has {known})")
 
+# %% ../../nbs/50c_evidence.elsewhere.ipynb #b881af18
 def elsewhere_folder(params: Params, dataset: str, name: str, root=".") -> Path:
     "Where a method's scores lie; `StudyError` for a name that is a loss's, or no file's"
     check_dataset(params, dataset)
@@ -28,6 +29,7 @@ def elsewhere_folder(params: Params, dataset: str, name: str, root=".") -> Path:
         raise StudyError(f"--as {name}: a name may hold {allowed}")
     return Path(root, "reports", "elsewhere", dataset, name)
 
+# %% ../../nbs/50c_evidence.elsewhere.ipynb #b881af18
 def keep_elsewhere(folder: Path, table: pd.DataFrame, about: dict, files: dict):
     "Write cases.csv and score.json: how it was scored, and a digest of each of {case: files}"
     digests = {case: [hash_file(path) for path in paths] for case, paths in files.items()}
@@ -64,6 +66,7 @@ def _read_scores(path: Path) -> pd.DataFrame:
     if absent: raise StudyError(f"{path}: no column {', '.join(absent)}; {again}")
     return table
 
+# %% ../../nbs/50c_evidence.elsewhere.ipynb #a6218e84
 def read_elsewhere(
     params: Params,
     judged: pd.DataFrame, # the study's cases that judge: dataset, seed, split, case, structure, …
@@ -90,6 +93,7 @@ def elsewhere_names(cases: pd.DataFrame, params: Params) -> dict: # name -> name
     names = dict.fromkeys(cases.loss)
     return {name: f"{name} (elsewhere)" for name in names if name not in params.study.losses}
 
+# %% ../../nbs/50c_evidence.elsewhere.ipynb #c056ef91
 def elsewhere_note(cases: pd.DataFrame, params: Params) -> str:
     "What a reader has to know of the methods from elsewhere; empty without any"
     lines = []

@@ -29,6 +29,7 @@ class Tabulated(NamedTuple):
     sums: np.ndarray
     counts: np.ndarray
 
+# %% ../../nbs/50b_evidence.intervals.ipynb #06cecc33
 def tabulate_values(values, patients, seeds, strata) -> Tabulated:
     "Sum and count values by stratum, patient and seed; undefined ones are left out"
     columns = {"value": np.asarray(values, dtype=float), "stratum": strata}
@@ -59,6 +60,7 @@ def weighted_means(
     means = np.divide(sums, counts, out=np.zeros_like(sums), where=present)
     return means.sum(1) / np.maximum(present.sum(1), 1)
 
+# %% ../../nbs/50b_evidence.intervals.ipynb #899e1859
 def _jackknife_variance(statistic, units: int) -> float:
     "Return the variance of a mean-like `statistic(weights)`, leaving out each unit in turn"
     if units < 2: return 0.0
@@ -97,16 +99,19 @@ def _difference(tables, patient_weights=(None, None), seed_weights=None):
     means = [weighted_means(table, weights, seed_weights) for table, weights in pairs]
     return means[0] - means[1] if len(means) > 1 else means[0]
 
+# %% ../../nbs/50b_evidence.intervals.ipynb #ee332a12
 def _draw(random, size, draws):
     "Return how often each of `size` units comes up in `draws` resamples"
     return random.multinomial(size, np.full(size, 1 / size), draws)
 
+# %% ../../nbs/50b_evidence.intervals.ipynb #91e70d33
 class _Chance(NamedTuple):
     "What patients, trainings … contribute to the variance of a mean; an array entry each"
     variances: np.ndarray
     freedom: np.ndarray  # degrees of freedom of each
     kept: np.ndarray     # the share of each that resampling reproduces
 
+# %% ../../nbs/50b_evidence.intervals.ipynb #7abd91dd
 def _crossed(tables) -> _Chance:
     "Return what patients (of each table) and trainings contribute, every patient in all trainings"
     parts = []
@@ -187,6 +192,7 @@ def tabulate_trainings(values, patients, seeds, folds, strata) -> tuple[Tabulate
     patients, strata = (np.asarray(each)[kept] for each in (patients, strata))
     return tabulate_values(values[kept], patients, labels, strata), np.unique(labels) // width
 
+# %% ../../nbs/50b_evidence.intervals.ipynb #3bef3a56
 def _patient_folds(table, folds):
     "Return the fold of each patient, or None where a patient was judged by several folds' networks"
     judged = table.counts.sum(0) > 0
@@ -202,6 +208,7 @@ def _within(groups, statistic) -> float:
         variance += (len(part) - 1) / len(part) * float(((part - part.mean()) ** 2).sum())
     return variance
 
+# %% ../../nbs/50b_evidence.intervals.ipynb #a2ed46c2
 def _nested(table, folds, patient_folds) -> _Chance:
     "Return what patients in folds, folds, and seeds in folds contribute to a mean's variance"
     number, patients, trainings = len(np.unique(folds)), len(patient_folds), len(folds)
@@ -215,6 +222,7 @@ def _nested(table, folds, patient_folds) -> _Chance:
     freedom = units - [number, 1, number]
     return _Chance(np.array(variances), freedom, freedom / units)
 
+# %% ../../nbs/50b_evidence.intervals.ipynb #6edbbc1b
 def _draw_nested(random, folds, patient_folds, resamples):
     "Return weights (draws, patients) and (draws, trainings): folds drawn, and what is in them"
     number = len(np.unique(folds))

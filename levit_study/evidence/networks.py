@@ -33,6 +33,7 @@ def _as_losses(table, pair, names):
                for part, name in zip(parts, names, strict=True)]
     return pd.concat(renamed, ignore_index=True)
 
+# %% ../../nbs/52b_evidence.networks.ipynb #fe801753
 def network_claims(
     params: Params,
     epochs: pd.DataFrame, # collected epochs.csv

@@ -20,6 +20,7 @@ def jaccard_bounds(
     "Return the least and the greatest mean Jaccard that a mean Dice permits"
     return dice / (2 - dice), dice
 
+# %% ../../nbs/53_evidence.paper.ipynb #52f2b74d
 def least_spread(
     dice: float,    # mean Dice
     jaccard: float, # mean Jaccard of the same cases
@@ -65,6 +66,7 @@ def _validation_loss(paper):
     evidence = f"valid loss: {paper.shown('valid_loss')}{remark}"
     return None if doubtful else printed < others, evidence
 
+# %% ../../nbs/53_evidence.paper.ipynb #06e7d9b1
 def _paper_claims(paper):
     "Yield (claim, holds, evidence); `holds` is None where the paper's numbers cannot show it"
     single = "; one run each, no spread"
@@ -140,6 +142,7 @@ def _scale_check(paper, classes):
     statement = "The loss is a sum over classes, as its formula is printed"
     return "focal-Tversky scale", statement, printed >= classes * least, evidence
 
+# %% ../../nbs/53_evidence.paper.ipynb #84e2e4b9
 def paper_consistency(
     table: pd.DataFrame, # data/paper/table1.csv: metric, one column per loss
     epochs=30,           # of each training

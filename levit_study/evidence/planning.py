@@ -31,6 +31,7 @@ def _named_by_folder(path: Path, root: Path):
     if not parts: parts = [root.name]
     return {"dataset": "/".join(parts[:-1]) or root.name, "loss": parts[-1]} | numbers
 
+# %% ../../nbs/54_evidence.planning.ipynb #253b6c89
 def read_trainings(
     folder, # with cases.csv and epochs.csv of trainings somewhere below it
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -71,6 +72,7 @@ class Spreads(NamedTuple):
     training: float    # between trainings; NaN where one alone cannot show it
     rest: float = 0.0  # of a patient in a training, beyond both; 0 where it is part of `patient`
 
+# %% ../../nbs/54_evidence.planning.ipynb #79a1ad75
 def _squares(block):
     "Return sums of squares and degrees of freedom: patients, trainings, rest; (seeds, patients)"
     seeds, patients = block.shape
@@ -87,6 +89,7 @@ def _between_folds(blocks, of_patients, size):
     if len(means) < 2: return np.nan
     return max(0, np.var(means, ddof=1) - of_patients / size)
 
+# %% ../../nbs/54_evidence.planning.ipynb #6f0b608f
 def spreads_of(
     differences: pd.DataFrame, # of `patient_differences`
     confidence=None,           # of upper limits; None: estimates
@@ -120,6 +123,7 @@ class Design(NamedTuple):
         parts = zip(self, ("patient", "fold", "seed"), strict=True)
         return ", ".join(f"{number} {word}{'s' * (number != 1)}" for number, word in parts)
 
+# %% ../../nbs/54_evidence.planning.ipynb #2af301cb
 def overlap_factor(design: Design) -> float:
     "Return what the variance of one training is multiplied by: 1/trainings + test/train"
     shared = 1 / (design.folds - 1) if design.folds > 1 else 0
@@ -132,6 +136,7 @@ def _over_trainings(design, spreads):
     variance = of_fold + spreads.training**2
     return (overlap_factor(design) * variance) ** .5, design.trainings - 1
 
+# %% ../../nbs/54_evidence.planning.ipynb #10fc19e2
 def _over_both(design, spreads):
     "Return standard error and degrees of freedom with patients and trainings drawn at random"
     rest = spreads.rest**2 / (design.patients * design.seeds)
@@ -141,6 +146,7 @@ def _over_both(design, spreads):
     variance = parts.sum()
     return variance**.5, variance**2 / (parts**2 / freedom).sum() if variance else np.inf
 
+# %% ../../nbs/54_evidence.planning.ipynb #d89092a2
 def standard_errors(design: Design, spreads: Spreads) -> dict[str, tuple[float, float]]:
     "Return {reading: (standard error, degrees of freedom)} of the mean difference"
     errors = {"patients and trainings": _over_both(design, spreads)}
@@ -159,6 +165,7 @@ def _power(difference, error, freedom, alpha):
     away, limit = abs(difference) / error, reach * spread
     return float((stats.norm.sf(limit - away) + stats.norm.cdf(-limit - away)).mean())
 
+# %% ../../nbs/54_evidence.planning.ipynb #7a64f53f
 def power_of(difference: float, design: Design, spreads: Spreads, alpha=.05) -> float:
     "Return the probability that a design decides a true difference, by the wider interval"
     errors = standard_errors(design, spreads).values()
@@ -237,6 +244,7 @@ def least_seeds(patients, folds, spreads: Spreads, question: Question, most=20) 
         if power >= question.power: return seeds
     return None
 
+# %% ../../nbs/54_evidence.planning.ipynb #63d942f7
 def deciding_designs(
     spreads: dict,      # comparison -> (`Spreads`, their upper limits)
     question: Question, # with `difference`
@@ -260,6 +268,7 @@ class Cost(NamedTuple):
 
     def hours(self, trainings: int) -> float: return self.seconds * self.epochs * trainings / 3600
 
+# %% ../../nbs/54_evidence.planning.ipynb #ba1a79d7
 def recorded_cost(epochs: pd.DataFrame, seconds=None, number=None) -> Cost | None:
     "Return the cost of a training as recorded, or as given; None where neither is known"
     known = "seconds" in epochs and epochs.seconds.notna().any()
@@ -284,6 +293,7 @@ class Request(NamedTuple):
     seconds: float | None = None     # per epoch
     epochs: int | None = None
 
+# %% ../../nbs/54_evidence.planning.ipynb #f2dae18e
 def _check(request):
     "Raise `StudyError` for what cannot be asked"
     for name in ("patients", "folds", "seeds"):
@@ -336,14 +346,17 @@ def _settled(request):
 def _lines(table):
     return table.to_string(index=False, float_format=lambda x: f"{x:.4f}", na_rep="-")
 
+# %% ../../nbs/54_evidence.planning.ipynb #fc56cf03
 def _whole(number): return "-" if pd.isna(number) else f"{number:g}"
 
+# %% ../../nbs/54_evidence.planning.ipynb #e1a9b029
 def _spread_lines(spreads, source):
     "Return the table of spreads with its heading"
     rows = [{"comparison": name} | likely._asdict() for name, (likely, _) in spreads.items()]
     heading = "Standard deviations of the paired difference in Dice"
     return [f"{heading} ({source})" if source else heading, _lines(pd.DataFrame(rows))]
 
+# %% ../../nbs/54_evidence.planning.ipynb #f11c9414
 def _design_lines(request, spreads, question, cost):
     "Return the table of what each design decides, and costs"
     table = plan(spreads, question)
@@ -359,6 +372,7 @@ def _design_lines(request, spreads, question, cost):
         notes.append(f"hours: {each}; measured where the records were made")
     return [heading, _lines(table), *notes]
 
+# %% ../../nbs/54_evidence.planning.ipynb #fc56cf03
 def describe_plan(request: Request) -> str:
     "Return what a plan says, as `levit-study plan` prints it"
     _check(request)

@@ -62,6 +62,7 @@ def as_csv(table: pd.DataFrame) -> str:
     "Return a table as its file holds it: six significant digits"
     return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
+# %% ../../nbs/56_evidence.published.ipynb #29124ea7
 def as_json(content: dict) -> str:
     "Return a record as its file holds it"
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -30,6 +30,7 @@ def _weights(random, size, draws):
     "Return how often each of `size` units comes up in each draw"
     return random.multinomial(size, np.full(size, 1 / size), draws)
 
+# %% ../../nbs/54a_evidence.ranking.ipynb #e19dfd3f
 def drawn_means(
     part: pd.DataFrame, # judging cases of one data set: all structures, or one
     value="dice",

@@ -48,6 +48,7 @@ def judging_splits(
         judging[dataset] = next((split for split in ("fold", "test") if split in there), "valid")
     return judging
 
+# %% ../../nbs/50_evidence.results.ipynb #308b8f7c
 def judging_cases(cases: pd.DataFrame) -> pd.DataFrame:
     "Return the rows of the cases that judge their data set"
     return cases[cases.split == cases.dataset.map(judging_splits(cases))]
@@ -69,6 +70,7 @@ def _flat(record: dict, place="") -> dict:
         out |= _flat(value, f"{here}.") if isinstance(value, dict) else {here: value}
     return out
 
+# %% ../../nbs/50_evidence.results.ipynb #855724da
 def check_record(
     record: dict,   # the parameters that a run used
     expected: dict, # those of params.yaml
@@ -119,6 +121,7 @@ def read_record(path: Path) -> dict:
         raise StudyError(f"{path}: not a mapping of names to numbers; {again}")
     return record
 
+# %% ../../nbs/50_evidence.results.ipynb #3fd7efa5
 def _read_run(folder: Path) -> dict:
     """Return a run's files as {name: content}; `StudyError` names those that are missing or wrong
 
@@ -162,17 +165,20 @@ def _named(table: pd.DataFrame, run) -> pd.DataFrame:
     front = pd.DataFrame(names, index=table.index)
     return pd.concat([front, table.drop(columns=list(names), errors="ignore")], axis=1)
 
+# %% ../../nbs/50_evidence.results.ipynb #6f8042e9
 def runs_of(params: Params):
     "Yield the runs that a study names"
     study = params.study
     for names in product(study.datasets, study.losses, study.seeds, study.fold_numbers):
         yield pick_run(params, *names)
 
+# %% ../../nbs/50_evidence.results.ipynb #35f2a6e4
 def _with_defaults(record: dict) -> dict:
     "Return the parameters that a run used, with the defaults of settings younger than the run"
     try: return Run.model_validate_json(json.dumps(record)).record()
     except ValidationError: return record
 
+# %% ../../nbs/50_evidence.results.ipynb #f68bb002
 def collect(
     params: Params,
     root=".",
@@ -234,6 +240,7 @@ def _listed(path: Path) -> dict | None:
         "revision": (record.get("revision") or "")[:8] + changed,
     }
 
+# %% ../../nbs/50_evidence.results.ipynb #aecf7f72
 def list_runs(root=".") -> pd.DataFrame:
     "Return a table of all runs under reports/runs; Dice on the network's grid"
     rows = []
@@ -282,11 +289,13 @@ def kept_predictions(cases: pd.DataFrame, in_folds: bool, root) -> dict[str, Pat
             raise StudyError(f"{path}: missing; run dvc repro evaluate, or dvc pull")
     return kept
 
+
 def segmented_cases(results: Results, dataset: str, split: str) -> pd.DataFrame:
     "Return the rows of a split's cases whose label maps are here; those of other methods are not"
     cases = results.cases[(results.cases.dataset == dataset) & (results.cases.split == split)]
     return cases[cases.loss.isin(results.runs.loss)]
 
+# %% ../../nbs/50_evidence.results.ipynb #b749e924
 def examples(
     results: Results,
     dataset: str,

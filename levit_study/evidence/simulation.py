@@ -52,6 +52,7 @@ def with_sizes(
     return cases.assign(voxels=voxels, precision=precision, predicted_voxels=predicted,
                         nsd=(1 + cases.dice) / 2)
 
+# %% ../../nbs/50a_evidence.simulation.ipynb #a080d8e2
 def in_folds(
     cases: pd.DataFrame, # of `made_up_cases`, each patient judged by each training
     folds=5,

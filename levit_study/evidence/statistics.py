@@ -55,6 +55,7 @@ def these_interval(
     trainings = pairs.dropna(subset=["difference"])[["seed", "fold"]].drop_duplicates()
     return found._replace(seeds=len(trainings))
 
+# %% ../../nbs/51_evidence.statistics.ipynb #7836d633
 def difference_interval(
     pairs: pd.DataFrame, # what `paired_differences` returns
     confidence=.95,
@@ -143,6 +144,7 @@ def allow_for_trainings(
         low=float(low), high=float(high), method=f"{these.method} with {spread}",
         error=float(squares.sum()**.5), freedom=float(freedom))
 
+# %% ../../nbs/51_evidence.statistics.ipynb #1db5621e
 def judged_interval(
     pairs: pd.DataFrame,          # what `paired_differences` returns
     confidence=.95,
@@ -194,6 +196,7 @@ def rank_biserial(differences) -> float:
     ranks = stats.rankdata(np.abs(differences))
     return float((ranks * np.sign(differences)).sum() / ranks.sum()) if len(ranks) else 0.0
 
+# %% ../../nbs/51_evidence.statistics.ipynb #fc6609a9
 def _wilcoxon_p(differences):
     "Return Wilcoxon's two-sided p; 1 if there is no difference at all, NaN below two patients"
     if len(differences) < 2: return np.nan
@@ -209,12 +212,14 @@ def _small_note(patients, tests=1):
         return f"small: {patients} patients and {tests} tests {reason}"
     return f"small: {patients} patients" if patients < 20 else ""
 
+# %% ../../nbs/51_evidence.statistics.ipynb #de9aebbe
 def left_out_note(one_sided, measure):
     "Say what a comparison leaves out; empty if it is nothing"
     if not one_sided: return ""
     plural = "s" * (one_sided > 1)
     reason = f"in which one loss alone has no {measure} (Dice: it rightly found nothing)"
     return f"left out: {one_sided} pair{plural} {reason}"
+
 
 def count_one_sided(pairs: pd.DataFrame) -> int:
     "Count pairs in which one loss alone has no value: it rightly found nothing"
@@ -230,6 +235,7 @@ def by_structure(cases: pd.DataFrame):
     for structure in structures: yield structure, cases[cases.structure == structure]
     if len(structures) > 1: yield ALL, cases
 
+# %% ../../nbs/51_evidence.statistics.ipynb #1350f7b8
 def _targets(pairs, spread, confidence, resamples):
     "Return the intervals for these trainings and for any training, and Wilcoxon's p of these"
     these = these_interval(pairs, confidence, resamples)
@@ -238,6 +244,7 @@ def _targets(pairs, spread, confidence, resamples):
         every = every._replace(low=np.nan, high=np.nan, error=np.nan, method="none")
     return these, every
 
+# %% ../../nbs/51_evidence.statistics.ipynb #1350f7b8
 def _paired_test(pairs, spread, confidence, resamples):
     "Return difference, intervals, tests and effect size of what `paired_differences` returns"
     these, every = _targets(pairs, spread, confidence, resamples)
@@ -279,6 +286,7 @@ def _family(part, value, limits, seed_sd):
              for row in table.itertuples()]
     return table.assign(note=["; ".join(filter(None, each)) for each in notes])
 
+# %% ../../nbs/51_evidence.statistics.ipynb #330b58d8
 def paired_tests(
     cases: pd.DataFrame, # collected cases.csv of any number of data sets, losses, seeds, folds
     value="dice",        # column to compare

@@ -21,10 +21,12 @@ def difference_error(n: int, sd: float, correlation: float) -> float:
     "Return the standard error of the difference of two means over the same n patients"
     return sd * (2 * (1 - correlation) / n) ** .5
 
+
 def false_winner(difference: float, n: int, sd: float, correlation: float) -> float:
     "Return the probability that the first of two is no better, from a difference of means"
     return float(stats.t.cdf(-abs(difference) / difference_error(n, sd, correlation), n - 1))
 
+# %% ../../nbs/53a_evidence.survival.ipynb #a9fd6ae3
 def patients_needed(difference, sd, correlation, probability=.05) -> float:
     "Return the patients with which such a difference would be false with that probability"
     if not difference: return np.inf
@@ -75,6 +77,7 @@ def printed_floor(
     pairs = numbers.loc[[f"{when}_dice", f"{when}_jaccard"]]
     return min(least_spread(*pairs[loss]) for loss in pairs)
 
+# %% ../../nbs/53a_evidence.survival.ipynb #41a0cd9a
 def printed_floors(table: pd.DataFrame) -> dict[str, float]:
     "Return {table of `published_tables`: the spread that its own numbers imply}"
     names = {"the paper, best Dice": "best", "the paper, final Dice": "valid"}

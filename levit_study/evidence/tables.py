@@ -26,6 +26,7 @@ def _as_text(value, digits):
     if isinstance(value, (int, float, np.number)): return f"{value:g}"
     return str(value).replace("|", "\\|").replace("\n", " ")
 
+# %% ../../nbs/51a_evidence.tables.ipynb #d28764fc
 def to_markdown(
     table: pd.DataFrame,
     digits=3, # decimals of numbers that are not whole
@@ -46,6 +47,7 @@ def _found_by_all(part):
     counts = pd.MultiIndex.from_frame(part[keys]).map(found.to_dict())
     return np.asarray(counts == part.loss.nunique())
 
+# %% ../../nbs/51a_evidence.tables.ipynb #8fa731e2
 def _with_distances(part):
     "Return the rows with HD95 at its worst case, and of what all losses found (`hd95_found`)"
     found = part.hd95.where(_found_by_all(part))
@@ -90,6 +92,7 @@ def _structure_row(rows, confidence, resamples):
     if left_out: notes.append(f"HD95 leaves out {left_out} missed or invented: {unknown}")
     return row | {"note": "; ".join(notes)}
 
+# %% ../../nbs/51a_evidence.tables.ipynb #e762224c
 def organ_table(
     cases: pd.DataFrame, # collected cases.csv
     confidence=.95,
@@ -139,6 +142,7 @@ def _shared_sides(part):
         for split, side in sides.items(): sides[split] = side[side[name].isin(shared)]
     return sides, ""
 
+# %% ../../nbs/51a_evidence.tables.ipynb #becfe435
 def _optimism_row(part, confidence, resamples):
     "Return Dice of both splits of one data set and loss, and their difference"
     sides, note = _shared_sides(part)
@@ -155,6 +159,7 @@ def _optimism_row(part, confidence, resamples):
         "patients_valid": tables[0].sums.shape[1], "patients_test": tables[1].sums.shape[1],
         "seeds": interval.seeds, "note": small if interval.patients < 20 else "",
     }
+
 
 def optimism(
     cases: pd.DataFrame, # collected cases.csv; both splits of the weights best on validation
@@ -215,6 +220,7 @@ def _convergence(run, window=5):
         "case_gap": _lag(run, "train_case_dice", window),
     } | _late(dice, window)
 
+# %% ../../nbs/51a_evidence.tables.ipynb #1f4f6335
 def convergence(
     epochs: pd.DataFrame, # collected epochs.csv
 ) -> pd.DataFrame:

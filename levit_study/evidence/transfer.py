@@ -38,6 +38,7 @@ def _shared(params: Params, name: str) -> tuple:
     training = about.training.model_dump(exclude={"freeze_encoder_epochs"})
     return data, rest, training, pick_evaluation(params, name)
 
+# %% ../../nbs/54c_evidence.transfer.ipynb #d3fd5f85
 def transfer_groups(
     params: Params,
 ) -> list[list[str]]: # names of data sets

@@ -127,6 +127,7 @@ def as_vector(
     "A copy as a float32 vector"
     return torch.as_tensor(values).detach().to(torch.float32).clone()
 
+# %% ../../nbs/27_losses.more.ipynb #f123feba
 def kept_where_undefined(
     new, # (C,), NaN where undefined
     old, # (C,) or None
@@ -147,6 +148,7 @@ def _jaccard_steps(
     union = seen[-1] + (~foreground).cumsum(0)
     return torch.where(foreground, 1 / union, intersection / (union * (union - 1)).clamp(min=1))
 
+# %% ../../nbs/27_losses.more.ipynb #4757fe13
 def _lovasz_extension(
     probability, # (N,) of one class
     foreground, # (N,) bool, where the label is that class

@@ -145,6 +145,7 @@ class FocalTverskyLoss(TverskyLoss):
     1 a class that is nearly right weighs more than in the Tversky loss, and a bad one less"""
     def class_values(self, *sums): return bounded_power(super().class_values(*sums), 1 / self.gamma)
 
+# %% ../../nbs/26_losses.paper.ipynb #3e0c34ea
 def bounded_power(
     base, # at least 0
     exponent:float, # above 0

@@ -23,6 +23,7 @@ def disk(
     row, column = torch.meshgrid(torch.arange(_SIDE), torch.arange(_SIDE), indexing="ij")
     return (row - centre[0])**2 + (column - centre[1])**2 < radius**2 + .5
 
+# %% ../../nbs/25a_losses.pictures.ipynb #84b5bb96
 def scene(
     shift_large=0, # pixels by which the large structure's boundary lies too far out
     shift_small=0, # the same of the small one
@@ -42,6 +43,7 @@ def logits_of(
     "Logits `(1,C,H,W)`, float64, of a prediction that is sure of `labels`"
     return (logit * F.one_hot(labels, num_classes)).permute(2, 0, 1)[None].double()
 
+# %% ../../nbs/25a_losses.pictures.ipynb #f01425e8
 def pulls(
     criterion, # a loss
     logits, # (B,C,H,W)
@@ -59,6 +61,7 @@ def _added_costs(criterion, place, shifts):
     right = cost((0, 0))
     return [cost((k, 0) if place == 0 else (0, k)) - right for k in shifts]
 
+# %% ../../nbs/25a_losses.pictures.ipynb #25a89b6e
 def _pull_ratios(criterion, place):
     "Pull on right, missed and invented pixels of one structure, relative to cross-entropy's"
     _, radius, centre = (_LARGE, _SMALL)[place]

@@ -87,6 +87,7 @@ def fast_order(
         lay_out_by_tap(block.conv1[0])
     return model
 
+# %% ../../nbs/23_model.build.ipynb #b2eaa903
 def for_training(
     model,  # changed in place
 ):          # the same model

@@ -41,6 +41,7 @@ def export_onnx(
         (logits,) = session.run(["logits"], {"image": images.numpy()})
     return float((torch.from_numpy(logits) - expected).abs().max() / expected.abs().max())
 
+# %% ../../nbs/23b_model.export.ipynb #08d3fe7d
 def _onnx_program(model, images):
     "Trace the model with torch's exporter"
     free = ({0: torch.export.Dim("batch")},)

@@ -23,6 +23,7 @@ def encoder_parts(
     if isinstance(encoder, nn.Module): return [encoder]
     raise StudyError(f"network {network.network}: has no module `encoder` to hold still")
 
+# %% ../../nbs/22c_model.freezing.ipynb #cb80ad21
 def names_encoder(
     network: str, # dotted path
     settings: dict,
@@ -55,6 +56,7 @@ class HeldEncoder:
         "Return what is still in a copy of the network"
         return {m for part in encoder_parts(copy) for m in part.modules()} if self.still else set()
 
+# %% ../../nbs/22c_model.freezing.ipynb #64e013bf
 def held_encoder(network, epochs: int) -> HeldEncoder | None:
     "Return the encoder that is still for the first `epochs`; None of none"
     return HeldEncoder(network, epochs) if epochs else None

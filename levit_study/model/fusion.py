@@ -20,6 +20,7 @@ class _Encoder(nn.Module):
         encoder = levit_encoder(variant, in_channels, image_size, drop_path)
         self.stem, self.stages, self.image_size = encoder.stem, encoder.stages, image_size
 
+# %% ../../nbs/21b_model.fusion.ipynb #e174034e
 class LateFusion(LevitUNet):
     "LeViT-UNet with an encoder for each equal share of the channels, features summed"
     def __init__(self, variant, num_classes, in_channels, image_size, drop_path, encoders):

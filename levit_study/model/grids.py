@@ -35,6 +35,7 @@ def halved(grid):
     "Return the (height, width) that a strided step leaves: half, rounded up"
     return tuple(-(-side // 2) for side in grid)
 
+# %% ../../nbs/20a_model.grids.ipynb #792813e4
 def doubled(grid):
     "Return twice the (height, width)"
     return tuple(2 * side for side in grid)

@@ -48,6 +48,7 @@ def load_weights(
         raise StudyError(f"{path}: tensors do not fit a {name} model: {reason}") from None
     return model.to(device).eval(), card
 
+# %% ../../nbs/23a_model.inference.ipynb #cabe0eb6
 def _rebuilt(path, card):
     "Build the network that a card describes, with weights at random"
     sizes = card["num_classes"], card["in_channels"]

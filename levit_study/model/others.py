@@ -39,6 +39,7 @@ def unet(
 # %% ../../nbs/21a_model.others.ipynb #bf60c3ac
 def _in_a_line(error): return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
+# %% ../../nbs/21a_model.others.ipynb #18c94445
 def network_builder(
     path, # dotted path of a class or function
 ):
@@ -74,6 +75,7 @@ def _sizes(builder, path, **sizes):
         named[names[0]] = value
     return named
 
+# %% ../../nbs/21a_model.others.ipynb #2b57eac9
 def build_body(
     network,  # "unet", or a dotted path
     settings, # dict, what the builder takes beside the sizes

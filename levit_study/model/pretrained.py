@@ -150,6 +150,7 @@ def _read_tensors(
         raise StudyError(f"{path}: holds no state dict")
     return tensors
 
+# %% ../../nbs/22a_model.pretrained.ipynb #e9e59c22
 def _tensors_of(state):
     "Return the tensors of a state dict that may be wrapped, empty where there is none"
     for key in ("model", "state_dict"):
@@ -245,6 +246,7 @@ class LoadReport:
         ]
         return f"{self.source}: {self.form}, " + ", ".join(counts)
 
+# %% ../../nbs/22a_model.pretrained.ipynb #7bfc725e
 def _places(names):
     "Name the parts of the network that these tensors belong to"
     if not names:

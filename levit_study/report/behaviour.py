@@ -65,6 +65,7 @@ def size_column(cases):
     volume, voxels = "Reference volume (ml, log)", "Reference size (voxels, log)"
     return ("volume_ml", volume) if known else ("voxels", voxels)
 
+# %% ../../nbs/62b_report.behaviour.ipynb #a4fee14f
 def _binned(table, size, bins): # -> size, median, low, high
     "Median and quartiles of `dice` in `bins` bins of `size` that hold equally many rows"
     groups = table.groupby(pd.qcut(table[size].rank(method="first"), bins, labels=False))
@@ -79,10 +80,12 @@ def _smallest_third(table, size):
     "The size below which a third of all structures of all cases lies (each counts once)"
     return table.drop_duplicates(["case", "structure"])[size].quantile(1/3)
 
+
 def _shade_smallest(ax, table, size):
     "Shade the smallest third"
     ax.axvspan(1e-12, _smallest_third(table, size), color=_SMALLEST, lw=0, zorder=.1)
 
+# %% ../../nbs/62b_report.behaviour.ipynb #31a71638
 def _slope(table, size):
     "Least-squares slope of Dice on the logarithm of size, per doubling; NaN for one size"
     doublings = np.log2(table[size].to_numpy(float))
@@ -190,6 +193,7 @@ def _panel_grid(part, names, columns):
         ax.tick_params(labelbottom=True)  # the lowest of each column
     yield from zip(axes, names, strict=False)
 
+# %% ../../nbs/62b_report.behaviour.ipynb #4ab0d804
 def _label_outside(part, x, y):
     "Label the axes of a grid of panels once each"
     part.supxlabel(x, fontsize=7)
@@ -241,6 +245,7 @@ def _calibration_error(bins): # confidence, accuracy, pixels
     gaps, weights = bins["confidence"] - bins["accuracy"], bins["pixels"]/bins["pixels"].sum()
     return pd.Series({"ece": (weights*gaps.abs()).sum(), "signed": (weights*gaps).sum()})
 
+# %% ../../nbs/62b_report.behaviour.ipynb #0c002e26
 def _calibration_errors(bins): # -> ece, signed by data set and loss
     "Both errors of each training, and their mean over trainings"
     keys = ["dataset", "loss"]
@@ -248,6 +253,7 @@ def _calibration_errors(bins): # -> ece, signed by data set and loss
     errors = by_training[["confidence", "accuracy", "pixels"]].apply(_calibration_error)
     return errors.groupby(level=keys, sort=False).mean()
 
+# %% ../../nbs/62b_report.behaviour.ipynb #21d62a99
 def _error_in_words(errors, dataset, loss):
     "A loss's errors, as in 'ECE 0.034, signed +0.021'"
     if (dataset, loss) not in errors.index: return "ECE –"
@@ -263,6 +269,7 @@ def _wilson(share, count, z=1.96):
     half = z*np.sqrt(share*(1 - share)/count + z**2/(4*count**2))/(1 + z**2/count)
     return share - (middle - half), (middle + half) - share
 
+# %% ../../nbs/62b_report.behaviour.ipynb #16864f5c
 def _pooled_bins(bins): # -> confidence, accuracy, pixels, share, by bin
     "Join the trainings' bins of one loss, weighted by their numbers of pixels"
     bins, values = bins[bins["pixels"] > 0], ["confidence", "accuracy"]

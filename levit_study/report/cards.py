@@ -25,6 +25,7 @@ def _facts(pairs) -> str: # Markdown
     rows = [(name, str(value)) for name, value in pairs if value not in (None, "", [], {})]
     return to_markdown(pd.DataFrame(rows, columns=["", "recorded"]))
 
+# %% ../../nbs/63f_report.cards.ipynb #d8fe8141
 def _listed(values): return ", ".join(map(str, values))
 
 # %% ../../nbs/63f_report.cards.ipynb #dd840729
@@ -35,6 +36,7 @@ def _weights(folder): # folder: a run's, with its records
     at = len(parts) - 1 - parts[::-1].index("runs")
     return read_json(Path(*parts[:at - 1], "models", *parts[at + 1:], "card.json"))
 
+# %% ../../nbs/63f_report.cards.ipynb #e865b1fa
 def _trainings(runs) -> pd.DataFrame:
     "One row per training: seed, fold, minutes, machine, digest of its weights"
     rows = []
@@ -112,6 +114,7 @@ def _range(values, form="g"):
     low, high = (f"{each:{form}}" for each in (values[0], values[-1]))
     return low if low == high else f"{low} to {high}"
 
+# %% ../../nbs/63f_report.cards.ipynb #c3d7687e
 def _composition(manifest) -> list: # of pairs
     "What a manifest says about cases, files, spacings and sizes"
     cases = list(manifest.get("cases", {}).values())
@@ -140,6 +143,7 @@ def _shares(manifest) -> pd.DataFrame:
     return pd.DataFrame({"structure": total.index, "voxels": total.to_numpy(),
                          "share": shares, "cases without it": (counts == 0).sum().to_numpy()})
 
+# %% ../../nbs/63f_report.cards.ipynb #96ebcd07
 def _oddities(manifest):
     lines = [*manifest.get("warnings", []), *manifest.get("left_out", []),
              *manifest.get("skipped", [])]

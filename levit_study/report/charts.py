@@ -41,6 +41,7 @@ def _loss_marks(losses, about): # -> encoding of colour and shape
     nominal = {"field": "loss", "type": "nominal"}
     return {"color": nominal | {"scale": colors}, "shape": nominal | {"scale": shapes}}
 
+# %% ../../nbs/62g_report.charts.ipynb #a8c5d316
 _POINT = {"type": "point", "filled": True, "size": 45, "opacity": .6, "cursor": "pointer"}
 _CHOSEN = {"name": "chosen", "select": {"type": "point", "fields": ["loss"]}, "bind": "legend"}
 _OF_CHOSEN = [{"filter": {"param": "chosen"}}]
@@ -55,6 +56,7 @@ def _chart(title, dataset, layers, **rest): # -> what docs/charts.js draws
             "autosize": {"type": "fit", "contains": "padding"}} | rest
     return {"title": title, "dataset": dataset, "spec": spec}
 
+# %% ../../nbs/62g_report.charts.ipynb #77d7b428
 def _tooltip(*fields): # (name, title) or (name, title, format)
     keys = ("field", "title", "format")
     return [dict(zip(keys, each)) for each in fields]
@@ -67,6 +69,7 @@ def _size_points(means, size, unit): # -> the same rows with size and words
     return means.assign(size=means[size], words=words)[
         ["case", "structure", "loss", "dice", "size", "words"]]
 
+# %% ../../nbs/62g_report.charts.ipynb #8cc3e683
 def size_charts(
     cases, # dataset, loss, case, structure, dice, voxels and, where known, volume_ml
     about=About(), # names, and the split whose cases are drawn
@@ -138,6 +141,7 @@ def _forest_rows(rows, points, about): # -> records of intervals, of cases
             for row in points.to_dict("records")]
     return _records(rows.assign(words=words), about), _records(points.assign(words=dots), about)
 
+# %% ../../nbs/62g_report.charts.ipynb #df815850
 def _forest_chart(dataset, rows, points, about, baseline):
     "One data set's chart of differences"
     losses, names = list(rows["loss"].unique()), structures_of(rows)[dataset]

@@ -20,9 +20,16 @@ class Tick(NamedTuple):
     state: str    # "reported", "partly", "open" or "not applicable"
     evidence: str # Markdown: what there is, where, and what is missing
 
+# %% ../../nbs/63e_report.checklists.ipynb #12b8ec69
 def _reported(text): return Tick("reported", text)
+
+# %% ../../nbs/63e_report.checklists.ipynb #9fd19116
 def _partly(text): return Tick("partly", text)
+
+# %% ../../nbs/63e_report.checklists.ipynb #5f68c1e0
 def _open(text): return Tick("open", text)
+
+# %% ../../nbs/63e_report.checklists.ipynb #696941d1
 def _not_applicable(text): return Tick("not applicable", text)
 
 # %% ../../nbs/63e_report.checklists.ipynb #de58dac7
@@ -37,8 +44,10 @@ def _counts(r: Records): # Markdown
         parts.append(f"{r.params.datasets[dataset].title}: {listed} patients")
     return "; ".join(parts)
 
+# %% ../../nbs/63e_report.checklists.ipynb #8d0602b7
 def _has_file(r: Records, name): return (r.folder / name).exists()
 
+# %% ../../nbs/63e_report.checklists.ipynb #ae5b9748
 def _of_scans(r: Records, missing): # missing: what the records do not hold
     "An item on how scans or labels came about: synthetic ones are made, of others nothing is known"
     if r.synthetic:
@@ -54,6 +63,7 @@ def _partition(r: Records):
     return _reported(f"By {', '.join(dict.fromkeys(words))}; {_counts(r) or 'no cases yet'}; "
                      "rules in [splits](/library/14_data-splits)")
 
+# %% ../../nbs/63e_report.checklists.ipynb #f4a922ff
 def _internal_test(r: Records):
     held = [name for name, split in r.judged.items() if split in ("test", "fold")]
     others = [name for name in r.params.study.datasets if name not in held]
@@ -63,6 +73,7 @@ def _internal_test(r: Records):
     text = f"{', '.join(others)}: the validation patients chose the epoch and are reported on"
     return _partly(text) if held else _open(text)
 
+# %% ../../nbs/63e_report.checklists.ipynb #50405d8f
 def _uncertainty(r: Records):
     sure = f"{r.params.evaluation.confidence:.0%} bootstrap intervals over patients"
     test = "paired tests with Holm's correction"
@@ -72,6 +83,7 @@ def _uncertainty(r: Records):
     return _partly(f"{sure}, {test}; [results]({r.page}). One training per loss: the spread "
                    "between trainings is assumed, not measured")
 
+# %% ../../nbs/63e_report.checklists.ipynb #7d820659
 def _software(r: Records):
     versions = r.values("versions")
     if not versions: return _open("No training is recorded yet")
@@ -86,12 +98,14 @@ def _model(r: Records):
     return _reported(f"{', '.join(names)}: [network](/library/21_model-network), "
                      "[losses](/library/26_losses-paper)")
 
+# %% ../../nbs/63e_report.checklists.ipynb #77da758d
 def _start(r: Records):
     starts = {name: r.params.datasets[name].model.pretrained for name in r.params.study.datasets}
     words = [f"{name}: {'random' if start is False else 'pretrained'} weights"
              for name, start in starts.items()]
     return _reported(f"{'; '.join(words)}; seeds {', '.join(map(str, r.params.study.seeds))}")
 
+# %% ../../nbs/63e_report.checklists.ipynb #af8d2c2f
 def _training(r: Records):
     words = []
     for name in r.params.study.datasets:
@@ -100,6 +114,7 @@ def _training(r: Records):
                      f"batch {t.batch_size}, {t.epochs} epochs, augmentation {t.augmentation}")
     return _reported(f"{'; '.join(words)}; everything in `params.yaml` and `run.json`")
 
+# %% ../../nbs/63e_report.checklists.ipynb #107e4e37
 def _preparation(r: Records):
     data = {name: r.params.datasets[name].data for name in r.params.study.datasets}
     words = [f"{name}: intensity {each.intensity}, {each.size} × {each.size} pixels"
@@ -118,6 +133,7 @@ def _exclusions(r: Records):
     clinical = "" if r.synthetic else ". Clinical criteria: see the data set's own paper"
     return state(f"{words}; {_counts(r)}; manifest.json{clinical}")
 
+# %% ../../nbs/63e_report.checklists.ipynb #019af157
 def _groups(r: Records):
     groups = {case.get("group") for m in r.manifests.values() for case in m["cases"].values()}
     if r.synthetic: return _not_applicable("No patients")
@@ -125,6 +141,7 @@ def _groups(r: Records):
         return _partly("Diagnostic groups per case in `splits.csv`; age and sex are not recorded")
     return _open("Neither age, sex nor diagnosis is among the records")
 
+# %% ../../nbs/63e_report.checklists.ipynb #fcc829e8
 def _failures(r: Records):
     if r.cases.empty: return _open("No evaluated cases yet")
     judged = r.cases[r.cases.split == r.cases.dataset.map(r.judged)]
@@ -133,6 +150,7 @@ def _failures(r: Records):
     return _reported(f"{missed} structures missed altogether; every case in `cases.csv`; "
                      f"[results]({r.page})")
 
+# %% ../../nbs/63e_report.checklists.ipynb #3b3dcf0e
 def _cost(r: Records):
     seconds = [record["seconds"] for record in r.runs.values() if record.get("seconds")]
     if not seconds: return _open("Not recorded")
@@ -147,12 +165,14 @@ def _memory(r: Records):
     if not memory: return _open("Not recorded")
     return _reported(f"At most {max(memory) / 1024:.1f} GiB per training (`run.json`)")
 
+# %% ../../nbs/63e_report.checklists.ipynb #51dd60cd
 def _hardware(r: Records):
     if not r.runs: return _open("No training is recorded yet")
     places = dict.fromkeys(record.get("gpu") or f"{record.get('processor')}, "
                            f"{record.get('cores')} cores" for record in r.runs.values())
     return _reported("; ".join(places) + " (`run.json`)")
 
+# %% ../../nbs/63e_report.checklists.ipynb #5a269212
 def _revisions(r: Records):
     changed = sum(bool(record.get("uncommitted_changes")) for record in r.runs.values())
     revisions = [str(each)[:8] for each in r.values("revision")]
@@ -161,17 +181,20 @@ def _revisions(r: Records):
     return _partly(f"{text}; {changed} of {len(r.runs)} trainings ran with uncommitted changes") \
         if changed else _reported(text)
 
+# %% ../../nbs/63e_report.checklists.ipynb #39926ed2
 def _baselines(r: Records):
     same = "With the same network, data and budget; [losses](/library/26_losses-paper)"
     if special := special_trainings(r.params):
         return _partly(f"{same}. Trained with settings of their own: {'; '.join(special)}")
     return _reported(f"{same}; none was tuned for itself")
 
+# %% ../../nbs/63e_report.checklists.ipynb #551948b5
 def _search(r: Records):
     losses = r.params.study.losses
     return _partly(f"{len(losses)} losses with fixed settings (`params.yaml`); no search within "
                    "this study; other settings in the [log](/studies/log)")
 
+# %% ../../nbs/63e_report.checklists.ipynb #f1dfe4d5
 def _robustness(r: Records):
     if _has_file(r, "ranking.csv"):
         return _partly(f"Ranking under resampling of patients and trainings (`ranking.csv`), "
@@ -323,10 +346,12 @@ def ticked(items: dict, records: Records) -> pd.DataFrame:
     rows = [(str(number), name, *rule(records)) for number, (name, rule) in items.items()]
     return pd.DataFrame(rows, columns=["item", "asks for", "state", "evidence"])
 
+
 def _tally(table):
     counts = table.state.value_counts()
     return ", ".join(f"{counts[state]} {state}" for state in _MARKS if state in counts)
 
+# %% ../../nbs/63e_report.checklists.ipynb #5a18a67e
 def checklist_text(records: Records, title: str) -> str: # Markdown
     "Return both checklists of a study as the text of a page"
     parts = [f"# {title}", "Filled from the study's records by "

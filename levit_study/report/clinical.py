@@ -50,11 +50,13 @@ def _measures_of(values): # -> dict data set: names of measures
     groups = values.groupby("dataset", sort=False)["measure"]
     return {dataset: list(names.unique()) for dataset, names in groups}
 
+
 def _topic(values):
     "What a figure is about: its only unit's measures"
     topics = {"%": "ejection fraction", "ml": "volumes"}
     return topics.get(values["unit"].iloc[0], "derived measures")
 
+# %% ../../nbs/62c_report.clinical.ipynb #6ef39ad7
 def limits_of(rows):
     "Bias and limits of agreement of the differences in `rows`"
     difference = rows["predicted"] - rows["reference"]
@@ -79,6 +81,7 @@ def _draw_grid(part, values, measures, losses, about):
         name = wrapped(about.name(loss), 100//len(losses))
         ax.set_title(f"{name}\n{ax.get_title()}", fontsize=6.5)
 
+# %% ../../nbs/62c_report.clinical.ipynb #77663c42
 def _draw_agreement(ax, rows, look): # -> bias and limits in words
     "Draw one loss's differences with bias and limits"
     ax.axhline(0, color="#999999", lw=.7, ls=(0, (4, 3)))

@@ -107,6 +107,7 @@ def _runs_of(params: Params):
     names = product(study.datasets, study.losses, study.seeds, study.fold_numbers)
     return [_Run(*each) for each in names]
 
+# %% ../../nbs/63b_report.contents.ipynb #2aab3d8c
 def _readable(sources, root, notes):
     "The notebooks that can be read; each of the others becomes a line of `notes`"
     notebooks = []

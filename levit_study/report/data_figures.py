@@ -49,6 +49,7 @@ def imbalance(
 def _percent(share):
     return f"{100*share:.3g} %" if np.isfinite(share) else "–"
 
+# %% ../../nbs/62a_report.data_figures.ipynb #36e4ac88
 def _ratio(name, ratio):
     "Background voxels per voxel of the class"
     if name == "background": return ""

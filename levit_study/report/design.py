@@ -26,6 +26,7 @@ _UNITS = {"best_epoch": "epochs", "epochs_to_95": "epochs", "hd95": "mm", "asd":
 
 def _as_number(text): return float(text.replace("−", "-")) if text else np.nan
 
+# %% ../../nbs/62d_report.design.ipynb #506bbdfc
 def claim_intervals(
     claims: pd.DataFrame, # the ledger: claim, dataset, interval, verdict
 ) -> pd.DataFrame:
@@ -108,6 +109,7 @@ def claims_forest(
     return finished(figure, "The paper's claims, comparison by comparison", _CLAIMS_BODY,
                     f"Forest plot. {_claims_in_words(table, about)}", table, about)
 
+# %% ../../nbs/62d_report.design.ipynb #1cc87956
 _CLAIMS_BODY = (
     "Marks: difference of two losses in the claim's measure; lines: the interval on which the"
     " verdict rests (simultaneous over a claim's comparisons); turned so that the claimed direction"
@@ -141,6 +143,7 @@ def _draw_shares(ax, rows, names, losses, about):
         left += widths
     ax.set_xlim(0, 100)
 
+# %% ../../nbs/62d_report.design.ipynb #0b008428
 @study_style()
 def rank_stability(
     table, # ranking.csv: dataset, structure, loss, patients, rank1, rank2, …
@@ -164,6 +167,7 @@ def rank_stability(
     legend_below(figure, loss_handles(losses, about, ls="none", marker="s"))
     return finished(figure, "How stable the ranking of the losses is", _RANKING_BODY,
                     f"Stacked bars. {_firsts_in_words(table, about)}", table, about)
+
 
 _RANKING_BODY = (
     "Losses ranked by mean Dice in 2,000 bootstrap draws of patients (the same for all losses) and"
@@ -235,6 +239,7 @@ def survival_curves(
     alt = f"{title} Curves. {_survival_in_words(tables)}"
     return Picture(figure, title, f"{title} {_SURVIVAL_BODY}", alt)
 
+# %% ../../nbs/62d_report.design.ipynb #e47bef96
 _SURVIVAL_BODY = (
     "From means and number of patients alone; the spread between patients and the correlation of"
     " two methods over them are assumed, as most tables print neither. Grey: the spread that this"

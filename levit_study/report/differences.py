@@ -60,6 +60,7 @@ def _band_height(structures, losses):
     "Millimetres of a band with a row per structure and in it a mark per loss"
     return len(structures)*max(row_height(structures), 2.1*len(losses) + 1.6) + 16
 
+# %% ../../nbs/62_report.differences.ipynb #e5eefef7
 def _offsets(count):
     return np.linspace(-.38, .38, count + 2)[1:-1]
 
@@ -84,6 +85,7 @@ def _n_in_words(counts):
     if not len(counts.dropna()): return ""
     return f"n = {low:.0f}" if low == high else f"n = {low:.0f} to {high:.0f}"
 
+# %% ../../nbs/62_report.differences.ipynb #da937323
 def _differences_in_words(table, about):
     "Say how many differences are clear and put the six largest into words"
     clear = table[table["clear"]].sort_values("value", key=abs, ascending=False, kind="stable")
@@ -228,6 +230,7 @@ def _limits(gaps, dataset): # -> {loss: (low, high)}
     rows = gaps[gaps["dataset"] == dataset].dropna(subset=["low", "high"])
     return {row.loss: (row.low, row.high) for row in rows.itertuples()}
 
+# %% ../../nbs/62_report.differences.ipynb #e3bad5b0
 def _gap_in_words(means, loss, limits):
     "The mean gap of a loss, below it its interval, if there is one"
     rows = means[means["loss"] == loss]

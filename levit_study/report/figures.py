@@ -139,6 +139,7 @@ def _early_in_words(epochs):
     longer = epochs["epoch"].max() > _EARLY + 2
     return f" At the right: the first {_EARLY} epochs again." if longer else ""
 
+# %% ../../nbs/61_report.figures.ipynb #a5f8eb3c
 def _draw_course(part, epochs, losses, about):
     "Fill a data set's band: a panel per loss, then the shared Dice, all epochs and the first ones"
     columns, looks = min(4, len(losses)), about.looks(losses)
@@ -158,6 +159,7 @@ def _draw_course(part, epochs, losses, about):
         locator = matplotlib.ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
         ax.xaxis.set_major_locator(locator)
 
+# %% ../../nbs/61_report.figures.ipynb #c2458de0
 def _draw_shared(part, epochs, losses, about):
     "Draw the validation Dice of all losses; beside it the first epochs of a longer training"
     early, longer = epochs[epochs["epoch"] <= _EARLY], _early_in_words(epochs)
@@ -192,6 +194,7 @@ def _draw_dice(ax, epochs, losses, about):
         _draw_curve(ax, epochs[epochs["loss"] == loss], "valid_dice", **line)
     ax.set_ylabel(about.name("valid_dice"))
 
+# %% ../../nbs/61_report.figures.ipynb #9f728cb3
 def _best_epochs(epochs):
     "The best epoch of the mean validation Dice, and that of each training"
     scored = epochs.dropna(subset=["valid_dice"])
@@ -200,6 +203,7 @@ def _best_epochs(epochs):
     by_training = scored.set_index("epoch").groupby(per_training(scored))["valid_dice"]
     return mean.idxmax(), list(by_training.idxmax())
 
+# %% ../../nbs/61_report.figures.ipynb #9f728cb3
 def _draw_best(ax, epochs, losses, about):
     "Mark the best epochs at the foot of the axis, a row per loss, so that none hides another"
     looks, place = about.looks(losses), ax.get_xaxis_transform()

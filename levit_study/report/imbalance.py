@@ -46,6 +46,7 @@ def _draw_structure(axis, part, losses, about):
         axis.errorbar(percent, rows.dice, yerr=reach, fmt="none", ecolor=look["color"], lw=.9)
     log_axis(axis, 100*part.share.min(), 100*part.share.max())
 
+# %% ../../nbs/62e_report.imbalance.ipynb #818447a3
 def _in_words(table, about):
     "Say what the rarest structure's Dice is where it is most common and where it is rarest"
     rows = table[table.structure == table.structure.iloc[0]].sort_values("share")

@@ -164,6 +164,7 @@ def _png_width(content: bytes) -> int: # pixels
     is_png = content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) >= 24
     return struct.unpack(">I", content[16:20])[0] if is_png else 0
 
+# %% ../../nbs/63_report.pages.ipynb #d718650f
 def _with_better_copy(output, file): # -> width in pixels on the page, or 0 to leave it
     "Put the saved PNG of twice the resolution in place of the notebook's picture"
     content = Path(file).read_bytes() if file and Path(file).exists() else b""
@@ -177,6 +178,7 @@ def _is_picture(output):
     forms = output.get("data", {})
     return any(form.startswith("image/") for form in forms) and "text/html" not in forms
 
+# %% ../../nbs/63_report.pages.ipynb #ec6b59f9
 def _split_pictures(cell):
     "One cell per output if a cell has more than one picture, else the cell as it is"
     from nbformat.v4 import new_code_cell
@@ -186,6 +188,7 @@ def _split_pictures(cell):
     cell.outputs = []
     return [cell, *parts]
 
+# %% ../../nbs/63_report.pages.ipynb #5e3e3612
 def escaped(text):
     "Text for Markdown, its marks escaped"
     return re.sub(r"([\\`*_{}\[\]<>$#|~])", r"\\\1", text)
@@ -200,6 +203,7 @@ def _made(stem, source, runs):
     page = f"/library/{origin.room.replace('.', '-')}"
     return f"{text} from {escaped(origin.records)}; drawn in [{escaped(origin.room)}]({page})."
 
+# %% ../../nbs/63_report.pages.ipynb #9eda086c
 def _set_words(cell, alt, caption, width, made=""):
     "Tell MyST-NB what to write around a cell's picture"
     cell.metadata["mystnb"] = {"image": {"alt": alt}}

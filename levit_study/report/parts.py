@@ -50,6 +50,7 @@ def _trainings(part):
     folds = part["fold"].nunique() if "fold" in part else 1
     return f"{seeds} × {folds} folds" if folds > 1 else seeds
 
+# %% ../../nbs/60a_report.parts.ipynb #5345d242
 def _sample(table, dataset, about):
     "The sample behind one data set's rows, as in 'n = 10 patients, 20 volumes, 3 seeds'"
     part, counts = table[table["dataset"] == dataset], []
@@ -62,9 +63,11 @@ def _sample(table, dataset, about):
     if "seed" in part and len(part): counts.append(_trainings(part))
     return f"n = {', '.join(filter(None, counts))}" if any(counts) else ""
 
+
 def per_training(table):
     "The columns that tell a loss's trainings apart: seed, and fold where there are folds"
     return [name for name in ("seed", "fold") if name in table]
+
 
 def has_spread(table):
     "Whether a loss has several trainings"
@@ -118,6 +121,7 @@ def row_height(labels, lines=1):
     "Millimetres that a row needs for at least so many lines and for any of the labels, wrapped"
     return 2.4 + 2.9*max(lines, *(wrapped(label).count("\n") + 1 for label in labels))
 
+# %% ../../nbs/60a_report.parts.ipynb #6b484a43
 def bands(table, heights, about, width=DOUBLE, extra=14): # -> figure, {data set: subfigure}
     "A figure with a band per data set, `heights` mm high, and `extra` mm for title and legend"
     size = (width*MM, (sum(heights) + extra)*MM)
@@ -138,6 +142,7 @@ def label_rows(ax, names):
     ax.tick_params(axis="y", length=0)
     ax.grid(False, axis="y")
 
+# %% ../../nbs/60a_report.parts.ipynb #b6f91096
 def shade_rows(ax, names):
     "Name the rows and shade every second one, to lead the eye"
     label_rows(ax, names)
@@ -184,6 +189,7 @@ def loss_handles(losses, about, **kwargs):
     looks = about.looks(losses)
     return [Line2D([], [], label=about.name(loss), **looks[loss] | kwargs) for loss in losses]
 
+# %% ../../nbs/60a_report.parts.ipynb #cd400860
 def pair_handles(filled, hollow):
     "Legend entries of the filled and the hollow marks"
     look = dict(color="#555555", marker="o", ls="none")

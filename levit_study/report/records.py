@@ -21,6 +21,7 @@ def read_json(path) -> dict:
     except (OSError, ValueError): return {}
     return content if isinstance(content, dict) else {}
 
+# %% ../../nbs/63d_report.records.ipynb #28a604b5
 def _read_cases(folders):
     tables = []
     for folder in folders:

@@ -69,6 +69,7 @@ def _scale_bar(ax, view, spacing):
     ax.plot([x, x + length/pixel], [y, y], **line)
     ax.text(x, y - .04*height, f"{length} {unit}", **text)
 
+# %% ../../nbs/61a_report.segmentations.ipynb #4f1bb157
 def _edge(width):
     return [withStroke(linewidth=width, foreground="black")]
 
@@ -95,6 +96,7 @@ def _smallest_structure(reference, structures):
     counts = {name: int((reference == value).sum()) for name, value in structures.items()}
     return min((name for name in counts if counts[name]), key=counts.get, default=None)
 
+# %% ../../nbs/61a_report.segmentations.ipynb #00690465
 def _views(example):
     "The windows of the three rows: twice the structures, then the smallest of them"
     reference, structures = example["reference"], example["structures"]
@@ -213,6 +215,7 @@ def _draw_errors(ax, reference, prediction, structures):
     ax.imshow(errors, interpolation="nearest", aspect=ax.get_aspect())
     draw_contours(ax, reference, structures, dict.fromkeys(structures, "white"), linewidths=.4)
 
+# %% ../../nbs/61a_report.segmentations.ipynb #9cfc0884
 def _draw_dashed(ax, reference, structures):
     "White dashes on black are seen on any grey"
     for color, line in (("black", "-"), ("white", (0, (2, 2)))):

@@ -67,6 +67,7 @@ def _address(pages, place): # e.g. report.html#a-heading, empty where there is n
     shown = isinstance(page.content, list) and any(heading in cell.source for cell in page.content)
     return f"{page.path}.html#{heading.lower().replace(' ', '-')}" if shown else ""
 
+# %% ../../nbs/64_report.site.ipynb #f4134513
 def _landing(title, summary, pages) -> Page:
     "The page that answers on one screen, with a link to the first page of each kind that there is"
     cards = [(_address(pages, place), *words) for place, *words in _CARDS]
@@ -128,6 +129,7 @@ def _assets(root, ends=(".css", ".js")) -> list[Path]:
     "The project's styles and scripts for pages"
     return sorted(path for path in Path(root, "docs").glob("*") if path.suffix in ends)
 
+# %% ../../nbs/64_report.site.ipynb #b39e9c2b
 def _vega(root) -> str:
     "Vega, Vega-Lite and vega-embed as one script, from DVC's page of plots or made in seconds"
     page = Path(root, ".dvc", "plots", "page.html")
@@ -261,6 +263,7 @@ _SINGLE = """<!DOCTYPE html>
 def _texts(paths):
     return [path.read_text(encoding="utf-8") for path in paths]
 
+# %% ../../nbs/64_report.site.ipynb #57fb8ba1
 def build_single_page(params: Params, root=".", site="reports/site", output="reports/index.html"):
     "Write the report as one self-contained HTML file; what the site does not have yet is left out"
     from bs4 import BeautifulSoup
@@ -303,6 +306,7 @@ def vega_library() -> str:
                          "install levit-study[study]") from None
     return vl_convert.javascript_bundle().replace("</script", "<\\/script")
 
+# %% ../../nbs/64_report.site.ipynb #06db815a
 def plots_page(output):
     "Write the page that DVC fills in with plots, Vega inside; DVC's link to the web is left out"
     library = vega_library()

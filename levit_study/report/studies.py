@@ -73,6 +73,7 @@ def _scores(study): # Markdown
     whole = organs[(organs.structure == ALL) & (organs.split == organs.dataset.map(judging))]
     return ", ".join(f"{loss_name(row.loss)} {row.dice:.3f}" for row in whole.itertuples())
 
+# %% ../../nbs/63c_report.studies.ipynb #a9c3d269
 def _verdicts(study):
     "How many of the paper's claims are supported and contradicted"
     claims = study.table("claims")
@@ -83,6 +84,7 @@ def _verdicts(study):
     words = [f"{counts.get(name, 0)} {name}" for name in ("supported", "contradicted")]
     return f"{', '.join(words)} of {len(claims)}"
 
+# %% ../../nbs/63c_report.studies.ipynb #25acd41b
 def _setting(study):
     "Network, pixels and epochs of the first data set"
     first = study.params.datasets[study.params.study.datasets[0]]

@@ -67,9 +67,11 @@ _TEMPLATE = """<div class="answer">
 def _count(number, word):
     return f"{number} {word}{'' if number == 1 else 's'}"
 
+
 def _bold(text):
     return Markup("<b>{}</b>").format(text)
 
+# %% ../../nbs/63a_report.summary.ipynb #798d35da
 def _listed(words): # texts or Markup -> Markup, as in 'a, b and c'
     words = [escape(word) for word in words]
     if len(words) < 2: return Markup("").join(words)
@@ -118,6 +120,7 @@ def _with_interval(row, name, digits): # row: a mapping
     interval = f"[{low:.{digits}f}, {high:.{digits}f}]"
     return Markup("{} <small>{}</small>").format(mean, interval)
 
+# %% ../../nbs/63a_report.summary.ipynb #a3054450
 def _is_number(value):
     return isinstance(value, (int, float)) and value == value
 
@@ -172,6 +175,7 @@ def _standing(row): # row: of claims.csv
     "A verdict, or in a few words what an open one stands on"
     return standing_in_words(row["verdict"], row.get("standing"))
 
+# %% ../../nbs/63a_report.summary.ipynb #3b40f3a9
 def _touched(claims): # -> claims, the others' numbers
     "Leave out the claims that no loss of the study touches"
     if "standing" not in claims: return claims, []
@@ -180,6 +184,7 @@ def _touched(claims): # -> claims, the others' numbers
     others = list(others.index[others])
     return claims[~claims.claim.isin(others)], others
 
+# %% ../../nbs/63a_report.summary.ipynb #4eedcecd
 def _judgeable(claims): # -> claims, the number of the others
     "Leave out the claims without a verdict on any data set, as on synthetic ones"
     if "standing" not in claims: return claims, 0
@@ -187,6 +192,7 @@ def _judgeable(claims): # -> claims, the number of the others
     without = without.groupby(claims.claim, sort=False).all()
     return claims[~claims.claim.isin(without.index[without])], int(without.sum())
 
+# %% ../../nbs/63a_report.summary.ipynb #3b40f3a9
 def _claims(claims, datasets): # -> rows of claim, statement, interval, verdict per data set
     "The ledger in short; with one data set also the measured difference"
     shown = []
@@ -198,6 +204,7 @@ def _claims(claims, datasets): # -> rows of claim, statement, interval, verdict 
         shown.append((claim, first.statement, _typeset(interval), cells))
     return shown
 
+# %% ../../nbs/63a_report.summary.ipynb #08784271
 def _typeset(text):
     "A difference with proper minus signs and the loss as it is printed"
     text = re.sub(r"(?<=\w) - (?=\w)", " − ", text)
@@ -221,6 +228,7 @@ def _left_out(untouched):
     "One line for the claims that the study's losses cannot test"
     if untouched: yield f"Not touched by these losses: {_listed(untouched)} of the paper's claims."
 
+# %% ../../nbs/63a_report.summary.ipynb #d077cff4
 def _without_verdict(number, report, has_report):
     "One line for the claims without a verdict, with a link to their numbers"
     if not number: return
@@ -230,6 +238,7 @@ def _without_verdict(number, report, has_report):
     yield Markup("{} {} no verdict here: synthetic scans decide none.").format(
         link if has_report else words, verb)
 
+# %% ../../nbs/63a_report.summary.ipynb #d077cff4
 def _points(organs, claims, params: Params, about: About): # organs, claims: tables or None
     "What limits the numbers"
     points = list(_tally(claims, about.synthetic)) if claims is not None else []

@@ -50,6 +50,7 @@ def _draw_starts(axis, part, looks):
     log_axis(axis, part.patients.min(), part.patients.max())
     axis.set_xticks(sorted(set(part.patients)), labels=sorted(set(part.patients.astype(int))))
 
+# %% ../../nbs/62f_report.transfer.ipynb #64de85a1
 def _in_words(table, about):
     "Say what each start gains over the random one with the fewest and with the most patients"
     words = []

@@ -25,6 +25,7 @@ def label_strip(labels: np.ndarray) -> str: # labels: 0 to 255
     "The bytes of a label map, deflated, as base64"
     return base64.b64encode(zlib.compress(labels.astype(np.uint8).tobytes(), 9)).decode()
 
+# %% ../../nbs/61b_report.viewer.ipynb #06dbb0d9
 def image_strip(image: np.ndarray) -> str:
     "An image in 256 greys, as differences to the pixel before; a thousandth is cut off either end"
     low, high = np.percentile(image, [.1, 99.9])
@@ -42,6 +43,7 @@ def _reach(inside, whole, margin): # inside: which rows hold labels -> first, pa
     extra = max(1, round(margin*(places[-1] - places[0] + 1)))
     return max(0, places[0] - extra), min(len(inside), places[-1] + 1 + extra)
 
+# %% ../../nbs/61b_report.viewer.ipynb #fccdcbcf
 def _cut(labelled: np.ndarray) -> tuple[slice, ...]: # boolean (slices, rows, columns)
     "What a page keeps of a volume: along each axis from where to where, in which steps"
     over = [(1, 2), (0, 2), (0, 1)]
@@ -60,12 +62,15 @@ def _met(reference, prediction, count): # -> (slices, reference's label, predict
         here.flat = np.bincount(pairs.ravel(), minlength=count*count)
     return met
 
+# %% ../../nbs/61b_report.viewer.ipynb #65634f56
 def _dice(met): # -> Dice of each label above 0; NaN where neither map has it
     both, sizes = np.diagonal(met, 0, -2, -1), met.sum(-1) + met.sum(-2)
     with np.errstate(invalid="ignore"): return (2*both/np.where(sizes, sizes, np.nan))[..., 1:]
 
+
 def _rounded(values): # -> list, None for NaN
     return [None if np.isnan(v) else round(float(v), 3) for v in np.atleast_1d(values)]
+
 
 def _mean(values): # over the last axis
     known = (~np.isnan(values)).sum(-1)
@@ -113,6 +118,7 @@ def _predictions_of(paths, case): # -> {loss: label map}
         with h5py.File(path) as file: labels[loss] = file[case][()]
     return labels
 
+# %% ../../nbs/61b_report.viewer.ipynb #29e8859a
 def viewer_cases(
     results: Results,
     dataset: str,
@@ -150,6 +156,7 @@ def _note(cases, count, split): # -> what of the cases is here
     words.append("Label maps: of each loss the first seed.")
     return " ".join(words)
 
+# %% ../../nbs/61b_report.viewer.ipynb #9a0baf65
 def viewer_html(
     cases, # of `viewer_cases`
     count: int, # of all cases, shown or not

@@ -45,6 +45,7 @@ def _of_each(fabric, tensor):
     if tensor is None: return None
     return fabric.all_gather(tensor.to(fabric.device)).cpu().view(-1, *tensor.shape)
 
+# %% ../../nbs/30c_training.checkpoint.ipynb #580435ea
 def _state_of(t: Trainer) -> dict:
     "Return all that the rest of the run depends on, as tensors and plain values"
     fabric, average = t.fabric, t.average
@@ -99,12 +100,14 @@ _PLATFORMS = [*product(("cpu", "cuda", "mps"), ("32-true", "bf16-mixed"))]
 
 def _plain(record: dict) -> dict: return json.loads(json.dumps(record))
 
+# %% ../../nbs/30c_training.checkpoint.ipynb #97d73d15
 def _made_on(t: Trainer, state: dict) -> tuple[str, str] | None:
     "Return the platform that a checkpoint of these data was made on; None: of other data"
     record, identity = json.loads(state["run"]), state["identity"]
     fits = (p for p in _PLATFORMS if identity_of(record, t.data_digest, p) == identity)
     return next(fits, None)
 
+# %% ../../nbs/30c_training.checkpoint.ipynb #a6f8c352
 def _only_longer(t: Trainer, state: dict) -> bool:
     "Whether a complete checkpoint has this training's record but fewer epochs, and kept its state"
     then, epochs = json.loads(state["run"]), t.run.training.epochs
@@ -153,6 +156,7 @@ def _check_platform(t: Trainer, folder: Path, platform: tuple[str, str]):
     advice = f"go on there (compute.device), or remove {folder} to train anew here"
     raise StudyError(f"{t.name}: began on {began}, here it is {now}, with other numbers; {advice}")
 
+# %% ../../nbs/30c_training.checkpoint.ipynb #a717d744
 def _start_anew(t: Trainer, folder: Path, reason: str, say):
     "Say why a checkpoint does not fit, and remove it"
     say(f"{folder}: does not fit this run ({reason}); starting anew")

@@ -169,6 +169,7 @@ def memory_hint(t: Trainer, setting="batch_size") -> str:
     if setting != "batch_size": return f"{lack}; {remedy}"
     return f"{lack}; {remedy} and accumulate: {twice} (the same steps), or batch_size: auto"
 
+# %% ../../nbs/30b_training.record.ipynb #59ef1082
 @contextmanager
 def memory_named(t: Trainer, setting="batch_size"):
     "A block in which a GPU's lack of memory is a `StudyError` that says what to change"

@@ -59,6 +59,7 @@ def dice_from_counts(
     with np.errstate(invalid="ignore"):
         return 2 * true_positive / (predicted + reference)
 
+# %% ../../nbs/30a_training.scores.ipynb #ebb376f7
 def jaccard_from_counts(
     true_positive,  # voxels in both maps; array or tensor of any shape
     predicted,      # voxels in the prediction

@@ -205,6 +205,7 @@ def platform_of(fabric: Fabric) -> tuple[str, str]: # ("cpu", "32-true"), ("cuda
     "Return the sort of device and the precision: on another platform the numbers are others"
     return fabric.device.type, str(fabric._precision.precision)
 
+# %% ../../nbs/30_training.state.ipynb #57e2f919
 def identity_of(record: dict, data_digest: str, platform: tuple[str, str]) -> str:
     "Return the digest of all that a training's numbers depend on"
     device, precision = platform
@@ -212,6 +213,7 @@ def identity_of(record: dict, data_digest: str, platform: tuple[str, str]) -> st
     decides = json.dumps([record, data_digest, precision, *elsewhere])
     return hashlib.sha256(decides.encode()).hexdigest()
 
+# %% ../../nbs/30_training.state.ipynb #93dc3714
 @dataclass
 class Trainer:
     "A run's model, loss, optimiser and progress"
