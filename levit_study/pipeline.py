@@ -16,8 +16,8 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
-from .files import STOPPING, StudyError, bare_code, hash_file, write_json
-from .files import written_whole
+from .files import STOPPING, StudyError, bare_code, hash_file, without_web_grammar
+from .files import write_json, written_whole
 from .networks import start_file
 from .params import Params, load_params, pick_evaluation, pick_run
 from .settings import check_loss
@@ -149,8 +149,7 @@ def run_notebook(
     parameters: dict, # values for the cell tagged `parameters`
 ):
     "Execute a notebook in the current folder; `StudyError` names the cell that failed"
-    # jsonschema would build a grammar of web addresses, two seconds of every stage's start
-    sys.modules.setdefault("rfc3987_syntax", None)
+    without_web_grammar()
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError

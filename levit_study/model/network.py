@@ -6,12 +6,8 @@
 __all__ = ['VARIANTS', 'LevitUNet', 'levit_encoder', 'encoder_maps', 'DecoderBlock', 'Head']
 
 # %% ../../nbs/21_model.network.ipynb #80af5ae3
-import importlib
-import sys
 import torch
 import torch.nn.functional as F
-import types
-from contextlib import contextmanager
 from torch import nn
 from ..files import StudyError
 from .grids import (
@@ -69,28 +65,6 @@ def _check_input(x, channels):
         )
     image_size_of(tuple(x.shape[-2:]), "model input")
 
-# %% ../../nbs/21_model.network.ipynb #7be1d2c5
-_COMPILER = "torch._dynamo.utils"
-
-@contextmanager
-def _without_compiler():
-    "A block in which an import does not bring torch's compiler"
-    small, disable = types.ModuleType(_COMPILER), torch.compiler.disable
-    small.is_compile_supported = lambda device: False
-    sys.modules[_COMPILER], torch.compiler.disable = small, lambda function, **_: function
-    try: yield
-    finally:
-        torch.compiler.disable = disable
-        del sys.modules[_COMPILER]
-
-def _timm():
-    "Import timm, and not torch's compiler with it"
-    if _COMPILER not in sys.modules and "timm" not in sys.modules:
-        try:
-            with _without_compiler(): return importlib.import_module("timm")
-        except (ImportError, AttributeError, TypeError): pass  # it asks for more: it gets all of it
-    return importlib.import_module("timm")
-
 # %% ../../nbs/21_model.network.ipynb #5c7e4118
 def levit_encoder(
     variant,         # one of `VARIANTS`
@@ -99,7 +73,7 @@ def levit_encoder(
     drop_path=None,  # rate of dropped residuals; None: the public code's
 ):                   # timm's `Levit` without its head
     "Build timm's LeViT of that variant, without the classifier"
-    timm = _timm()
+    import timm  # not before a network is built: it takes a second
     if variant not in VARIANTS:
         names = ", ".join(VARIANTS)
         raise StudyError(f"model variant {variant!r} is unknown; choose one of {names}")

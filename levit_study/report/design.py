@@ -15,8 +15,8 @@ from ..evidence.claims import CLAIMS
 from ..evidence.survival import false_ranking
 from .look import About, DOUBLE, MM, Picture, checked, study_style
 from .parts import bands, finished, label_rows, legend_below, loss_handles
-from .parts import print_right, row_height, shade_rows, standing_in_words
-from .parts import structures_of, wrapped
+from .parts import print_right, row_height, settle, shade_rows
+from .parts import standing_in_words, structures_of, wrapped
 
 # %% ../../nbs/62d_report.design.ipynb #3105fe1c
 _NUMBER = r"[+\-−]?(?:\d+\.?\d*|\.\d+)(?:e[+\-]?\d+)?"
@@ -234,8 +234,7 @@ def survival_curves(
     legend_below(figure, handles)
     title = "Would published rankings survive another sample of patients?"
     figure.suptitle(title, x=.006, ha="left")
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    settle(figure)
     alt = f"{title} Curves. {_survival_in_words(tables)}"
     return Picture(figure, title, f"{title} {_SURVIVAL_BODY}", alt)
 

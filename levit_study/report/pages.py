@@ -12,7 +12,7 @@ import json
 import re
 import struct
 from pathlib import Path
-from ..files import StudyError
+from ..files import StudyError, without_web_grammar
 from .provenance import figure_origin
 
 # %% ../../nbs/63_report.pages.ipynb #3f94a144
@@ -55,9 +55,11 @@ def _formula(node, block):
 # %% ../../nbs/63_report.pages.ipynb #a28cce9a
 def read_notebook(path): # -> NotebookNode
     "Read a notebook; raises `StudyError` with one line if it is missing or not one"
+    without_web_grammar()
     import nbformat
     try:
-        return nbformat.read(path, as_version=4)
+        text = Path(path).read_text(encoding="utf-8")
+        return nbformat.convert(nbformat.reader.reads(text), 4)  # unchecked: Jupyter wrote it
     except FileNotFoundError:
         raise StudyError(f"{path}: not there yet; run dvc repro to make it") from None
     except Exception as e:

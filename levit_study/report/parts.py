@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUARTILES', 'wrapped', 'number', 'score', 'standing_in_words', 'per_training', 'has_spread', 'means_in_words',
            'row_height', 'bands', 'label_rows', 'shade_rows', 'print_right', 'log_axis', 'structures_of',
-           'loss_handles', 'pair_handles', 'legend_below', 'finished']
+           'loss_handles', 'pair_handles', 'legend_below', 'settle', 'finished']
 
 # %% ../../nbs/60a_report.parts.ipynb #e25366d0
 import re
@@ -213,13 +213,17 @@ def legend_below(figure, handles):
     figure.set_figheight(figure.get_figheight() + growth)
 
 # %% ../../nbs/60a_report.parts.ipynb #d3948da3
+def settle(figure):
+    """Make a figure's layout once for all: PNG, SVG and screen share it, and matplotlib draws once
+    for each of them, where it would draw twice for a figure that has a layout to make"""
+    for _ in range(2): figure.get_layout_engine().execute(figure)  # again for ticks that it moved
+    figure.set_layout_engine(None)
+
 def finished(figure, title, body, alt, table, about): # -> Picture
     "Title the figure, settle its layout once for all, and return it with its words"
     title = _titled(title, table, about)
     printed = wrapped(title, int(figure.get_figwidth()/MM*.5))
     figure.suptitle(printed, x=.006, ha="left")
     figure.set_figheight(figure.get_figheight() + 4*MM*printed.count("\n"))
-    for _ in range(2):  # the layout is made here, and again for ticks that it moved
-        figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # PNG, SVG and screen then share it
+    settle(figure)
     return Picture(figure, title, _caption(title, body, table, about), f"{title}. {alt}")

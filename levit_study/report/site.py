@@ -7,12 +7,14 @@ __all__ = ['CONFIG', 'front_page', 'build_site', 'build_single_page', 'vega_libr
 
 # %% ../../nbs/64_report.site.ipynb #37b45ace
 import base64
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from jinja2 import Environment
 from ..files import StudyError, written_whole
@@ -105,7 +107,6 @@ CONFIG = { # what _config.yml holds
 # %% ../../nbs/64_report.site.ipynb #a50b2e6e
 def _write_page(page: Page, folder, places: dict): # places: file -> page, for links
     "Write one page of the book as Markdown or as a notebook"
-    import nbformat
     text = isinstance(page.content, str)
     path = Path(folder, page.path + (".md" if text else ".ipynb"))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,8 +122,8 @@ def _write_page(page: Page, folder, places: dict): # places: file -> page, for l
                 if "text/markdown" in data:
                     data["text/markdown"] = relinked(data["text/markdown"], page.source, places)
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
-    book = nbformat.v4.new_notebook(cells=page.content, metadata={"kernelspec": kernel})
-    nbformat.write(book, path)
+    book = {"cells": page.content, "metadata": {"kernelspec": kernel}}
+    path.write_text(json.dumps(book | {"nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
 
 # %% ../../nbs/64_report.site.ipynb #7c4c500b
 def _assets(root, ends=(".css", ".js")) -> list[Path]:
@@ -179,7 +180,8 @@ def _folder_written_whole(path):
 # %% ../../nbs/64_report.site.ipynb #62526435
 def _run_book(source, output): # -> lines of warnings
     "Build a Jupyter Book; raises `StudyError` with the first thing that went wrong"
-    main = "from jupyter_book.cli.main import main; main()"
+    quick = "from levit_study.files import without_web_grammar; without_web_grammar()"
+    main = f"{quick}; from jupyter_book.cli.main import main; main()"
     command = [sys.executable, "-c", main, "build", source, "--path-output", output, "--all", "-q"]
     environment = {**os.environ, "PYTHONUTF8": "1", "NO_COLOR": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -297,6 +299,7 @@ _PLOTS = """<!DOCTYPE html>
 """
 
 # %% ../../nbs/64_report.site.ipynb #9bce3c3c
+@lru_cache
 def vega_library() -> str:
     "Vega, Vega-Lite and vega-embed as one script that may stand in a page"
     try:

@@ -9,6 +9,7 @@ __all__ = ['PublishedStudy', 'published_studies', 'studies_table', 'front_html',
 import base64
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 import pandas as pd
 from ..evidence.answer import loss_name
@@ -54,12 +55,17 @@ class PublishedStudy:
         return (self.folder / "answer.md").read_text(encoding="utf-8")
 
 # %% ../../nbs/63c_report.studies.ipynb #bdc4ce1c
+@lru_cache
+def _params_of(path, changed): # changed: when, so that an edited file is read again
+    "The settings of a published study"
+    return load_params(path)
+
 def published_studies(root=".") -> list[PublishedStudy]:
     "Return the published studies, real ones with the most trainings first"
     studies = []
     for path in sorted(Path(root, "reports", "studies").glob("*/params.yaml")):
         there = all((path.parent / name).exists() for name in ("runs", "answer.md", "organs.csv"))
-        try: params = load_params(path) if there else None
+        try: params = _params_of(path, path.stat().st_mtime_ns) if there else None
         except StudyError: continue  # `levit-study verify` names it
         if params: studies.append(PublishedStudy(path.parent, params))
     size = lambda study: (not study.is_real, -study.trainings, -len(study.params.study.losses))
