@@ -9,6 +9,7 @@ __all__ = ['setup', 'read_notebook', 'library_cells', 'study_cells', 'readable_o
 import base64
 import html
 import json
+import posixpath
 import re
 import struct
 from pathlib import Path
@@ -31,7 +32,7 @@ def _mathml(
 
 # %% ../../nbs/63_report.pages.ipynb #98c1f6cf
 def setup(app): # what Sphinx calls when it loads this module as an extension
-    "Add the renderer `mathml` to Sphinx"
+    "Add the renderer `mathml` and a side bar that is made once to Sphinx"
     from docutils.nodes import SkipNode
     def visit(block):
         def draw(translator, node):
@@ -39,6 +40,7 @@ def setup(app): # what Sphinx calls when it loads this module as an extension
             raise SkipNode
         return draw
     app.add_html_math_renderer("mathml", (visit(False), None), (visit(True), None))
+    app.connect("html-page-context", _keep_side_bar, priority=600)  # after the theme's own part
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 # %% ../../nbs/63_report.pages.ipynb #440bac6a
@@ -51,6 +53,49 @@ def _formula(node, block):
         logging.getLogger(__name__).warning(str(e), location=node)
         code = f"<code>{html.escape(node.astext())}</code>"
     return f'<div class="math">{code}</div>' if block else code
+
+# %% ../../nbs/63_report.pages.ipynb #b1a52fd8
+def _unmarked(bar: str, page: str) -> str: # page: as runs/index.html
+    "A page's side bar with links from the site's root and without what marks the page"
+    def plain(tag):
+        text = tag[0].replace(" current active", "").replace(' class="current"', "")
+        return text.replace('"current ', '"').replace(' open="open"', "")
+    def from_root(link):
+        place = posixpath.join(posixpath.dirname(page), link[1])
+        return f'href="{page if link[1] == "#" else posixpath.normpath(place)}"'
+    return re.sub(r'href="([^"]*)"', from_root, re.sub(r"<[^>]+>", plain, bar))
+
+# %% ../../nbs/63_report.pages.ipynb #8aa70ff7
+def _marked(bar: str, page: str) -> str:
+    "An unmarked side bar as the theme writes it for a page"
+    from sphinx.util.osutil import relative_uri
+    lines, lists, link = bar.split("\n"), [], f'href="{page}"'
+    there = next((k for k, line in enumerate(lines) if link in line), None)
+    for k, line in enumerate(lines[:there or 0]):  # the lists that the page's entry stands in
+        if "<ul" in line: lists.append(k)
+        if line.startswith("</ul>"): lists.pop()
+    for k in lists:
+        open_list = lines[k].replace("<ul>", '<ul class="current">')
+        lines[k] = open_list.replace('<ul class="nav', '<ul class="current nav')
+    for k in [*lists, there] if there is not None else []:
+        entry = re.sub(r'(<li class="toctree-l\d+)', r"\1 current active", lines[k])
+        lines[k] = entry.replace("<details>", '<details open="open">')
+        here = f'<a class="reference internal" {link}'
+        lines[k] = lines[k].replace(here, '<a class="current reference internal" href="#"')
+    relative = lambda link: f'href="{relative_uri(page, link[1])}"'
+    return re.sub(r'href="([^"#]*)"', relative, "\n".join(lines))
+
+# %% ../../nbs/63_report.pages.ipynb #c06cd1f1
+def _keep_side_bar(app, pagename, templatename, context, doctree): # Sphinx: html-page-context
+    "Let a page's template write the side bar from the first page's"
+    theirs, page = context["generate_toctree_html"], app.builder.get_target_uri(pagename)
+    def ours(kind, startdepth=1, **settings):
+        if kind != "sidebar" or startdepth: return theirs(kind, startdepth=startdepth, **settings)
+        if not hasattr(app, "study_side_bar"):
+            bar = str(theirs(kind, startdepth=startdepth, **settings))
+            app.study_side_bar = _unmarked(bar, page)
+        return _marked(app.study_side_bar, page)
+    context["generate_toctree_html"] = ours
 
 # %% ../../nbs/63_report.pages.ipynb #a28cce9a
 def read_notebook(path): # -> NotebookNode
