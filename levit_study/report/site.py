@@ -178,16 +178,27 @@ def _folder_written_whole(path):
         shutil.rmtree(former, ignore_errors=True)
 
 # %% ../../nbs/64_report.site.ipynb #62526435
+_BUILD = """
+import sys
+from levit_study.files import without_web_grammar
+without_web_grammar()
+from jupyter_book.sphinx import build_sphinx
+source, output, jobs = sys.argv[1:]
+settings = dict(noconfig=True, path_config=f"{source}/_config.yml", freshenv=True, quiet=True)
+settings["confoverrides"] = {"external_toc_path": f"{source}/_toc.yml"}
+sys.exit(bool(build_sphinx(source, output, builder="html", jobs=int(jobs), **settings)))
+"""
+
 def _run_book(source, output): # -> lines of warnings
     "Build a Jupyter Book; raises `StudyError` with the first thing that went wrong"
-    quick = "from levit_study.files import without_web_grammar; without_web_grammar()"
-    main = f"{quick}; from jupyter_book.cli.main import main; main()"
-    command = [sys.executable, "-c", main, "build", source, "--path-output", output, "--all", "-q"]
+    html, jobs = Path(output, "_build", "html"), str(min(os.cpu_count() or 1, 4))
+    places = [str(Path(source).absolute()), str(html.absolute())]
+    command = [sys.executable, "-c", _BUILD, *places, jobs]
     environment = {**os.environ, "PYTHONUTF8": "1", "NO_COLOR": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in done.stderr.splitlines()]
     lines = [line for line in lines if line.strip()]
-    if done.returncode or not Path(output, "_build", "html", "index.html").exists():
+    if done.returncode or not (html / "index.html").exists():
         first = next((k for k, line in enumerate(lines) if "rror" in line), 0)
         why = " ".join(line.strip() for line in lines[first:first + 2]) or "no message"
         raise StudyError(f"the site could not be built from {source}: {why}")
