@@ -18,9 +18,6 @@ from pathlib import Path
 
 from .files import STOPPING, StudyError, bare_code, hash_file, without_web_grammar
 from .files import write_json, written_whole
-from .networks import start_file
-from .params import Params, load_params, pick_evaluation, pick_run
-from .settings import check_loss
 
 # %% ../nbs/70_pipeline.ipynb #d6caf642
 def notebook_code(
@@ -35,8 +32,11 @@ def notebook_code(
     return bare_code("\n\n".join(texts)) + "\n"
 
 # %% ../nbs/70_pipeline.ipynb #1201337a
-def _write_settings(params: Params, folder: Path):
+def _write_settings(params, folder: Path): # params: `Params`
     "Write the settings that each stage of the study comes to"
+    from levit_study.networks import start_file
+    from levit_study.params import pick_evaluation, pick_run
+    from levit_study.settings import check_loss
     for dataset in params.study.datasets:
         about = params.datasets[dataset]
         in_folds = {"in_folds": params.study.fold_numbers != [None]}
@@ -58,6 +58,7 @@ def write_code(
     root=".",   # the project's folder
 ):
     "Write the bare code of stages and rooms and the checked settings, which DVC's stages depend on"
+    from levit_study.params import load_params  # a stage that runs a notebook starts without it
     root, output = Path(root), Path(output)
     params = load_params(root / "params.yaml")
     stages = (root / "nbs/study").glob("*.ipynb")

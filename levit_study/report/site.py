@@ -122,7 +122,8 @@ def _write_page(page: Page, folder, places: dict): # places: file -> page, for l
                 if "text/markdown" in data:
                     data["text/markdown"] = relinked(data["text/markdown"], page.source, places)
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
-    book = {"cells": page.content, "metadata": {"kernelspec": kernel}}
+    cells = [cell | {"id": f"cell{number}"} for number, cell in enumerate(page.content)]
+    book = {"cells": cells, "metadata": {"kernelspec": kernel}}
     path.write_text(json.dumps(book | {"nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
 
 # %% ../../nbs/64_report.site.ipynb #7c4c500b
@@ -185,8 +186,9 @@ without_web_grammar()
 from jupyter_book.sphinx import build_sphinx
 source, output, jobs = sys.argv[1:]
 settings = dict(noconfig=True, path_config=f"{source}/_config.yml", freshenv=True, quiet=True)
-settings["confoverrides"] = {"external_toc_path": f"{source}/_toc.yml"}
-sys.exit(bool(build_sphinx(source, output, builder="html", jobs=int(jobs), **settings)))
+changes = {"external_toc_path": f"{source}/_toc.yml", "latex_individualpages": False}
+settings |= dict(builder="html", jobs=int(jobs), confoverrides=changes)
+sys.exit(bool(build_sphinx(source, output, **settings)))
 """
 
 def _run_book(source, output): # -> lines of warnings
