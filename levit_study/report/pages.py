@@ -41,6 +41,7 @@ def setup(app): # what Sphinx calls when it loads this module as an extension
         return draw
     app.add_html_math_renderer("mathml", (visit(False), None), (visit(True), None))
     app.connect("html-page-context", _keep_side_bar, priority=600)  # after the theme's own part
+    app.connect("builder-inited", _read_side_by_side)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 # %% ../../nbs/63_report.pages.ipynb #440bac6a
@@ -96,6 +97,12 @@ def _keep_side_bar(app, pagename, templatename, context, doctree): # Sphinx: htm
             app.study_side_bar = _unmarked(bar, page)
         return _marked(app.study_side_bar, page)
     context["generate_toctree_html"] = ours
+
+# %% ../../nbs/63_report.pages.ipynb #4c1208b7
+def _read_side_by_side(app): # Sphinx: builder-inited
+    "Say of extensions that have nothing to do here that pages may be read side by side"
+    for name in ("sphinx_multitoc_numbering", "sphinx_jupyterbook_latex"):
+        if name in app.extensions: app.extensions[name].parallel_read_safe = True
 
 # %% ../../nbs/63_report.pages.ipynb #a28cce9a
 def read_notebook(path): # -> NotebookNode
