@@ -31,8 +31,10 @@ def _add_predict(commands):
     add, either = command.add_argument, argparse.BooleanOptionalAction
     add("scan", nargs="+", help=".nii(.gz), or a folder of them; several: one scan's channels")
     several = "; several, or a folder of runs: their probabilities are averaged"
-    add("--weights", required=True, nargs="+", help=f"best.safetensors of a run{several}")
-    add("--output", required=True, help="label map to write (a folder for a folder)")
+    shipped = "; left out: the network that comes with the project"
+    add("--weights", nargs="+", help=f"best.safetensors of a run{several}{shipped}")
+    beside = "; left out: SCAN_labels.nii.gz beside the scan"
+    add("--output", help=f"label map to write (a folder for a folder){beside}")
     evaluated = "; left out: as the weights were evaluated"
     add("--flips", action=either, help=f"average over mirrored slices{evaluated}")
     add("--zooms", nargs="+", type=float, help=f"views that show more (below 1) or less{evaluated}")
@@ -51,28 +53,28 @@ def _add_predict(commands):
 
 def _predict(a):
     from levit_study.evaluation.predict import predict
-    from levit_study.evaluation.targets import Outputs, Scans
+    from levit_study.evaluation.sharing import shipped_weights
+    from levit_study.evaluation.targets import Outputs, Scans, labels_beside
     overlay = None
     if a.overlay: from levit_study.report.overlay import draw_overlay as overlay
     existing = "overwrite" if a.overwrite else "keep" if a.keep else "refuse"
-    outputs = Outputs(a.output, a.volumes, overlay, existing, a.probabilities, a.uncertainty)
+    output, weights = a.output or labels_beside(a.scan[0]), a.weights or [shipped_weights()]
+    outputs = Outputs(output, a.volumes, overlay, existing, a.probabilities, a.uncertainty)
     changes = {"flips": a.flips, "zooms": a.zooms, "largest_regions": a.largest_regions}
     scans = Scans(a.scan if len(a.scan) > 1 else a.scan[0], a.assume_axes)
-    for path in predict(scans, a.weights, outputs, changes, a.device, a.precision): print(path)
+    for path in predict(scans, weights, outputs, changes, a.device, a.precision): print(path)
 
 # %% ../nbs/72_commands.ipynb #38a4176c
 def _add_export(commands):
-    command = commands.add_parser("export", help="write weights as ONNX, checked against the model")
+    about = "copy weights in half precision, or write them as ONNX, checked against the model"
+    command = commands.add_parser("export", help=about)
     command.add_argument("weights")
-    command.add_argument("output", help=".onnx file")
+    command.add_argument("output", help=".safetensors (half precision) or .onnx file")
     command.set_defaults(run=_export)
 
 def _export(a):
-    from levit_study.model.inference import load_weights
-    from levit_study.model.export import export_onnx
-    model, card = load_weights(a.weights)
-    difference = export_onnx(model, a.output, **card)
-    print(f"{a.output}: largest difference to the model {difference:.2e} of the largest logit")
+    from levit_study.evaluation.sharing import export_weights
+    print(export_weights(a.weights, a.output))
 
 # %% ../nbs/72_commands.ipynb #823efca9
 def _add_score(commands):
