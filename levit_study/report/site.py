@@ -21,7 +21,7 @@ from ..files import StudyError, written_whole
 from ..params import Params
 from .contents import Page, project_pages, relinked
 from .contents import study_pages, table_of_contents
-from .pages import escaped, readable_outputs
+from .pages import SIDE_BAR, SIDE_BAR_TEXT, escaped, readable_outputs
 from .cards import reviewer_pages
 from .studies import front_html, published_studies, studies_pages
 from .summary import summary_html
@@ -86,7 +86,7 @@ _THEME = {
     "navbar_persistent": [], "show_navbar_depth": 1, "show_toc_level": 2,
     "secondary_sidebar_items": {"**": ["page-toc"], "index": []}}
 _SPHINX = {
-    "extensions": _EXTENSIONS, "html_theme_options": _THEME,
+    "extensions": _EXTENSIONS, "html_theme_options": _THEME, "templates_path": ["_templates"],
     "html_context": {"default_mode": "auto"},
     "html_math_renderer": "mathml", "nb_ipywidgets_js": {},  # no script from elsewhere
     "html_show_search_summary": False,  # it fetches pages, which a browser refuses for files
@@ -154,6 +154,8 @@ def _write_sources(pages, folder, title, assets): # assets: styles and scripts
     for name, content in files.items():
         with open(Path(folder, name), "w", encoding="utf-8") as f:
             writer.dump(content, f)
+    Path(folder, "_templates").mkdir()
+    Path(folder, "_templates", SIDE_BAR).write_text(SIDE_BAR_TEXT, encoding="utf-8")
     Path(folder, "_static").mkdir()
     for file in assets:  # Jupyter Book adds what lies there to every page
         shutil.copy(file, Path(folder, "_static", f"study-{file.name}"))
