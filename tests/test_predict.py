@@ -395,8 +395,7 @@ def test_openvino_is_checked_against_the_network_and_kept(place, capsys, monkeyp
     assert in_int8(capsys)[0] == 0
     kept, = place.glob("best.*.openvino-*.zip")
     written, labels = kept.stat().st_mtime_ns, nib.load("int8.nii.gz").get_fdata()
-    made = json.loads(open("int8.json").read())["model"]["engine"]
-    assert made["precision"] == "int8" and 0 < made["agreement"] <= 1
+    assert json.loads(open("int8.json").read())["model"]["engine"]["precision"] == "int8"
     assert in_int8(capsys)[0] == 0 and kept.stat().st_mtime_ns == written
     assert (nib.load("int8.nii.gz").get_fdata() == labels).all()
     monkeypatch.setattr(room, "LEAST_AGREEMENT", 1.1)   # more than any network reaches

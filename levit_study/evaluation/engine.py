@@ -208,7 +208,7 @@ def _check_scan(image, engine: Network, network: Network) -> dict:
           file=sys.stderr)
     return {"agreement": share}
 
-# %% ../../nbs/41d_evaluation.engine.ipynb #8e7b8fff
+# %% ../../nbs/41d_evaluation.engine.ipynb #7d44fb0c
 def load_engine(
     weights,      # a safetensors file of this study
     settings=PredictionSettings(),
@@ -226,8 +226,9 @@ def load_engine(
     if not checked:
         network = Network(for_inference(model, "fp32"), card, weights=str(weights))
         kept, about = _checked_engine(network, model, store, first, kept)
-    facts = {"engine": {"name": _engine_name(), "precision": "int8", **about}}
-    return Network(Engine(kept), card | facts, settings, str(weights))
+    scores = {key: value for key, value in about.items() if key.startswith("valid")}
+    card = card | {"engine": {"name": _engine_name(), "precision": "int8", **scores}}
+    return Network(Engine(kept), card, settings, str(weights))
 
 # %% ../../nbs/41d_evaluation.engine.ipynb #7269c8b1
 def _checked_engine(network: Network, model, store, first, kept):
