@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGEST_DIFFERENCE', 'LEAST_AGREEMENT', 'Engine', 'engine_file', 'load_engine']
 
-# %% ../../nbs/41d_evaluation.engine.ipynb #7224bfba
+# %% ../../nbs/41d_evaluation.engine.ipynb #26e39dd3
 import contextlib
 import io
 import json
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 from ..files import StudyError, hash_file, written_whole
+from ..machine import describe_machine
 from ..data.context import as_channels, check_stack, neighbours
 from ..data.dataset import PreparedStore, SliceSet
 from ..data.native import stored_volume
@@ -53,14 +54,15 @@ class _Spread:
         lines = lines.reshape(parts[0].shape[0], heights[-1], 3 * widths[0], -1)
         return upsampling._tapped_resize(widths, *form) @ lines
 
-# %% ../../nbs/41d_evaluation.engine.ipynb #6d4dd159
+# %% ../../nbs/41d_evaluation.engine.ipynb #33a13e1b
 def _exported(model):
     "A `LevitUNet` as OpenVINO reads it: float32, its usual image size, any number of images"
     openvino, _ = _packages()
     images = torch.zeros(2, model.in_channels, *model.image_size)
-    free = ({0: torch.export.Dim("batch")},)
+    model, free = for_inference(model, "fp32"), ({0: torch.export.Dim("batch")},)
     with torch.no_grad(), mock.patch.object(upsampling, "_Spread", _Spread):
-        program = torch.export.export(for_inference(model, "fp32"), (images,), dynamic_shapes=free)
+        model(images)  # fills the caches of matrices and biases, which an export must not
+        program = torch.export.export(model, (images,), dynamic_shapes=free)
     network = openvino.convert_model(program)
     network.reshape([-1, *images.shape[1:]])
     return network
@@ -132,11 +134,11 @@ def _write_engine(path, network, about: dict):
     except OSError as error:
         print(f"{path}: cannot be kept ({error.strerror}); made again each time", file=sys.stderr)
 
-# %% ../../nbs/41d_evaluation.engine.ipynb #f260b4f6
+# %% ../../nbs/41d_evaluation.engine.ipynb #3630a300
 def _read_engine(path):
-    "The network that is kept, and what is said about it; None, None where there is none"
+    "The network that is kept, None where there is none, and what is said about it"
     openvino, _ = _packages()
-    if not path.exists(): return None, None
+    if not path.exists(): return None, {}
     try:
         with zipfile.ZipFile(path) as file:
             about = json.loads(file.read("about.json"))
@@ -172,17 +174,19 @@ def _valid_dice(store, networks) -> list:
             rows.append(_dice(labels, volume.label, store.structures.values()))
     return [float(np.nanmean(np.nanmean(rows, axis=0))) for rows in scores]
 
-# %% ../../nbs/41d_evaluation.engine.ipynb #3f9167fa
-def _prepared(weights, card):
+# %% ../../nbs/41d_evaluation.engine.ipynb #9d1ae141
+def _prepared(network: Network):
     "The prepared data of these weights, where they lie in a project that has them; else None"
-    name, wanted = Path(str(card.get("dataset"))).name, [card.get("structures"), card.get("crop")]
-    for folder in Path(weights).absolute().parents:
+    from levit_study.evaluation.evaluate import _check_fits
+    name = Path(str(network.card.get("dataset"))).name
+    for folder in Path(network.weights).absolute().parents:
         path = folder / f"data/prepared/{name}.h5"
         if not path.exists(): continue
-        try: store = PreparedStore(path, card.get("fold"))
+        try:
+            store = PreparedStore(path, network.card.get("fold"))
+            _check_fits(store, network)
         except StudyError: continue
-        fits = [store.structures, store.crop, store.size] == [*wanted, card["image_size"][0]]
-        if fits and store.channels == card.get("channels") and store.split("valid"): return store
+        if store.split("valid"): return store
     return None
 
 # %% ../../nbs/41d_evaluation.engine.ipynb #45231baf
@@ -208,7 +212,7 @@ def _check_scan(image, engine: Network, network: Network) -> dict:
           file=sys.stderr)
     return {"agreement": share}
 
-# %% ../../nbs/41d_evaluation.engine.ipynb #7d44fb0c
+# %% ../../nbs/41d_evaluation.engine.ipynb #20f95b75
 def load_engine(
     weights,      # a safetensors file of this study
     settings=PredictionSettings(),
@@ -221,19 +225,19 @@ def load_engine(
         problem = "takes LeViT-UNet with one encoder, and these weights are of another network"
         raise StudyError(f"{weights}: engine openvino {problem}; leave the engine out")
     kept, about = _read_engine(engine_file(weights))
-    checked = kept is not None and "valid_dice" in about
-    store = None if checked else _prepared(weights, card)
-    if not checked:
+    here = {"weights": hash_file(weights), "processor": describe_machine()["processor"]}
+    if not ("valid_dice" in about and here.items() <= about.items()):
         network = Network(for_inference(model, "fp32"), card, weights=str(weights))
-        kept, about = _checked_engine(network, model, store, first, kept)
+        kept, about = _checked_engine(network, model, first, kept, here)
     scores = {key: value for key, value in about.items() if key.startswith("valid")}
     card = card | {"engine": {"name": _engine_name(), "precision": "int8", **scores}}
     return Network(Engine(kept), card, settings, str(weights))
 
-# %% ../../nbs/41d_evaluation.engine.ipynb #7269c8b1
-def _checked_engine(network: Network, model, store, first, kept):
+# %% ../../nbs/41d_evaluation.engine.ipynb #77a694fa
+def _checked_engine(network: Network, model, first, kept, here: dict):
     "An engine, made where it is not kept, compared with PyTorch's network; and what was found"
-    path, image = engine_file(network.weights), first() if store is None else None
+    path, store = engine_file(network.weights), _prepared(network)
+    image = first() if store is None else None
     made = kept is None or store is not None
     if made:
         print(f"engine openvino: {path.name} is made, which takes a minute", file=sys.stderr)
@@ -242,6 +246,6 @@ def _checked_engine(network: Network, model, store, first, kept):
         kept = _quantised(_exported(model), seen)
     engine = Network(Engine(kept), network.card, weights=network.weights)
     check = (_check_scan, image) if store is None else (_check_cases, store)
-    about = check[0](check[1], engine, network)
+    about = here | check[0](check[1], engine, network)
     if made: _write_engine(path, kept, about)
     return kept, about

@@ -102,14 +102,6 @@ def _read(scan, data: Data, assume_axes: bool, channels=()):
         raise StudyError(f"{scan}: its header gives no orientation (no affine); {remedy}")
     return volume, header
 
-# %% ../../nbs/43_evaluation.predict.ipynb #414acdd9
-def _first_image(files, assume_axes, data: Data):
-    "The image of the first scan that can be read; `StudyError` where none can"
-    for place, each in enumerate(files):
-        try: return _read(each.scan, data, assume_axes, each.channels)[0].image
-        except Exception as problem:
-            if place + 1 == len(files): raise StudyError(_one_line(each.scan, problem)) from problem
-
 # %% ../../nbs/43_evaluation.predict.ipynb #0703c5af
 def _volumes_ml(labels, spacing, structures: dict) -> dict:
     "The volume of each structure of a label map in millilitres"
@@ -203,6 +195,14 @@ def _one_line(scan, problem: Exception) -> str:
     text = " ".join((str(problem).strip().splitlines() or [""])[0].split())[:300]
     if isinstance(problem, StudyError): return text
     return f"{scan}: {type(problem).__name__}{': ' if text else ''}{text}"
+
+# %% ../../nbs/43_evaluation.predict.ipynb #414acdd9
+def _first_image(files, assume_axes, data: Data):
+    "The image of the first scan that can be read; `StudyError` where none can"
+    for place, each in enumerate(files):
+        try: return _read(each.scan, data, assume_axes, each.channels)[0].image
+        except Exception as problem:
+            if place + 1 == len(files): raise StudyError(_one_line(each.scan, problem)) from problem
 
 # %% ../../nbs/43_evaluation.predict.ipynb #66d02ead
 def _write_table(path, rows: list[dict], structures):
