@@ -49,6 +49,8 @@ def _add_predict(commands):
     add("--assume-axes", action="store_true", help="NIfTI's default axes where a header gives none")
     _add_device(command)
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
+    int8 = "openvino: int8 on a CPU, checked against PyTorch's network (levit-study[openvino])"
+    add("--engine", default="torch", choices=["torch", "openvino"], help=int8)
     command.set_defaults(run=_predict)
 
 def _predict(a):
@@ -62,7 +64,12 @@ def _predict(a):
     outputs = Outputs(output, a.volumes, overlay, existing, a.probabilities, a.uncertainty)
     changes = {"flips": a.flips, "zooms": a.zooms, "largest_regions": a.largest_regions}
     scans = Scans(a.scan if len(a.scan) > 1 else a.scan[0], a.assume_axes)
-    for path in predict(scans, weights, outputs, changes, a.device, a.precision): print(path)
+    for path in predict(scans, weights, outputs, changes, a.device, _precision(a)): print(path)
+
+def _precision(a):
+    if a.engine == "torch": return a.precision
+    if a.precision == "auto": return "int8"
+    raise StudyError("--engine openvino: predicts in int8; leave --precision out")
 
 # %% ../nbs/72_commands.ipynb #38a4176c
 def _add_export(commands):

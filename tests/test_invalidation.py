@@ -34,7 +34,7 @@ TABLE = {
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
 NOTHING = """files inputs kinds networks settings params machine pipeline matrix job slurm submit submit_command publish_command bench commands data.fingerprint model.weights model.export model.drawing
-             training.record training.launch losses.pictures evaluation.targets evaluation.predict evaluation.sharing evaluation.ensemble evaluation.maps
+             training.record training.launch losses.pictures evaluation.engine evaluation.targets evaluation.predict evaluation.sharing evaluation.ensemble evaluation.maps
              evaluation.score evaluation.exchange evaluation.ensemble_runs evidence.simulation evidence.choice evidence.planning evidence.publishing
              report.data_figures report.examples report.overlay""".split()
 # A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing

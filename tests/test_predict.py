@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 from contextlib import contextmanager
 
 import nibabel as nib
@@ -371,3 +372,33 @@ def test_an_ensemble_holds_one_network_at_a_time(place, capsys, monkeypatch):
     for seed in range(4): network(f"runs/seed{seed}/best.safetensors", seed)
     assert predict(capsys, "scan.nii.gz", "--output", "mean.nii", weights="runs")[0] == 0
     assert most == [0, 0, 0, 0]
+
+
+def in_int8(capsys, *arguments):
+    "Run the command with OpenVINO; return its status and the last line of standard error"
+    fixed = "--weights", "best.safetensors", "--engine", "openvino", "--overwrite"
+    status = main(["predict", "scan.nii.gz", "--output", "int8.nii.gz", *fixed, *arguments])
+    return status, capsys.readouterr().err.splitlines()[-1]
+
+
+def test_openvino_says_what_it_is_not_for(place, capsys, monkeypatch):
+    assert in_int8(capsys, "--precision", "bf16") == (1, "levit-study: error: --engine openvino: predicts in int8; leave --precision out")
+    assert "predicts on the CPU, not on 'cuda'" in in_int8(capsys, "--device", "cuda")[1]
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    assert "needs the package nncf; pip install 'levit-study[openvino]'" in in_int8(capsys)[1]
+
+
+def test_openvino_is_checked_against_the_network_and_kept(place, capsys, monkeypatch):
+    pytest.importorskip("nncf", reason="an optional extra: levit-study[openvino]")
+    from levit_study.evaluation import engine as room
+    monkeypatch.setattr(room, "LEAST_AGREEMENT", 0)
+    assert in_int8(capsys)[0] == 0
+    kept, = place.glob("best.*.openvino-*.zip")
+    written, labels = kept.stat().st_mtime_ns, nib.load("int8.nii.gz").get_fdata()
+    assert json.loads(open("int8.json").read())["model"]["engine"]["precision"] == "int8"
+    assert in_int8(capsys)[0] == 0 and kept.stat().st_mtime_ns == written
+    assert (nib.load("int8.nii.gz").get_fdata() == labels).all()
+    monkeypatch.setattr(room, "LEAST_AGREEMENT", 1.1)   # more than any network reaches
+    assert "110% are asked; leave the engine out" in in_int8(capsys)[1]
+    kept.write_text("a user's own")
+    assert "is no engine" in in_int8(capsys)[1] and kept.read_text() == "a user's own"

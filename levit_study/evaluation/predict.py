@@ -10,6 +10,7 @@ import csv
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
@@ -64,14 +65,28 @@ def _settings_of(files, changes: dict) -> PredictionSettings:
     return each[0][0]
 
 # %% ../../nbs/43_evaluation.predict.ipynb #bfa49566
-def _network_for(files, changes: dict, device, precision):
-    "The network of a weight file, or the ensemble of several, and the images that it is for"
+def _network_for(files, changes: dict, device, precision, look=None):
+    """The network of a weight file, or the ensemble of several, and the images that it is for;
+    `look` reads the first scan's image, see `load_engine`"""
     data = _card_data(read_card(files[0]), files[0])
     compute = device, precision
+    if precision == "int8":
+        from levit_study.evaluation.engine import load_engine
+        _check_engine(files, device)
+        return load_engine(files[0], _settings_of(files, changes), partial(look, data)), data
     if len(files) == 1: return load_network(files[0], _settings_of(files, changes), *compute), data
     ensemble = load_ensemble(files, device=device, precision=precision)
     print(f"{ensemble.title} networks, probabilities averaged", file=sys.stderr)
     return replace(ensemble, settings=_settings_of(files, changes)), data
+
+# %% ../../nbs/43_evaluation.predict.ipynb #6da2fcd3
+def _check_engine(files, device):
+    "Raise `StudyError` for what OpenVINO's engine is not for"
+    if len(files) > 1:
+        raise StudyError(f"engine openvino: predicts with one weight file, here are {len(files)}; "
+                         "name one, or leave the engine out")
+    if device not in ("auto", "cpu"):
+        raise StudyError(f"engine openvino: predicts on the CPU, not on '{device}'; leave one out")
 
 # %% ../../nbs/43_evaluation.predict.ipynb #9f363f89
 def _read(scan, data: Data, assume_axes: bool, channels=()):
@@ -100,7 +115,7 @@ def _model(card: dict) -> dict:
     if "members" in card: return {"ensemble": card["members"]}
     fold = {"fold": card["fold"]} if card.get("fold") is not None else {}
     names = ("dataset", "loss", "seed", "variant", "synthetic")
-    network = {"network": card["network"]} if "network" in card else {}
+    network = {name: card[name] for name in ("network", "engine") if name in card}
     return {key: card.get(key) for key in names} | network | fold
 
 # %% ../../nbs/43_evaluation.predict.ipynb #1fa9e1ad
@@ -181,6 +196,14 @@ def _one_line(scan, problem: Exception) -> str:
     if isinstance(problem, StudyError): return text
     return f"{scan}: {type(problem).__name__}{': ' if text else ''}{text}"
 
+# %% ../../nbs/43_evaluation.predict.ipynb #414acdd9
+def _first_image(files, assume_axes, data: Data):
+    "The image of the first scan that can be read; `StudyError` where none can"
+    for place, each in enumerate(files):
+        try: return _read(each.scan, data, assume_axes, each.channels)[0].image
+        except Exception as problem:
+            if place + 1 == len(files): raise StudyError(_one_line(each.scan, problem)) from problem
+
 # %% ../../nbs/43_evaluation.predict.ipynb #66d02ead
 def _write_table(path, rows: list[dict], structures):
     "Write the volumes as CSV: a row per scan, a column per structure, ml"
@@ -244,7 +267,7 @@ def predict(
     outputs: Outputs,      # `overlay` gets the picture's path, `Volume`, label map, weights' card
     changes: dict | None = None,  # flips, zooms, largest_regions; left out: as evaluated
     device="auto",
-    precision="auto",      # auto, bf16 or fp32
+    precision="auto",      # auto, bf16 or fp32; int8: OpenVINO's, see `load_engine`
     progress=True,
 ) -> list[Path]:           # the label maps
     """Segment new scans with trained weights; `StudyError` before any work if a result could not be
@@ -255,7 +278,8 @@ def predict(
     files = scan_files(scans, outputs, _map_files(outputs, weights), channels)
     if progress: _say_channels(files, channels)
     check_targets(files, outputs, [*weights, *map(card_file, weights)])
-    network, data = _network_for(weights, changes or {}, device, precision)
+    look = partial(_first_image, files, scans.assume_axes)
+    network, data = _network_for(weights, changes or {}, device, precision, look)
     rows, written, problems, single = [], [], [], len(files) == 1
     shown = {"disable": not progress or single, "file": sys.stderr, "ncols": 100}
     for each in tqdm(files, unit="scan", desc="predict", **shown):
