@@ -171,7 +171,7 @@ def optimism_shift(
     about=About(), # what the caption must say
     gaps=None, # dataset, loss, low, high: intervals of the gap in Dice, as `optimism` gives them
 ): # -> Picture
-    "Draw the mean over the cases that chose the epoch and that over held-out cases, per loss"
+    "Draw the mean over the cases that the epoch was chosen on and over held-out cases, per loss"
     columns = ["dataset", "loss", "seed", "split", "structure", "dice"]
     checked(cases, "optimism_shift", columns)
     about = replace(about, split="", protocol="paper (filled) and held-out (hollow)")
