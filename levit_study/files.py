@@ -188,7 +188,7 @@ def project_folder(start=".") -> Path:
     start = Path(start).resolve()
     for folder in (start, *start.parents):
         if (folder / "params.yaml").is_file(): return folder
-    raise StudyError(f"{start}: in no study's folder: there is no params.yaml at or above it")
+    raise StudyError(f"{start}: not in a study's folder: no params.yaml here or above")
 
 # %% ../nbs/00_files.ipynb #681c2f53
 def enter_project():

@@ -76,7 +76,7 @@ def out_of_reach(reach: Reach, bound: float) -> str:
 
 # %% ../../nbs/52a_evidence.verdicts.ipynb #39685d15
 class _Study(NamedTuple):
-    "What is known of one data set, and how sure a verdict shall be"
+    "What is known of one data set, and how sure a verdict must be"
     runs: pd.DataFrame   # `convergence`
     cases: pd.DataFrame  # `claim_cases` of the cases that judge
     synthetic: bool

@@ -21,7 +21,7 @@ def encoder_parts(
         return [network.stem, network.stages, *getattr(network, "others", ())]
     encoder = getattr(network.body, "encoder", None)
     if isinstance(encoder, nn.Module): return [encoder]
-    raise StudyError(f"network {network.network}: has no module `encoder` to hold still")
+    raise StudyError(f"network {network.network}: has no module `encoder` to freeze")
 
 # %% ../../nbs/22c_model.freezing.ipynb #cb80ad21
 def names_encoder(

@@ -163,9 +163,10 @@ def _key(params: Params):
     "How to read the table of results"
     study = params.study
     trainings = " and trainings" if len(study.seeds) * len(study.folds) > 1 else ""
-    return ("Means over structures and patients; the epoch was chosen on the validation patients, as in"
-            " the paper. Bold: highest Dice. Surface Dice: share of the outlines within the"
-            " tolerance of the other's, of test patients where there are any; a miss counts 0."
+    return ("Means over structures and patients; the epoch was chosen on the"
+            " validation patients, as in the paper. Bold: highest Dice. Surface Dice:"
+            " share of the outlines within the tolerance of the other's,"
+            " of test patients where there are any; a miss counts 0."
             f" Brackets: {params.evaluation.confidence:.0%} interval over patients{trainings}.")
 
 # %% ../../nbs/63a_report.summary.ipynb #e0eaadef

@@ -181,7 +181,7 @@ def _starved(cpu: float, wall: float, threads: int) -> str | None:
     "Return what to do if `threads` got `cpu` seconds of processor time in `wall` seconds, or None"
     if cpu >= 0.6 * threads * wall: return None
     fewer = max(1, min(threads - 1, round(cpu / wall)))
-    got = f"got processor time for {cpu / wall:.1f} of its {threads} threads"
+    got = f"got the processor time of {cpu / wall:.1f} threads out of {threads}"
     remedy = f"set compute.threads: {fewer}" if threads > 1 else "stop what else runs"
     return f"{got}: the machine is busy, or has fewer cores; {remedy} to go faster"
 
