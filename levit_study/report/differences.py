@@ -38,7 +38,7 @@ def forest(
         ax.set_xlabel(f"Difference in Dice against {about.name(baseline)} (right of 0: larger)")
     marks = pair_handles("interval excludes 0", "interval includes 0")
     legend_below(figure, [*loss_handles(losses, about, ls="none"), *marks])
-    body = ("Marks: mean paired difference; at the right: number of patients;"
+    body = ("Marks: mean paired difference; on the right: number of patients;"
             f" lines: {interval_name}, each by itself, not corrected for the number of"
             " comparisons; filled: the interval excludes 0.")
     title = f"Dice: paired differences against {about.name(baseline)}"

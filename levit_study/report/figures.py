@@ -137,7 +137,7 @@ _EARLY = 10  # epochs
 def _early_in_words(epochs):
     "Say that the first epochs are drawn again; empty where there are hardly more"
     longer = epochs["epoch"].max() > _EARLY + 2
-    return f" At the right: the first {_EARLY} epochs again." if longer else ""
+    return f" On the right: the first {_EARLY} epochs again." if longer else ""
 
 # %% ../../nbs/61_report.figures.ipynb #a5f8eb3c
 def _draw_course(part, epochs, losses, about):
