@@ -55,7 +55,7 @@ def write_json(path, content: dict):
 
 # %% ../nbs/00_files.ipynb #0106eab1
 def hard_link(path: Path, link: Path):
-    "Let `link` name the file `path` from now on; a copy where the disk knows no links"
+    "Let `link` name the file `path` from now on; a copy where the disk has no links"
     with written_whole(link) as partial:
         try: os.link(path, partial)
         except OSError: shutil.copyfile(path, partial)

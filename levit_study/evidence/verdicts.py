@@ -260,7 +260,7 @@ def _between_trainings(claim, study):
 
 # %% ../../nbs/52a_evidence.verdicts.ipynb #48e51db5
 def _beside(claim, study, evidence):
-    "Return in words what stands beside a claim's measure"
+    "Return in words what is shown beside a claim's measure"
     texts = []
     for name in claim.beside if evidence.intervals else ():
         if name == "slope": texts.append(_slopes(claim, study))

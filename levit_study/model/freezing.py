@@ -28,7 +28,7 @@ def names_encoder(
     network: str, # dotted path
     settings: dict,
 ) -> bool:
-    "Whether a network of one's own says what its encoder is"
+    "Whether a custom network says what its encoder is"
     with torch.device("meta"): model = OtherNetwork(network, settings, 2)
     return isinstance(getattr(model.body, "encoder", None), nn.Module)
 

@@ -102,7 +102,7 @@ def _plain(record: dict) -> dict: return json.loads(json.dumps(record))
 
 # %% ../../nbs/30c_training.checkpoint.ipynb #97d73d15
 def _made_on(t: Trainer, state: dict) -> tuple[str, str] | None:
-    "Return the platform that a checkpoint was made on; None if its data or code are others"
+    "Return the platform that a checkpoint was made on; None if its data or code differ"
     record, identity = json.loads(state["run"]), state["identity"]
     fits = (p for p in _PLATFORMS if identity_of(record, t.data_digest, p) == identity)
     return next(fits, None)
