@@ -10,10 +10,10 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 
 from . import __version__
 from .files import StudyError, enter_project, written_whole
+from .publish_command import add_publish, add_report, add_verify
 from .submit_command import add_submit
 
 # %% ../nbs/72_commands.ipynb #d3edcc7d
@@ -31,8 +31,10 @@ def _add_predict(commands):
     add, either = command.add_argument, argparse.BooleanOptionalAction
     add("scan", nargs="+", help=".nii(.gz) file, or a folder of them; several: one scan's channels")
     several = "; several, or a folder of runs: their probabilities are averaged"
-    add("--weights", required=True, nargs="+", help=f"best.safetensors of a run{several}")
-    add("--output", required=True, help="label map to write (for a folder of scans: a folder)")
+    shipped = "; default: the network that comes with the project"
+    add("--weights", nargs="+", help=f"best.safetensors of a run{several}{shipped}")
+    beside = "; default: SCAN_labels.nii.gz beside the scan"
+    add("--output", help=f"label map to write (for a folder of scans: a folder){beside}")
     evaluated = "; default: as the weights were evaluated"
     add("--flips", action=either, help=f"average over mirrored slices{evaluated}")
     add("--zooms", nargs="+", type=float, help=f"views that show more (below 1) or less{evaluated}")
@@ -51,28 +53,28 @@ def _add_predict(commands):
 
 def _predict(a):
     from levit_study.evaluation.predict import predict
-    from levit_study.evaluation.targets import Outputs, Scans
+    from levit_study.evaluation.sharing import shipped_weights
+    from levit_study.evaluation.targets import Outputs, Scans, labels_beside
     overlay = None
     if a.overlay: from levit_study.report.overlay import draw_overlay as overlay
     existing = "overwrite" if a.overwrite else "keep" if a.keep else "refuse"
-    outputs = Outputs(a.output, a.volumes, overlay, existing, a.probabilities, a.uncertainty)
+    output, weights = a.output or labels_beside(a.scan[0]), a.weights or [shipped_weights()]
+    outputs = Outputs(output, a.volumes, overlay, existing, a.probabilities, a.uncertainty)
     changes = {"flips": a.flips, "zooms": a.zooms, "largest_regions": a.largest_regions}
     scans = Scans(a.scan if len(a.scan) > 1 else a.scan[0], a.assume_axes)
-    for path in predict(scans, a.weights, outputs, changes, a.device, a.precision): print(path)
+    for path in predict(scans, weights, outputs, changes, a.device, a.precision): print(path)
 
 # %% ../nbs/72_commands.ipynb #38a4176c
 def _add_export(commands):
-    command = commands.add_parser("export", help="write weights as ONNX, checked against the model")
+    about = "copy weights in half precision, or write them as ONNX, checked against the model"
+    command = commands.add_parser("export", help=about)
     command.add_argument("weights")
-    command.add_argument("output", help=".onnx file")
+    command.add_argument("output", help=".safetensors (half precision) or .onnx file")
     command.set_defaults(run=_export)
 
 def _export(a):
-    from levit_study.model.inference import load_weights
-    from levit_study.model.export import export_onnx
-    model, card = load_weights(a.weights)
-    difference = export_onnx(model, a.output, **card)
-    print(f"{a.output}: differs from the model by at most {difference:.2e} of the largest logit")
+    from levit_study.evaluation.sharing import export_weights
+    print(export_weights(a.weights, a.output))
 
 # %% ../nbs/72_commands.ipynb #823efca9
 def _add_score(commands):
@@ -184,54 +186,6 @@ def _choose(a):
     with written_whole(f"reports/choices/{a.dataset}.csv") as partial:
         table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
     print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
-
-# %% ../nbs/72_commands.ipynb #14a28300
-def _add_report(commands):
-    about = "make a published study's tables, claims and figures again, from its records alone"
-    command = commands.add_parser("report", help=about)
-    command.add_argument("folder", help="reports/studies/NAME: params.yaml and runs/")
-    command.set_defaults(run=_report)
-
-def _report(a):
-    from levit_study.evidence.answer import with_answer
-    from levit_study.evidence.published import study_records
-    from levit_study.pipeline import run_notebook
-    study_records(a.folder)  # what is wrong with the records is said before anything is written
-    given = Path(a.folder).resolve()
-    enter_project()
-    inside = given.is_relative_to(Path.cwd())
-    folder = given.relative_to(Path.cwd()).as_posix() if inside else str(given)
-    output = f"build/studies/{given.name}.ipynb"
-    run_notebook("nbs/study/report.ipynb", output, {"reports": folder})
-    page, text = Path("README.md"), Path(folder, "answer.md").read_text(encoding="utf-8")
-    shown = page.read_text(encoding="utf-8") if page.exists() else ""
-    filled = with_answer(shown, folder, text)
-    if filled != shown:
-        with written_whole(page) as partial: partial.write_text(filled, encoding="utf-8")
-    print(f"{folder}: made again; with text and pictures in {output}")
-
-def _add_verify(commands):
-    about = "say whether every published table follows from its study's records"
-    command = commands.add_parser("verify", help=about)
-    command.add_argument("folders", nargs="*", help="default: all of reports/studies")
-    command.set_defaults(run=_verify)
-
-def _verify(a):
-    from levit_study.evidence.published import verify_page, verify_study
-    enter_project()
-    published = Path("reports/studies").glob("*/runs")  # a plan without results has none
-    folders = a.folders or sorted(path.parent for path in published)
-    wrong = 0
-    for folder in folders:
-        for name, problem in verify_study(folder).items():
-            wrong += bool(problem)
-            print(f"{folder}/{name}: {problem or 'follows from the records'}")
-    pages = [] if a.folders or not Path("README.md").exists() else ["README.md"]
-    for page in pages:
-        for folder, problem in verify_page(page).items():
-            wrong += bool(problem)
-            print(f"{page}, answer of {folder}: {problem or 'is what the study says'}")
-    if wrong: raise StudyError(f"{wrong} files do not follow from their records; see above")
 
 # %% ../nbs/72_commands.ipynb #5b4fce79
 def _add_plan(commands):
@@ -350,7 +304,7 @@ _GROUPS = {
     "compare with other methods": (_add_score, _add_export_splits),
     "look at trainings": (_add_runs, _add_choose, _add_ensemble),
     "run many trainings": (add_submit,),
-    "plan and publish": (_add_plan, _add_report, _add_verify),
+    "plan and publish": (_add_plan, add_publish, add_report, add_verify),
     "measure speed": (_add_bench,),
     "what the pipeline calls": (_add_train, _add_notebook, _add_code, _add_plots_page),
 }

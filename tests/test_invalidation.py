@@ -33,9 +33,9 @@ TABLE = {
                report.studies report.records report.checklists report.cards report.site""",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
-NOTHING = """files inputs kinds networks settings params machine pipeline matrix job slurm submit submit_command bench commands data.fingerprint model.weights model.export model.drawing
-             training.record training.launch losses.pictures evaluation.targets evaluation.predict evaluation.ensemble evaluation.maps
-             evaluation.score evaluation.exchange evaluation.ensemble_runs evidence.simulation evidence.choice evidence.planning
+NOTHING = """files inputs kinds networks settings params machine pipeline matrix job slurm submit submit_command publish_command bench commands data.fingerprint model.weights model.export model.drawing
+             training.record training.launch losses.pictures evaluation.targets evaluation.predict evaluation.sharing evaluation.ensemble evaluation.maps
+             evaluation.score evaluation.exchange evaluation.ensemble_runs evidence.simulation evidence.choice evidence.planning evidence.publishing
              report.data_figures report.examples report.overlay""".split()
 # A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing
 # (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.
