@@ -13,7 +13,7 @@ PHRASES = {
     r"of (anybody|one)'s own\b|of the user's\b": "your own",
     r"\bbe told (one|apart by)|can be told\b|is told here": "given, estimated, checked",
     r"\bstands? (beside|below each other|under `)": "is shown beside, is set under",
-    r"(numbers|sources|pathology) stand in\b": "are in",
+    r"(numbers|sources|pathology|items|readings) stand in\b": "are in",
     r"points (its|the other) way with the whole": "the whole interval lies on the claimed side",
     r"\botherwise than\b": "other than",
     r"must not gain by": "gains nothing by",
