@@ -31,6 +31,8 @@ PHRASES = {
     r"\bto be (trusted|had)\b": "can be trusted, is available",
     r"\b(ratios|one) (are|is what ratios are) to\b": "ratios refer to",
     r"\b(are|were) others\b": "differ",
+    r"\bwhat follows from (it|them|these)\b": "name it: tables, figures",
+    r"\bstands? (below|there|on the|in the order)\b": "is listed below, is there",
     r"\bwish to stop\b": "request to stop",
     r"where the system knows how": "where the system supports that",
     r"\beach with each\b": "in pairs",
