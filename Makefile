@@ -23,7 +23,7 @@ env: .venv/.ready .dvc/plots/page.html
 .dvc/plots/page.html: .venv/.ready
 	@$(INSIDE) levit-study plots-page $@
 
-# DVC keeps its records beside git's; said before gigabytes are installed.
+# DVC keeps its records beside those of git; checked before gigabytes are installed.
 .PHONY: git
 git:
 	@git rev-parse --git-dir >/dev/null 2>&1 || grep -qs 'no_scm *= *true' .dvc/config .dvc/config.local || { \

@@ -121,7 +121,7 @@ class Viewer {
     const layers = this.layers.map((layer, k) => make("label", {className: "layer"}, this.radios[k], this.thumbs[k], make("span", {}, layer.name), this.scores[k]));
     const errors = data.errors.map(([name, color], k) => make("label", {className: "check"}, this.errors[k], swatch(color), make("span", {}, name), this.areas[k]));
     const keys = make("p", {className: "keys", id: `${id}-keys`}, "Keys on the picture: arrows or wheel, slice; Page Up and Page Down, case; 1 to 9, loss; R, reference; I, image; "
-      + "E, errors; F, flicker; B and V, brightness; C and X, contrast; 0, as at first. Drag: across for contrast, up and down for brightness.");
+      + "E, errors; F, flicker; B and V, brightness; C and X, contrast; 0, reset. Drag: across for contrast, up and down for brightness.");
     this.place.append(
       make("div", {className: "bar"}, field("Case", this.cases), field("Order", this.orders)),
       make("div", {className: "parts"},

@@ -25,7 +25,7 @@ from .params import Model
 
 # %% ../nbs/71_bench.ipynb #12d85153
 BENCH_MODES = {
-    "fp32 eager": "the published order of operations in float32: what ratios are to",
+    "fp32 eager": "the published order of operations in float32, to which ratios refer",
     "fp32": "the default without bf16: cheaper order, channels last, folded norms in inference",
     "bf16": "the default where bf16 pays: autocast in training, bf16 weights in inference",
     "compiled": "`fp32` or `bf16`, whichever is the device's default, through torch.compile",
@@ -93,21 +93,21 @@ def network_of(
     num_classes=9,
     image_size=224,
 ):
-    "Build a network by what `levit-study bench` calls it"
+    "Build a network by its name in `levit-study bench`"
     about = {"variant": variant} if variant in VARIANTS else {"network": variant}
     return build_network(Model(**about), num_classes, image_size=image_size)
 
 # %% ../nbs/71_bench.ipynb #bde5e221
 def bench_model(
     variants=("128s", "192", "384"),
-    modes=("fp32 eager", "fp32", "bf16"),  # of `BENCH_MODES`; the first one is what ratios are to
+    modes=("fp32 eager", "fp32", "bf16"),  # of `BENCH_MODES`; ratios refer to the first
     batch=8,         # images in a step
     image_size=224,
     repeats=3,       # turns
     device="cpu",
     progress=print,  # called with one line per variant and task
 ):                   # DataFrame: variant, task, mode, images_per_second, ratio, memory_mib, note
-    "Measure training steps and inference, of nine classes, in turns"
+    "Measure training steps and inference, with nine classes, in turns"
     unknown = [repr(mode) for mode in modes if mode not in BENCH_MODES]
     if unknown:
         known = ", ".join(BENCH_MODES)
@@ -169,7 +169,7 @@ def network_costs(
 
 # %% ../nbs/71_bench.ipynb #fefed6d2
 def bench_epoch(
-    variants=("128s", "192", "384", "unet"),  # the first one is what ratios are to
+    variants=("128s", "192", "384", "unet"),  # ratios refer to the first
     slices=1300,     # that an epoch trains on; ACDC's 70 training patients have about as many
     batch=8,         # slices in a step
     image_size=224,
@@ -248,7 +248,7 @@ def _gradient(
     logits,     # (B,C,H,W), with gradient
     target,
 ):
-    "Return the gradient of the loss by the logits"
+    "Return the gradient of the loss with respect to the logits"
     return torch.autograd.grad(criterion(logits, target), logits)
 
 # %% ../nbs/71_bench.ipynb #c8ad200f

@@ -61,7 +61,7 @@ def without_web_grammar():
 
 # %% ../nbs/00_files.ipynb #0106eab1
 def hard_link(path: Path, link: Path):
-    "Let `link` name the file `path` from now on; a copy where the disk knows no links"
+    "Let `link` name the file `path` from now on; a copy where the disk has no links"
     with written_whole(link) as partial:
         try: os.link(path, partial)
         except OSError: shutil.copyfile(path, partial)
@@ -194,7 +194,7 @@ def project_folder(start=".") -> Path:
     start = Path(start).resolve()
     for folder in (start, *start.parents):
         if (folder / "params.yaml").is_file(): return folder
-    raise StudyError(f"{start}: in no study's folder: there is no params.yaml at or above it")
+    raise StudyError(f"{start}: not in a study's folder: no params.yaml here or above")
 
 # %% ../nbs/00_files.ipynb #681c2f53
 def enter_project():

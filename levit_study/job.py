@@ -20,14 +20,14 @@ from .pipeline import end_with_parent
 
 # %% ../nbs/70b_job.ipynb #0d2c4470
 def study_digest(root=".") -> str:
-    "Identify `params.yaml` and the package's code; words, as comments and messages, do not count"
+    "Identify `params.yaml` and the package's code; comments and messages do not count"
     root = Path(root)
     code = sorted((root / "levit_study").rglob("*.py"))
     return f"{hash_file(root / 'params.yaml')[:16]}-{digest_of_code(*code)}"
 
 # %% ../nbs/70b_job.ipynb #f3674c3c
 def _prepared():
-    "Return what a child does first: end with its parent, and hear SIGINT where nohup hid it"
+    "Return what a child does first: end with its parent, and accept SIGINT even under nohup"
     follow = end_with_parent(signal.SIGKILL)
     def prepare():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -35,7 +35,7 @@ def _prepared():
     return prepare
 
 # %% ../nbs/70b_job.ipynb #d1e1d860
-_SHIELD = ["/bin/sh", "-c", 'trap "" TERM USR1 USR2; exec "$@"', "sh"]  # exec keeps what is ignored
+_SHIELD = ["/bin/sh", "-c", 'trap "" TERM USR1 USR2; exec "$@"', "sh"]  # exec keeps these ignored
 
 @dataclass
 class Job:
@@ -43,8 +43,8 @@ class Job:
     cell: Cell
     folder: str             # the project's
     digest: str             # `study_digest` when it was submitted
-    variables: dict = field(default_factory=dict)  # of the environment, on top of what there is
-    log: str | None = None  # file that takes what it says; None: where this process writes
+    variables: dict = field(default_factory=dict)  # added to the environment
+    log: str | None = None  # file for its output; None: where this process writes
     process: subprocess.Popen | None = field(default=None, init=False)
     asked: bool = field(default=False, init=False)  # to stop
 
@@ -54,7 +54,7 @@ class Job:
             changed = "params.yaml or the code changed after it was submitted"
             raise StudyError(f"{self.cell}: {changed}; submit again")
         with held_alone(Path(self.folder, self.cell.models), "job"): status = self._run()
-        if self.asked: raise StudyError(f"{self.cell}: stopped; started again, it goes on")
+        if self.asked: raise StudyError(f"{self.cell}: stopped; started again, it resumes")
         if status: raise StudyError(f"{self.cell}: ended with status {status}; {self._reason()}")
 
     def command(self) -> list[str]:
@@ -81,15 +81,15 @@ class Job:
         return self.process.wait()
 
     def stop(self):
-        "Let it save its state and end, as Ctrl-C does; once: a second Ctrl-C ends it unsaved"
+        "Let it save its state and end, as Ctrl-C does; only once: a second one ends it unsaved"
         if self.asked: return
         self.asked = True
         if self.process and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGINT)
 
     def _reason(self) -> str:
-        "Return the last line that the log names as an error, and where the log is"
-        if self.log is None: return "what it said is above"
+        "Return the last error line of the log, and where the log is"
+        if self.log is None: return "its output is above"
         lines = Path(self.log).read_text(errors="replace").splitlines()
         mark = "levit-study: error: "
         errors = [line.removeprefix(mark) for line in lines if line.startswith(mark)]

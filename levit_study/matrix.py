@@ -57,7 +57,7 @@ def call_dvc(*arguments, root=".", **settings) -> subprocess.CompletedProcess:
 
 # %% ../nbs/70a_matrix.ipynb #71791bb6
 def changed_stages(stages=(), root=".") -> set[str]:
-    "Return which of some stages (or of all) DVC would run again; `StudyError` with its reason"
+    "Return which of the given stages (or of all) DVC would run; `StudyError` with DVC's reason"
     done = call_dvc("status", "--json", *stages, root=root, capture_output=True, text=True)
     if done.returncode == 0: return set(json.loads(done.stdout))
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["failed"]

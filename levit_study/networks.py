@@ -119,7 +119,7 @@ def _why_not_freeze(run) -> str:
     model, epochs = run.model, run.training.epochs
     if run.training.freeze_encoder_epochs > epochs: return f"the training has {epochs} epochs"
     if not model.pretrained:
-        return ("model.pretrained is false, so random weights would be held still; "
+        return ("model.pretrained is false, so random weights would be frozen; "
                 "set it to a weight file, or freeze no epoch")
     if model.network == LEVIT: return ""
     from levit_study.model.freezing import names_encoder
@@ -131,7 +131,7 @@ def _why_not_freeze(run) -> str:
 def check_freezing(
     runs, # `params.Run`s
 ):
-    "Raise `ValueError` for a run whose encoder cannot be held still as it asks"
+    "Raise `ValueError` for a run whose encoder cannot be frozen as it asks"
     for run in runs:
         epochs = run.training.freeze_encoder_epochs
         if epochs and (problem := _why_not_freeze(run)):

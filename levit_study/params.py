@@ -214,13 +214,13 @@ class Measurement(Section):
     seed_sd: float = Field(0.02, ge=0, le=0.5)
 
 class Evaluation(Measurement):
-    "The same for all data sets, and how sure the statistics shall be"
+    "The same for all data sets, and how sure the statistics must be"
     confidence: float = Field(0.95, gt=0.5, lt=1)
     bootstrap: int = Field(2000, ge=100, le=1_000_000)  # resamples
 
 # %% ../nbs/01_params.ipynb #23a65ee4
 class DataSet(Section):
-    "A data set with the model, the training budget and the way of predicting that suit it"
+    "A data set with the model, the training budget and the prediction settings that suit it"
     title: str
     data: Data
     model: Model = Model()

@@ -33,7 +33,7 @@ def notebook_code(
 
 # %% ../nbs/70_pipeline.ipynb #1201337a
 def _write_settings(params, folder: Path): # params: `Params`
-    "Write the settings that each stage of the study comes to"
+    "Write each stage's settings, with the defaults filled in"
     from levit_study.networks import start_file
     from levit_study.params import pick_evaluation, pick_run
     from levit_study.settings import check_loss
@@ -43,7 +43,7 @@ def _write_settings(params, folder: Path): # params: `Params`
         data = about.data.model_dump(mode="json") | in_folds
         write_json(folder / dataset / "data.json", data)
         evaluation = pick_evaluation(params, dataset)
-        decides = evaluation.model_dump(mode="json", exclude={"seed_sd"})  # the claims' alone
+        decides = evaluation.model_dump(mode="json", exclude={"seed_sd"})  # for claims alone
         write_json(folder / dataset / "evaluation.json", decides)
         for loss in params.study.losses:
             record = pick_run(params, dataset, loss, 0).record()
@@ -104,13 +104,13 @@ def _same_python():
 def _interrupts(
     kernels: list, # process ids; the last one runs
 ):
-    "Pass a wish to stop on to the running kernel; the block then ends in `KeyboardInterrupt`"
+    "Pass a request to stop on to the running kernel; the block then ends in `KeyboardInterrupt`"
     asked = []
     def pass_on(number, frame):
         if asked or not kernels: raise KeyboardInterrupt
         asked.append(number)
         os.kill(kernels[-1], signal.SIGINT)
-    main = threading.current_thread() is threading.main_thread()  # no other hears signals
+    main = threading.current_thread() is threading.main_thread()  # others get no signals
     before = {each: signal.signal(each, pass_on) for each in (STOPPING if main else ())}
     try: yield
     except Exception:
@@ -123,14 +123,14 @@ def _interrupts(
 def end_with_parent(
     asked=signal.SIGTERM, # the signal that comes when the parent ends
 ):
-    "Return a function that ties the process calling it to its parent, where the system knows how"
+    "Return a function that ties the calling process to its parent, where the system supports that"
     if sys.platform != "linux": return lambda: None
     library = ctypes.CDLL(None)  # loaded here: a child must not load it between fork and exec
     return lambda: library.prctl(1, asked)  # PR_SET_PDEATHSIG
 
 # %% ../nbs/70_pipeline.ipynb #61b0a3ca
 def _fold_progress(notebook):
-    "Join what was printed in pieces; keep, of a line written over and over, the last state"
+    "Join what was printed in pieces; of a line that overwrites itself keep the last state"
     import nbformat
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
     if not Path(notebook).exists(): return
@@ -140,9 +140,9 @@ def _fold_progress(notebook):
     with written_whole(notebook) as partial: nbformat.write(content, partial)
 
 # %% ../nbs/70_pipeline.ipynb #bc56de66
-_KILLED = """its process was killed, most likely for lack of memory; free some (compute.workers:
-fewer; a training: a smaller batch_size, which starts it anew). Started again unchanged, it goes on
-where it was""".replace("\n", " ")
+_KILLED = """its process was killed, most likely for lack of memory; free some (lower
+compute.workers, or batch_size, with which a training starts over). Started again unchanged, it
+resumes where it stopped""".replace("\n", " ")
 
 def run_notebook(
     notebook,         # the .ipynb to execute; it stays as it is
@@ -172,5 +172,5 @@ def run_notebook(
         known = error.ename in ("StudyError", "Stopped")
         reason = error.evalue if known else f"{error.ename}: {error.evalue}"
         where = f"{notebook}, cell {error.exec_count}"
-        raise StudyError(f"{where}: {reason} (all of it in {output})") from None
+        raise StudyError(f"{where}: {reason} (full output: {output})") from None
     finally: _fold_progress(output)

@@ -25,7 +25,7 @@ def _make_report(folder):
     from levit_study.evidence.answer import with_answer
     from levit_study.evidence.published import study_records
     from levit_study.pipeline import run_notebook
-    study_records(folder)  # what is wrong with the records is said before anything is written
+    study_records(folder)  # problems with the records are reported before anything is written
     given = Path(folder).resolve()
     enter_project()
     inside = given.is_relative_to(Path.cwd())
@@ -37,14 +37,14 @@ def _make_report(folder):
     filled = with_answer(shown, folder, text)
     if filled != shown:
         with written_whole(page) as partial: partial.write_text(filled, encoding="utf-8")
-    print(f"{folder}: made anew; with text and pictures in {output}")
+    print(f"{folder}: made again; with text and pictures in {output}")
 
 # %% ../nbs/70f_publish_command.ipynb #c7198cef
 def add_publish(commands):
     "Add `publish` to the parser of the command line"
     about = "copy the records of this study's trainings to reports/studies/NAME, and report there"
     command = commands.add_parser("publish", help=about)
-    command.add_argument("name", help="of the study, in small letters: acdc_five_folds")
+    command.add_argument("name", help="name of the study, in lower case: acdc_five_folds")
     command.set_defaults(run=_publish)
 
 def _publish(a):
@@ -59,7 +59,7 @@ def add_verify(commands):
     "Add `verify` to the parser of the command line"
     about = "say whether every published table follows from its study's records"
     command = commands.add_parser("verify", help=about)
-    command.add_argument("folders", nargs="*", help="left out: all of reports/studies")
+    command.add_argument("folders", nargs="*", help="default: all of reports/studies")
     command.set_defaults(run=_verify)
 
 def _verify(a):

@@ -30,5 +30,5 @@ def slurm():
 
 
 def test_slurm_names_what_it_refuses(slurm):
-    with pytest.raises(StudyError, match="--partition nosuch: Slurm has no such one; it has"): check_slurm(Request(partition="nosuch"))
+    with pytest.raises(StudyError, match="--partition nosuch: unknown to Slurm; it has"): check_slurm(Request(partition="nosuch"))
     with pytest.raises(StudyError, match="Slurm refuses"): check_slurm(Request(cpus=100_000))

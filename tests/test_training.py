@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_falls_back(toys, environment, tmp_path):
     newest.write_bytes(newest.read_bytes()[:1000])
     lines = []
     fit(toy_run(), store, tmp_path, tmp_path, "cpu", lines.append, progress=False)
-    assert "damaged" in lines[0] and "going on from epoch 4" in lines[1]
+    assert "damaged" in lines[0] and "resuming from epoch 4" in lines[1]
     epochs = pd.read_csv(tmp_path / "epochs.csv")
     assert list(epochs.epoch) == [1, 2, 3, 4]
 
@@ -117,7 +117,7 @@ def test_a_first_training_goes_on_where_dvc_took_its_best_weights_away(toys, tmp
     (tmp_path / "taken" / "best.safetensors").unlink()
     for name in ("untouched", "taken"):
         train(name, (lines := []).append)
-        assert "going on from epoch 4" in lines[0]
+        assert "resuming from epoch 4" in lines[0]
     same(tmp_path / "untouched", tmp_path / "taken")
 
 
@@ -128,14 +128,14 @@ def test_a_complete_run_goes_on_for_more_epochs_as_if_it_had_been_asked_for_them
         fit(run, toys / "toy.h5", tmp_path / name, tmp_path / name, "cpu", (lines := []).append, progress=False)
         return lines
     train("on", 2)
-    assert "going on from epoch 3" in train("on", 4)[0]
+    assert "resuming from epoch 3" in train("on", 4)[0]
     train("straight", 4)
     same(tmp_path / "on", tmp_path / "straight")
     train("other", 1, keep_state=False)
     assert "training.epochs: 2, was 1; training.keep_state: true, set before, keeps" in train("other", 2, keep_state=False)[0]
     train("cosine", 1, schedule="cosine")
-    assert "was 1; the rates of schedule cosine depend on it); starting anew" in train("cosine", 2, schedule="cosine")[0]
-    assert "starting anew" in train("on", 3)[0]   # fewer than are done
+    assert "was 1; the rates of schedule cosine depend on it); starting over" in train("cosine", 2, schedule="cosine")[0]
+    assert "starting over" in train("on", 3)[0]   # fewer than are done
 
 
 def test_a_training_of_a_fold_sees_its_own_cases_alone(toys, tmp_path):

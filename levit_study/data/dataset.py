@@ -44,7 +44,7 @@ def _open_store(
     except (OSError, KeyError, ValueError, AttributeError) as error:
         raise StudyError(f"{path}: is not a prepared data set ({error}); {again}") from error
     if number != STORE_FORMAT:
-        raise StudyError(f"{path}: has format {number}, {STORE_FORMAT} is needed; prepare it anew")
+        raise StudyError(f"{path}: has format {number}, {STORE_FORMAT} is needed; prepare it again")
     return tables, attributes, file
 
 # %% ../../nbs/18_data.dataset.ipynb #35c09bce
@@ -119,7 +119,7 @@ class PreparedStore:
         images, labels = self.slices(indices)
         if len(labels) and labels.max() >= self.num_classes:
             raise StudyError(f"{self.path}: label {labels.max()} is none of the "
-                             f"{self.num_classes} classes; prepare it anew")
+                             f"{self.num_classes} classes; prepare it again")
         return SliceSet(self, indices, *map(torch.from_numpy, (images, labels)), context)
 
 # %% ../../nbs/18_data.dataset.ipynb #c4d81f3a

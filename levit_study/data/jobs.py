@@ -115,7 +115,7 @@ def rows_of(
 
 # %% ../../nbs/18d_data.jobs.ipynb #90a1e471
 def find_prepared(
-    store, # the store that shall be; one may be there from before
+    store, # the store to be made; one may be there from before
 ): # (dict key -> `Prepared`, dict key -> digest of the image, cases left out among them)
     "Find the cases that this code has prepared; what cannot be read counts as absent"
     prepared, digests = {}, {}

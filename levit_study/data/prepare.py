@@ -89,7 +89,7 @@ def _keeps_volume(job, data):
 # %% ../../nbs/19_data.prepare.ipynb #6eb24da9
 def _prepare_missing(
     jobs,     # all `Job`s, split
-    store,    # the store that shall be
+    store,    # the store to be made
     data,     # the data set's settings
     prepared, # dict key -> `Prepared`; what is made is added
     workers,  # processes, or None to decide by the work

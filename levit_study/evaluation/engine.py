@@ -77,7 +77,9 @@ def _quantised(
     mixed = nncf.QuantizationPreset.MIXED  # maps may be lopsided, as Hardswish makes them
     with contextlib.redirect_stdout(io.StringIO()):  # it draws bars there
         data = nncf.Dataset(batches)
-        return nncf.quantize(network, data, subset_size=len(batches), preset=mixed)
+        fix = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
+        return nncf.quantize(network, data, subset_size=len(batches), preset=mixed,
+                             advanced_parameters=fix)
 
 # %% ../../nbs/41d_evaluation.engine.ipynb #040a4013
 def _training_batches(store, context, count=6, size=16) -> list:

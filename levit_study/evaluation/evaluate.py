@@ -65,16 +65,16 @@ def _check_fits(store, network):
     card, name = network.card, network.weights
     if card["structures"] != store.structures:
         known, there = ", ".join(card["structures"]), ", ".join(store.structures)
-        raise StudyError(f"{name}: knows {known}; the data {store.path} have {there}; train anew")
+        raise StudyError(f"{name}: knows {known}; the data {store.path} have {there}; train again")
     known, there = (names if len(names or ()) > 1 else None
                     for names in (card.get("channels"), store.channels))
     if known != there:
         sees, has = (", ".join(names or ["one channel"]) for names in (known, there))
-        raise StudyError(f"{name}: sees {sees}; {store.path} has {has}; train anew")
+        raise StudyError(f"{name}: sees {sees}; {store.path} has {has}; train again")
     if (network.size, network.crop) != (store.size, store.crop):
         trained = f"was trained at size {network.size}, crop {network.crop}"
         there = f"{store.path} has {store.size}, {store.crop}"
-        raise StudyError(f"{name}: {trained}; {there}; train anew")
+        raise StudyError(f"{name}: {trained}; {there}; train again")
 
 # %% ../../nbs/42_evaluation.evaluate.ipynb #1d4942d8
 def _cases_of(store, splits) -> list[tuple]:

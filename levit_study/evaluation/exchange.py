@@ -154,7 +154,7 @@ def _write_folder(target: Path, data: Data, cases: dict, roles: list[dict]):
     with written_whole(target / "splits_final.json") as partial:
         partial.write_text(json.dumps(nnunet_folds(roles), indent=1) + "\n")
 
-# %% ../../nbs/45_evaluation.exchange.ipynb #506da44f
+# %% ../../nbs/45_evaluation.exchange.ipynb #86e041e0
 def export_splits(
     params: Params,
     dataset: str,

@@ -145,7 +145,7 @@ def _memory_named(network: Network):
     "A block in which a GPU's lack of memory is a `StudyError` that says what to do"
     try: yield
     except torch.OutOfMemoryError:
-        lack = "the GPU's memory is too small for its slices beside what else it holds"
+        lack = "the GPU's memory is too small for its slices and what else it holds"
         raise StudyError(f"{network.weights}: {lack}; use the device cpu") from None
 
 # %% ../../nbs/41_evaluation.inference.ipynb #3dc41b8f

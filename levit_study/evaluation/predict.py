@@ -58,7 +58,7 @@ def _settings_of(files, changes: dict) -> PredictionSettings:
     for file, (settings, _) in zip(files, each, strict=True):
         if settings != each[0][0]:
             both = f"predicts with {settings}, {files[0]} with {each[0][0]}"
-            remedy = "say --flips, --zooms and --largest-regions for all"
+            remedy = "give --flips, --zooms and --largest-regions for all"
             raise StudyError(f"{file}: {both}; {remedy}")
     origins = dict.fromkeys(origin for _, origin in each)
     print(f"predicting with {each[0][0]} ({'; '.join(origins)})", file=sys.stderr)

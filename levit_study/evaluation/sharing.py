@@ -67,7 +67,7 @@ def export_weights(
     from levit_study.model.inference import load_weights
     model, card = load_weights(weights)
     difference = export_onnx(model, path, **card)
-    return f"{path}: largest difference to the model {difference:.2e} of the largest logit"
+    return f"{path}: differs from the model by at most {difference:.2e} of the largest logit"
 
 # %% ../../nbs/43a_evaluation.sharing.ipynb #40ab4cbe
 def shipped_weights(

@@ -164,7 +164,7 @@ def _refuse_doubles(files: list[ScanFiles], volumes):
             problem = f"{scans[0].name} would both be written to {name}; rename one, or keep one"
             raise StudyError(f"{scans[1]}: this scan and {problem}")
     if volumes is not None and place(volumes) in owners:
-        raise StudyError(f"{volumes}: a scan's result has the same name; name the table otherwise")
+        raise StudyError(f"{volumes}: a scan's result has the same name; rename the table")
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #6c5644ae
 def _refuse_existing(targets, existing):

@@ -14,13 +14,13 @@ from ..params import Params, pick_evaluation
 
 # %% ../../nbs/55a_evidence.answer.ipynb #71e5a154
 _JUDGED = {
-    "valid": "validation patients, who also chose the epoch, as in the paper",
+    "valid": "validation patients, also used to choose the epoch, as in the paper",
     "fold": "patients, each judged once by networks that never saw them (cross-validation)",
-    "test": "test patients, seen by nothing before",
+    "test": "test patients, used for no choice",
 }
 
 def _about(params: Params, dataset: str, organs: pd.DataFrame) -> str:
-    "Return on what the numbers of one data set and split rest"
+    "Return what the numbers of one data set and split rest on"
     settings, first = params.datasets[dataset], organs.iloc[0]
     trainings = len(params.study.seeds) * len(params.study.folds)
     epochs = settings.training.epochs
@@ -28,7 +28,7 @@ def _about(params: Params, dataset: str, organs: pd.DataFrame) -> str:
              f"{settings.data.size} × {settings.data.size} pixels",
              f"{epochs} epoch{'s' * (epochs > 1)}",
              f"{trainings} training{'s' * (trainings > 1)} per loss"]
-    kind = " It shows that the study runs, not what a loss does." if settings.synthetic else ""
+    kind = " This shows that the study runs, not what a loss does." if settings.synthetic else ""
     return f"**{settings.title}**: {'; '.join(words)}.{kind}"
 
 # %% ../../nbs/55a_evidence.answer.ipynb #9cc75bf7
@@ -56,17 +56,17 @@ def _differences(tests: pd.DataFrame, confidence=.95) -> str: # tests: one data 
     decided = rows[(rows.p_holm < 1 - confidence) & (rows.low * rows.high > 0)]
     ends = [f"{loss_name(row['first'])} is {'ahead' if row.difference > 0 else 'behind'}"
             for _, row in decided.iterrows()]
-    verdict = "; ".join(ends) or "no difference is decided"
+    verdict = "; ".join(ends) or "no difference is established"
     reference = rows.second.iloc[0]
     reference = "the baseline" if reference == "baseline" else loss_name(reference)
     chance = "patients and trainings" if rows.target.iloc[0] == "any training" else "patients"
     how = f"{100 * confidence:g} % intervals over {chance}"
-    return (f"Against {reference}, mean Dice differs by {_listed(parts)} ({how}). Corrected for "
-            f"the number of comparisons, {verdict}.")
+    return (f"Compared with {reference}, mean Dice changes by {_listed(parts)} ({how}). After "
+            f"correction for multiple comparisons, {verdict}.")
 
 # %% ../../nbs/55a_evidence.answer.ipynb #837edd73
-_STANDING = {"inconclusive": "not decided", "out of reach": "out of reach of so few trainings",
-             "censored": "hidden by the end of the trainings",
+_STANDING = {"inconclusive": "undecided", "out of reach": "out of reach with so few trainings",
+             "censored": "cut off by the end of training",
              "no verdict": "without a verdict"}
 
 def _counted(number, standing): # -> '2 are contradicted'

@@ -99,7 +99,7 @@ def _with_worst(cases, name, worst):
     if name not in cases or worst is None: return pd.Series(np.nan, cases.index)
     return cases[name].fillna(worst).where(cases.dice.notna())
 
-# %% ../../nbs/52_evidence.claims.ipynb #976bfab4
+# %% ../../nbs/52_evidence.claims.ipynb #b6dd5da1
 def claim_cases(
     cases: pd.DataFrame, # collected cases.csv
 ) -> pd.DataFrame:

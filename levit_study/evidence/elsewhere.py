@@ -29,7 +29,7 @@ def elsewhere_folder(params: Params, dataset: str, name: str, root=".") -> Path:
         raise StudyError(f"--as {name}: a name may hold {allowed}")
     return Path(root, "reports", "elsewhere", dataset, name)
 
-# %% ../../nbs/50c_evidence.elsewhere.ipynb #b881af18
+# %% ../../nbs/50c_evidence.elsewhere.ipynb #71377fa8
 def keep_elsewhere(folder: Path, table: pd.DataFrame, about: dict, files: dict):
     "Write cases.csv and score.json: how it was scored, and a digest of each of {case: files}"
     digests = {case: [hash_file(path) for path in paths] for case, paths in files.items()}

@@ -372,7 +372,7 @@ def _design_lines(request, spreads, question, cost):
         notes.append(f"hours: {each}; measured where the records were made")
     return [heading, _lines(table), *notes]
 
-# %% ../../nbs/54_evidence.planning.ipynb #fc56cf03
+# %% ../../nbs/54_evidence.planning.ipynb #06f36d4e
 def describe_plan(request: Request) -> str:
     "Return what a plan says, as `levit-study plan` prints it"
     _check(request)

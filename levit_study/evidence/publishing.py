@@ -30,8 +30,8 @@ def _check_runs(params, root):
     problems = collect(params, root).problems
     if not problems: return
     number, all_runs = len(problems), len(list(runs_of(params)))
-    raise StudyError(f"{problems[0]} ({number} of {all_runs} trainings cannot be published so); "
-                     "or ask for fewer in params.yaml")
+    raise StudyError(f"{problems[0]} ({number} of {all_runs} trainings cannot be published); "
+                     "or name fewer in params.yaml")
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #31c46631
 def _check_place(folder, params):

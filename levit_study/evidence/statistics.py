@@ -61,7 +61,7 @@ def difference_interval(
     confidence=.95,
     resamples=2000,
 ) -> Interval:
-    "Return the interval of the mean paired difference, over patients and the trainings at hand"
+    "Return the interval of the mean paired difference, over patients and the available trainings"
     units = pairs.patient, pairs.seed
     folds = pairs.fold if "fold" in pairs else np.zeros(len(pairs))
     if len(set(folds[pairs.difference.notna()])) < 2:
@@ -107,7 +107,7 @@ def pooled_spread(
     at_least=0.0,         # epochs are whole: equal ones are no finding
     prior=PRIOR,          # degrees of freedom of the assumption
 ) -> Spread:
-    "Return the spread between trainings, pooled over losses and folds, drawn to the assumption"
+    "Return the spread between trainings, pooled over losses and folds, and with the assumption"
     values = with_folds(values).dropna(subset=["value"])
     squares, freedom = _chance_squares(values) if len(values) else (0.0, 0)
     prior = prior if assumed else 0
@@ -244,7 +244,7 @@ def _targets(pairs, spread, confidence, resamples):
         every = every._replace(low=np.nan, high=np.nan, error=np.nan, method="none")
     return these, every
 
-# %% ../../nbs/51_evidence.statistics.ipynb #1350f7b8
+# %% ../../nbs/51_evidence.statistics.ipynb #8b613a91
 def _paired_test(pairs, spread, confidence, resamples):
     "Return difference, intervals, tests and effect size of what `paired_differences` returns"
     these, every = _targets(pairs, spread, confidence, resamples)

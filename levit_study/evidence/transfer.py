@@ -20,7 +20,7 @@ RANDOM = "random start"
 def start_name(
     about, # `params.DataSet`
 ) -> str:
-    "Name what a data set's trainings start from, and how long the encoder was held still"
+    "Name what a data set's trainings start from, and how long the encoder was frozen"
     start, still = about.model.pretrained, about.training.freeze_encoder_epochs
     if not start: return RANDOM
     name = "ImageNet" if start is True else start

@@ -76,7 +76,7 @@ def out_of_reach(reach: Reach, bound: float) -> str:
 
 # %% ../../nbs/52a_evidence.verdicts.ipynb #39685d15
 class _Study(NamedTuple):
-    "What is known of one data set, and how sure a verdict shall be"
+    "What is known of one data set, and how sure a verdict must be"
     runs: pd.DataFrame   # `convergence`
     cases: pd.DataFrame  # `claim_cases` of the cases that judge
     synthetic: bool
@@ -260,7 +260,7 @@ def _between_trainings(claim, study):
 
 # %% ../../nbs/52a_evidence.verdicts.ipynb #48e51db5
 def _beside(claim, study, evidence):
-    "Return in words what stands beside a claim's measure"
+    "Return in words what is shown beside a claim's measure"
     texts = []
     for name in claim.beside if evidence.intervals else ():
         if name == "slope": texts.append(_slopes(claim, study))

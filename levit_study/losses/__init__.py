@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/28a_losses.ipynb #00192502
-# The first three lines are what a loss of the user's needs; the last registers the other losses.
+# The first three lines are what a user's own loss needs; the last registers the other losses.
 from ..kinds import number, per_class # noqa: F401
 from .interface import SegmentationLoss, build_loss, loss # noqa: F401
 from .paper import PixelLoss, RegionLoss # noqa: F401

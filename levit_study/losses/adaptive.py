@@ -48,7 +48,7 @@ class FrequencyWeightedLoss(ClassWeightedLoss):
         super().set_class_frequency(voxel_shares)
         shares = as_vector(voxel_shares)
         weights, seen = shares.clamp(min=1e-9) ** -self.power, shares > 0
-        if seen.any(): # an absent class counts as the rarest that is there
+        if seen.any(): # an absent class counts as the rarest one present
             weights = weights.where(seen, weights[seen].max())
         self.set_weights(weights)
 

@@ -59,7 +59,7 @@ class BoundaryLoss(RegionLoss):
 
     def __init__(self, **settings):
         super().__init__(**settings)
-        self.register_buffer("epochs", torch.zeros(())) # that are complete
+        self.register_buffer("epochs", torch.zeros(())) # completed
 
     def update_from_training(self, dice):
         super().update_from_training(dice)

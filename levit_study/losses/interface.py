@@ -108,7 +108,7 @@ def loss(
 def _imported(
     module:str, # dotted name
 ):
-    "A module, the current folder's too, where a command does not look by itself"
+    "Import a module, also from the current folder, where a command does not look by itself"
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     return importlib.import_module(module)
@@ -128,7 +128,7 @@ def loss_class(
     module, _, name = kind.rpartition(".")
     try:
         cls = getattr(_imported(module), name)
-    except Exception as error: # a module of the user's may fail in any way
+    except Exception as error: # a user's module may fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         hint = ""
         if isinstance(error, ModuleNotFoundError):
@@ -181,7 +181,7 @@ class ForeignLoss(SegmentationLoss):
     def __init__(self,
         module:nn.Module, # gets logits in float32 and target as int64, ignored labels included
         kind:str, # its name, for messages
-        ignore_index:int|None=None, # label that is allowed beside 0 to C-1
+        ignore_index:int|None=None, # label that is allowed besides 0 to C-1
     ):
         super().__init__(ignore_index=ignore_index)
         self.module, self.kind = module, kind
@@ -189,7 +189,7 @@ class ForeignLoss(SegmentationLoss):
     def value(self, comparison):
         if comparison.class_weights is not None:
             raise StudyError(f"loss {self.kind!r}: takes no class weights, "
-                             "so it cannot stand inside a class-weighted loss")
+                             "so it cannot be used in a class-weighted loss")
         logits, target = comparison.logits.to(comparison.precision), comparison.target.long()
         value = self.module(logits, target)
         if not isinstance(value, torch.Tensor) or value.ndim:

@@ -21,14 +21,14 @@ def encoder_parts(
         return [network.stem, network.stages, *getattr(network, "others", ())]
     encoder = getattr(network.body, "encoder", None)
     if isinstance(encoder, nn.Module): return [encoder]
-    raise StudyError(f"network {network.network}: has no module `encoder` to hold still")
+    raise StudyError(f"network {network.network}: has no module `encoder` to freeze")
 
 # %% ../../nbs/22c_model.freezing.ipynb #cb80ad21
 def names_encoder(
     network: str, # dotted path
     settings: dict,
 ) -> bool:
-    "Whether a network of one's own says what its encoder is"
+    "Whether a custom network says what its encoder is"
     with torch.device("meta"): model = OtherNetwork(network, settings, 2)
     return isinstance(getattr(model.body, "encoder", None), nn.Module)
 

@@ -47,7 +47,7 @@ def network_builder(
     if not {"", os.getcwd()} & set(sys.path): sys.path.append(os.getcwd())
     module, _, name = path.rpartition(".")
     try: builder = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a module of the user's may fail in any way
+    except Exception as error:  # a user's module may fail in any way
         reason = _in_a_line(error)
         missing = isinstance(error, ModuleNotFoundError)
         hint = "; is the module in this folder or on PYTHONPATH?" * missing

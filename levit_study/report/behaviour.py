@@ -51,7 +51,7 @@ def dice_against_size(
     legend_below(figure, [*loss_handles(losses, about), quartiles, smallest])
     body = ("Points: one structure of one case, mean over trainings; marks: medians of bins with"
             " equally many points; vertical lines: from the lower to the upper quartile. Shaded:"
-            " the third of all structures of all cases that is smallest; slope: least squares of"
+            " the smallest third of all structures of all cases; slope: least squares of"
             " Dice on the logarithm of size, per doubling. Below: median size per structure and"
             " the range of the middle 90 %. Structures absent from the reference have no size and"
             " are left out.")

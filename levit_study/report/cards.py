@@ -101,9 +101,9 @@ def model_card(r: Records, dataset: str, loss: str) -> str: # Markdown
     if not runs: return "\n\n".join([*parts, "Not trained yet."])
     parts += ["## Trainings", to_markdown(_trainings(runs))]
     if len(scores):
-        judges = {"test": "Test patients, who chose nothing.",
+        judges = {"test": "Test patients, used for no choice.",
                   "fold": "Cross-validation: each patient by networks that never saw them.",
-                  "valid": "Validation patients, who also chose the epoch: optimistic."}
+                  "valid": "Validation patients, also used to choose the epoch: optimistic."}
         parts += ["## Scores", judges[r.judged[dataset]], to_markdown(scores)]
     return "\n\n".join([*parts, _USE, f"All numbers: [results]({r.page})."])
 
@@ -155,7 +155,7 @@ def datasheet(r: Records, dataset: str) -> str: # Markdown
     settings, manifest = r.params.datasets[dataset], r.manifests.get(dataset, {})
     data, split = settings.data, settings.data.split
     digests = {record.get("data_digest", "")[:16] for record in r.of(dataset).values()} - {""}
-    made = "made by the phantom, no patient" if settings.synthetic else "scans of patients"
+    made = "made by the phantom; no patient" if settings.synthetic else "scans of patients"
     counts = _listed(f"{n} {name}" for name, n in patients_by_split(r, dataset).items())
     parts = [f"# Datasheet: {escaped(settings.title)}", _facts([
         ("nature", made), ("folder", f"`{data.folder}`"),
@@ -168,7 +168,7 @@ def datasheet(r: Records, dataset: str) -> str: # Markdown
     if manifest: parts += ["## Structures", to_markdown(_shares(manifest)),
                            "## What was odd", _oddities(manifest)]
     else: parts.append("Neither scans nor a manifest are among the published records.")
-    terms = "Free to make again with `dvc repro`." if settings.synthetic else (
+    terms = "Anyone can make it again with `dvc repro`." if settings.synthetic else (
         "How the scans were collected and labelled, and under which licence: "
         "[the data set's own paper and terms](/how-to/07_cite).")
     return "\n\n".join([*parts, "## Origin and terms", terms])

@@ -133,7 +133,7 @@ def _internal_test(r: Records):
     held = [name for name, split in r.judged.items() if split in ("test", "fold")]
     others = [name for name in r.params.study.datasets if name not in held]
     if not r.judged: return _open("No evaluated cases yet")
-    seen = f"On patients who chose nothing; {_counts(r)}; [results]({r.page})"
+    seen = f"On patients used for no choice; {_counts(r)}; [results]({r.page})"
     if not others: return _reported(seen)
     text = f"{', '.join(others)}: the validation patients chose the epoch and are reported on"
     return _partly(text) if held else _open(text)

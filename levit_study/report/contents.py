@@ -168,7 +168,7 @@ _HEAD = ("| loss | seed | best epoch | Dice, validation | Dice, held out |\n"
 def _overview(about: About, there: dict, root) -> str: # Markdown
     "A page that lists all runs of the study with their main numbers"
     text = ("# All runs\n\nOne row per training. The best epoch is the one with the highest Dice on"
-            " the validation patients; test patients, where there are any, chose nothing.\n")
+            " the validation patients; test patients, if any, were used for no choice.\n")
     for dataset in dict.fromkeys(run.dataset for run in there):
         rows = [_row(about, run, has_page, root)
                 for run, has_page in there.items() if run.dataset == dataset]

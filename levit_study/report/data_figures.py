@@ -38,8 +38,8 @@ def imbalance(
         _draw_shares(part.subplots(), tables[dataset], low)
     marks = pair_handles("voxels, own grid", "pixels, training slices")
     legend_below(figure, marks if "pixel_share" in shares else [])
-    body = ("Share of all voxels that belong to each class. At the right: how many background"
-            " voxels there are for one of the class.")
+    body = ("Share of all voxels that belong to each class. On the right: how many background"
+            " voxels there are for each one of the class.")
     words = "; ".join(f"{about.dataset(r.dataset)}, {r.structure}: {_percent(r.voxel_share)}"
                       for r in shares.itertuples())
     alt = f"Dot plot, logarithmic. {words}."

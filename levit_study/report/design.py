@@ -243,9 +243,9 @@ _SURVIVAL_BODY = (
     "From means and number of patients alone; the spread between patients and the correlation of"
     " two methods over them are assumed, as most tables print neither. Grey: the spread that this"
     " study's trainings have on ACDC; orange: the least spread of whatever the paper averaged,"
-    " which its own Dice and Jaccard imply (more than patients can differ: slices, perhaps). Chance"
-    " between trainings, one each in all these tables, comes on top. After Christodoulou et al."
-    " (2025), arXiv 2505.04720.")
+    " as implied by its own Dice and Jaccard (more than patients can differ: slices, perhaps)."
+    " Chance between trainings, one each in all these tables, comes on top. After Christodoulou"
+    " et al. (2025), arXiv 2505.04720.")
 
 def _survival_in_words(tables, sd=.05, correlation=.7):
     "Say for one assumption how probable it is that each first is not the best"

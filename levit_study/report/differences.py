@@ -38,7 +38,7 @@ def forest(
         ax.set_xlabel(f"Difference in Dice against {about.name(baseline)} (right of 0: larger)")
     marks = pair_handles("interval excludes 0", "interval includes 0")
     legend_below(figure, [*loss_handles(losses, about, ls="none"), *marks])
-    body = ("Marks: mean paired difference; at the right: number of patients;"
+    body = ("Marks: mean paired difference; on the right: number of patients;"
             f" lines: {interval_name}, each by itself, not corrected for the number of"
             " comparisons; filled: the interval excludes 0.")
     title = f"Dice: paired differences against {about.name(baseline)}"
@@ -171,7 +171,7 @@ def optimism_shift(
     about=About(), # what the caption must say
     gaps=None, # dataset, loss, low, high: intervals of the gap in Dice, as `optimism` gives them
 ): # -> Picture
-    "Draw the mean over the cases that chose the epoch and that over held-out cases, per loss"
+    "Draw the mean over the cases that the epoch was chosen on and over held-out cases, per loss"
     columns = ["dataset", "loss", "seed", "split", "structure", "dice"]
     checked(cases, "optimism_shift", columns)
     about = replace(about, split="", protocol="paper (filled) and held-out (hollow)")

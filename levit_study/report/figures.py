@@ -137,7 +137,7 @@ _EARLY = 10  # epochs
 def _early_in_words(epochs):
     "Say that the first epochs are drawn again; empty where there are hardly more"
     longer = epochs["epoch"].max() > _EARLY + 2
-    return f" At the right: the first {_EARLY} epochs again." if longer else ""
+    return f" On the right: the first {_EARLY} epochs again." if longer else ""
 
 # %% ../../nbs/61_report.figures.ipynb #a5f8eb3c
 def _draw_course(part, epochs, losses, about):
@@ -203,7 +203,7 @@ def _best_epochs(epochs):
     by_training = scored.set_index("epoch").groupby(per_training(scored))["valid_dice"]
     return mean.idxmax(), list(by_training.idxmax())
 
-# %% ../../nbs/61_report.figures.ipynb #9f728cb3
+# %% ../../nbs/61_report.figures.ipynb #b047c40c
 def _draw_best(ax, epochs, losses, about):
     "Mark the best epochs at the foot of the axis, a row per loss, so that none hides another"
     looks, place = about.looks(losses), ax.get_xaxis_transform()

@@ -29,8 +29,8 @@ def dice_against_share(
     axes[0].set_ylabel("Dice (0 to 1), mean over cases")
     legend_below(figure, loss_handles(losses, about))
     body = (f"Lines: mean over cases and trainings; bars: {100*confidence:g} % intervals over"
-            " patients and trainings. From panel to panel another structure, rarest first;"
-            " along a line the same patients with another share.")
+            " patients and trainings. Each panel shows a structure, rarest first;"
+            " along a line, the same patients with different shares.")
     title = "Dice against the share of the voxels"
     return finished(figure, title, body, _in_words(table, about), table, about)
 

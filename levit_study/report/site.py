@@ -51,7 +51,7 @@ _JINJA = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=Tr
 
 # %% ../../nbs/64_report.site.ipynb #ec89826c
 def front_page(params: Params, root, summary, place="") -> str: # HTML; place: "" or "site/"
-    "The published studies of real scans and this study's summary; synthetic data stand below"
+    "The published studies of real scans and this study's summary; synthetic data are below"
     real = front_html(published_studies(root), place)
     synthetic = all(params.datasets[name].synthetic for name in params.study.datasets)
     if not real: return summary

@@ -163,9 +163,10 @@ def _key(params: Params):
     "How to read the table of results"
     study = params.study
     trainings = " and trainings" if len(study.seeds) * len(study.folds) > 1 else ""
-    return ("Means over structures and patients; validation patients also chose the epoch, as in"
-            " the paper. Bold: highest Dice. Surface Dice: share of the outlines within the"
-            " tolerance of the other's, of test patients where there are any; a miss counts 0."
+    return ("Means over structures and patients; the epoch was chosen on the"
+            " validation patients, as in the paper. Bold: highest Dice. Surface Dice:"
+            " share of the outlines within the tolerance of the other's,"
+            " of test patients where there are any; a miss counts 0."
             f" Brackets: {params.evaluation.confidence:.0%} interval over patients{trainings}.")
 
 # %% ../../nbs/63a_report.summary.ipynb #e0eaadef
@@ -192,7 +193,7 @@ def _judgeable(claims): # -> claims, the number of the others
     without = without.groupby(claims.claim, sort=False).all()
     return claims[~claims.claim.isin(without.index[without])], int(without.sum())
 
-# %% ../../nbs/63a_report.summary.ipynb #3b40f3a9
+# %% ../../nbs/63a_report.summary.ipynb #99daa65b
 def _claims(claims, datasets): # -> rows of claim, statement, interval, verdict per data set
     "The ledger in short; with one data set also the measured difference"
     shown = []
@@ -238,7 +239,7 @@ def _without_verdict(number, report, has_report):
     yield Markup("{} {} no verdict here: synthetic scans decide none.").format(
         link if has_report else words, verb)
 
-# %% ../../nbs/63a_report.summary.ipynb #d077cff4
+# %% ../../nbs/63a_report.summary.ipynb #3d714c2f
 def _points(organs, claims, params: Params, about: About): # organs, claims: tables or None
     "What limits the numbers"
     points = list(_tally(claims, about.synthetic)) if claims is not None else []

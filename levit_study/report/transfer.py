@@ -32,8 +32,8 @@ def dice_against_patients(
     axes[0].set_ylabel("Dice (0 to 1), mean over structures")
     legend_below(figure, [Line2D([], [], label=start, **look) for start, look in looks.items()])
     body = ("Lines: mean over cases and trainings; bars: 95 % intervals over patients and trainings"
-            " unless the study says otherwise. Fewer patients are among the more; the patients that"
-            " judge are the same throughout.")
+            " unless the study says otherwise. Smaller sets are part of larger ones; the patients"
+            " that judge are the same throughout.")
     of_task = table.assign(dataset=table.task)
     title = "Dice against the number of training patients"
     return finished(figure, title, body, _in_words(table, about), of_task, about)

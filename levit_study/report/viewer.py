@@ -152,8 +152,8 @@ def _note(cases, count, split): # -> what of the cases is here
     words = [f"All {count} {name}." if len(cases) == count else
              f"{len(cases)} of {count} {name}: the worst and a spread of the rest, as many as fit."]
     if any(len(each["numbers"]) < each["total"] or each["pixels"] > 1 for each in cases):
-        words.append("Large scans: the part with labels, thinned; each Dice is of the whole.")
-    words.append("Label maps: of each loss the first seed.")
+        words.append("Large scans: cut to the labelled part, thinned; each Dice is of the whole.")
+    words.append("Label maps: the first seed of each loss.")
     return " ".join(words)
 
 # %% ../../nbs/61b_report.viewer.ipynb #9a0baf65

@@ -35,7 +35,7 @@ def fit(
     say=print,
     progress=True,
 ) -> dict:             # the numbers of Table 1
-    """Train `run` to its last epoch, going on from its checkpoint if there is one that fits
+    """Train `run` to its last epoch, resuming from its checkpoint if one fits
 
     Raises `Stopped` if asked to stop, `StudyError` for what the user can mend."""
     reports, models = Path(reports), Path(models)
@@ -72,17 +72,17 @@ def fit(
 
 # %% ../../nbs/31_training.fit.ipynb #a142d10b
 def _load(run: Run, path, fabric: Fabric) -> tuple: # the store, training and validation slices
-    "Open a prepared store; `StudyError` if no case of it can choose the best epoch"
+    "Open a prepared store; `StudyError` if it holds no case to choose the best epoch by"
     store = PreparedStore(path, run.fold)
     if len(store.channels or [""]) != run.data.modalities:
         there, wanted = store.channels or ["one"], run.data.channels or ["one"]
-        raise StudyError(f"{path}: has the channels {', '.join(there)}, data.channels names "
-                         f"{', '.join(wanted)}: prepare it anew, with dvc repro")
+        raise StudyError(f"{path}: has the channels {', '.join(there)}, but data.channels names "
+                         f"{', '.join(wanted)}: prepare it again with dvc repro")
     sets = (store.load(split, context=run.data.context) for split in ("train", "valid"))
     train, valid = (slices.to(fabric.device) for slices in sets)
     if len(valid): return store, train, valid
     advice = f"set datasets.{run.dataset}.data.split.valid"
-    raise StudyError(f"{path}: has no validation case to choose an epoch; {advice}")
+    raise StudyError(f"{path}: has no validation case to choose the best epoch by; {advice}")
 
 # %% ../../nbs/31_training.fit.ipynb #0786d458
 def _batches_of(order: torch.Tensor, batch_size: int, run: Run) -> tuple: # of index tensors
@@ -119,7 +119,7 @@ def train_epoch(
     watch: Watch,
     folder: Path, # where a batch with a loss that is not finite is kept
 ) -> bool:        # False when it was asked to stop before the end
-    "Train until the end of the epoch, from the step where it was left"
+    "Train until the end of the epoch, from the step where it stopped"
     fabric, training, seed = t.fabric, t.run.training, t.run.seed
     t.model.train()
     if t.encoder: t.encoder.hold(t.epoch, fabric.world_size)
@@ -182,7 +182,7 @@ def _settle_norms(
 ):
     "Measure the running statistics of the averaged weights"
     network, device = t.weights, t.fabric.device
-    forget_biases(network)  # what it spread out at the last validation is out of date
+    forget_biases(network)  # those spread out for the last validation are out of date
     network.eval()
     norm_type = torch.nn.modules.batchnorm._BatchNorm
     still = t.encoder.modules_in(network) if t.encoder else ()
@@ -240,7 +240,7 @@ def close_epoch(
 
 # %% ../../nbs/31_training.fit.ipynb #c82a2152
 def _try_batch(t: Trainer, num_classes: int, batch_size: int):
-    "Make a training step of so many slices but for the optimiser's part, and undo what it changes"
+    "Run a training step of that many slices without the optimiser, and undo its changes"
     device, size = t.fabric.device, t.run.data.size
     network = unwrapped(t.model).train()  # without DDP: processes try different sizes
     room = [torch.empty_like(p) for p in network.parameters() for _ in range(2)]  # Adam's moments

@@ -17,7 +17,7 @@ def _integers(labels, num_classes):
     empty = 0 in labels.shape
     lowest, highest = (0, 0) if empty else (int(labels.min()), int(labels.max()))
     if lowest < 0 or highest >= num_classes:
-        allowed = f"allowed is 0 to {num_classes - 1}; check the label mapping or num_classes"
+        allowed = f"the range is 0 to {num_classes - 1}; check the label mapping or num_classes"
         raise StudyError(f"overlap_counts: labels run from {lowest} to {highest}, {allowed}")
     return labels.astype(np.int64) if isinstance(labels, np.ndarray) else labels.long()
 
