@@ -162,7 +162,7 @@ def test_a_method_from_elsewhere_stands_beside_the_losses(files, study, capsys):
 @pytest.mark.parametrize("options, message", [
     (["--as", "dice", "--dataset", "hearts"], "--as dice: is a loss of params.yaml"),
     (["--as", "a/../b", "--dataset", "hearts"], "a name may hold letters"),
-    (["--as", "nnunet", "--structures", "a=1"], "--as: needs --dataset"),
+    (["--as", "nnunet", "--structures", "a=1"], "--as needs --dataset"),
     (["--dataset", "tyop"], "datasets has no 'tyop'"),
     (["--structures", "a"], "--structures a: is no pair"),
     (["--dataset", "hearts", "--label-map", "btcv14"], "label_map: 'btcv14' is unknown"),
