@@ -7,9 +7,7 @@ __all__ = ['PredictionSettings', 'prediction_settings', 'pick_device', 'Network'
            'largest_regions', 'predict_volume']
 
 # %% ../../nbs/41_evaluation.inference.ipynb #1da651d2
-import importlib
 import sys
-import types
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 import numpy as np
@@ -43,28 +41,6 @@ def prediction_settings(measurement: Measurement) -> PredictionSettings:
     "The part of a `Measurement` that decides the label maps"
     zooms = tuple(measurement.zooms)
     return PredictionSettings(measurement.flips, zooms, measurement.largest_regions)
-
-# %% ../../nbs/41_evaluation.inference.ipynb #85caf2ae
-_COMPILER = "torch._dynamo.utils"
-
-@contextmanager
-def _without_compiler():
-    "A block in which an import does not bring torch's compiler"
-    small, disable = types.ModuleType(_COMPILER), torch.compiler.disable
-    small.is_compile_supported = lambda device: False
-    sys.modules[_COMPILER], torch.compiler.disable = small, lambda function, **_: function
-    try: yield
-    finally:
-        torch.compiler.disable = disable
-        del sys.modules[_COMPILER]
-
-# %% ../../nbs/41_evaluation.inference.ipynb #2a79c489
-def _import_timm():
-    "Import timm, and not torch's compiler with it, unless one of them is there already"
-    if _COMPILER in sys.modules or "timm" in sys.modules: return
-    try:
-        with _without_compiler(): importlib.import_module("timm")
-    except (ImportError, AttributeError, TypeError): pass  # it asks for more: it gets all of it
 
 # %% ../../nbs/41_evaluation.inference.ipynb #e5d9a173
 def pick_device(device: str = "auto") -> torch.device:
@@ -127,7 +103,6 @@ def load_network(
     "The trained network of a weight file, ready to predict; `StudyError` if the file is no such"
     device = pick_device(device)
     if device.type == "cuda": reproducible()
-    _import_timm()
     model, card = load_weights(weights)
     model = for_inference(model.to(device), precision)
     return Network(model, card, settings, str(weights))

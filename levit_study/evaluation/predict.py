@@ -7,12 +7,16 @@ __all__ = ['predict']
 
 # %% ../../nbs/43_evaluation.predict.ipynb #434959b4
 import csv
+import importlib
 import json
 import sys
+import types
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import numpy as np
+import torch
 from pydantic import ValidationError
 from ..files import StudyError, write_json, written_whole
 from ..params import Data, as_line
@@ -64,11 +68,34 @@ def _settings_of(files, changes: dict) -> PredictionSettings:
     print(f"predicting with {each[0][0]} ({'; '.join(origins)})", file=sys.stderr)
     return each[0][0]
 
+# %% ../../nbs/43_evaluation.predict.ipynb #85caf2ae
+_COMPILER = "torch._dynamo.utils"
+
+@contextmanager
+def _without_compiler():
+    "A block in which an import does not bring torch's compiler"
+    small, disable = types.ModuleType(_COMPILER), torch.compiler.disable
+    small.is_compile_supported = lambda device: False
+    sys.modules[_COMPILER], torch.compiler.disable = small, lambda function, **_: function
+    try: yield
+    finally:
+        torch.compiler.disable = disable
+        del sys.modules[_COMPILER]
+
+# %% ../../nbs/43_evaluation.predict.ipynb #2a79c489
+def _import_timm():
+    "Import timm, and not torch's compiler with it, unless one of them is there already"
+    if _COMPILER in sys.modules or "timm" in sys.modules: return
+    try:
+        with _without_compiler(): importlib.import_module("timm")
+    except (ImportError, AttributeError, TypeError): pass  # it asks for more: it gets all of it
+
 # %% ../../nbs/43_evaluation.predict.ipynb #bfa49566
 def _network_for(files, changes: dict, device, precision, look=None):
     """The network of a weight file, or the ensemble of several, and the images that it is for;
     `look` reads the first scan's image, see `load_engine`"""
     data = _card_data(read_card(files[0]), files[0])
+    _import_timm()
     compute = device, precision
     if precision == "int8":
         from levit_study.evaluation.engine import load_engine

@@ -28,7 +28,7 @@ def _about(params: Params, dataset: str, organs: pd.DataFrame) -> str:
              f"{settings.data.size} × {settings.data.size} pixels",
              f"{epochs} epoch{'s' * (epochs > 1)}",
              f"{trainings} training{'s' * (trainings > 1)} per loss"]
-    kind = " This shows that the study runs, not what a loss does." if settings.synthetic else ""
+    kind = " Synthetic scans, which say nothing about patients." if settings.synthetic else ""
     return f"**{settings.title}**: {'; '.join(words)}.{kind}"
 
 # %% ../../nbs/55a_evidence.answer.ipynb #9cc75bf7
