@@ -15,8 +15,7 @@ from ..files import StudyError, run_tail
 from ..params import load_params
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #0d845918
-RECORDS = ("run.json", "epochs.csv", "cases.csv", "training.json", "reliability.csv",
-           "calibration.csv")
+RECORDS = ("run.json", "epochs.csv", "cases.csv", "training.json", "reliability.csv")
 
 def _copy_run(source, target):
     "Copy a training's records"
@@ -51,8 +50,8 @@ def publish_records(
 ) -> tuple[Path, list]: # the study's folder, and what a reader of the records should know
     "Copy the records of this project's trainings; `StudyError` unless all are complete and fit"
     root = Path(root)
-    params, runs, folder = load_params(root / "params.yaml"), root / "reports/runs", \
-        root / "reports/studies" / name
+    params = load_params(root / "params.yaml")
+    runs, folder = root / "reports/runs", root / "reports/studies" / name
     _check_place(folder, params)
     _check_runs(params, root)
     partial = folder.with_name(f".{name}.partial")

@@ -31,7 +31,7 @@ TABLES = { # name -> origin
     "optimism": Origin("cases.csv", "51a_evidence.tables"),
     "convergence": Origin("epochs.csv", "51a_evidence.tables"),
     "epochs": Origin("epochs.csv", "50_evidence.results"),
-    "calibration": Origin("calibration.csv", "41c_evaluation.calibration"),
+    "calibration": Origin("metrics.json", "41c_evaluation.calibration"),
     "choices": Origin("reports/choices", "55_evidence.choice"),
     "runs": Origin("run.json", "50_evidence.results")}
 
