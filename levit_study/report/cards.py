@@ -204,7 +204,7 @@ def reviewer_pages(
     pages = _pages_of(here, "cards", "For reviewers")
     for study in published_studies(root):
         r = read_records(study.params, study.folder, f"/{study.page}")
-        pages += _pages_of(r, study.page, "Real studies", study.page)
+        pages += _pages_of(r, study.page, "Published studies", study.page)
     paths = {"index", *(page.path for page in [*others, *pages])}
     for page in pages:
         page.content = _without_dead_links(page.content, paths)

@@ -28,7 +28,7 @@ from .summary import summary_html
 
 # %% ../../nbs/64_report.site.ipynb #e79c273e
 _CARDS = [ # first page of its kind, or a heading of it; title, text
-    ("studies/index", "Real studies", "What was run on patients' scans, with all its records"),
+    ("studies/index", "Published studies", "Real scans first, with all their records"),
     ("report", "The report", "All tables, figures and tests, with the paper's beside them"),
     ("report#Cases to look at", "The cases", "Slice by slice: reference, each loss, errors"),
     ("data/", "The data", "What was read, how it was split, how large each structure is"),

@@ -73,11 +73,15 @@ def published_studies(root=".") -> list[PublishedStudy]:
 
 # %% ../../nbs/63c_report.studies.ipynb #79211ced
 def _scores(study): # Markdown
-    "Mean Dice of each loss, over the cases that judge"
+    "Mean Dice of each loss, over the cases that judge; of several data sets each by its name"
     organs = study.table("organs")
     judging = judging_splits(organs)
     whole = organs[(organs.structure == ALL) & (organs.split == organs.dataset.map(judging))]
-    return ", ".join(f"{loss_name(row.loss)} {row.dice:.3f}" for row in whole.itertuples())
+    words = []
+    for dataset, rows in whole.groupby("dataset", sort=False):
+        scores = [f"{loss_name(row.loss)} {row.dice:.3f}" for row in rows.itertuples()]
+        words.append(f"{escaped(dataset)}: " * (len(judging) > 1) + ", ".join(scores))
+    return "; ".join(words)
 
 # %% ../../nbs/63c_report.studies.ipynb #a9c3d269
 def _verdicts(study):
@@ -96,7 +100,8 @@ def _setting(study):
     first = study.params.datasets[study.params.study.datasets[0]]
     network, training = network_name(first.model), first.training
     rate = f"{training.learning_rate:g}"
-    return f"{network}, {first.data.size} px, {training.epochs} epochs, learning rate {rate}"
+    scans = "" if study.is_real else "synthetic scans, "
+    return f"{scans}{network}, {first.data.size} px, {training.epochs} epochs, learning rate {rate}"
 
 # %% ../../nbs/63c_report.studies.ipynb #66222989
 def studies_table(studies, link="{}") -> str: # Markdown; link: how a page's path is written
@@ -182,20 +187,20 @@ def _study_page(study) -> Page:
     "One published study as a page: answer, claims, figures, records"
     from nbformat.v4 import new_markdown_cell
     claims = study.table("claims")
-    titles = [study.params.datasets[name].title for name in study.params.study.datasets]
-    text = [f"# {escaped(study.name)}: {', '.join(titles)}", f"{_setting(study)}.", study.answer(),
-            _caveat(study)]
+    text = [f"# {escaped(study.name)}: {study.params.study.title}", f"{_setting(study)}.",
+            study.answer(), _caveat(study)]
     cells = [new_markdown_cell("\n\n".join(text))]
     if len(claims):
         tested = claims[~claims.standing.astype(str).str.startswith("not tested")]
-        tested = tested[["claim", "statement", "standing", "interval"]]
+        several = ["dataset"] * (len(study.params.study.datasets) > 1)
+        tested = tested[[*several, "claim", "statement", "standing", "interval"]]
         if len(tested):
             cells.append(new_markdown_cell(f"## The paper's claims\n\n{to_markdown(tested)}"))
     cells += [new_markdown_cell("## Figures"), *_shown_figures(study),
               new_markdown_cell(_RECORDS.format(name=study.name))]
     cells = with_words(cells, figure_words(study.folder / "figures"), f"/{study.page}")
     source = f"reports/studies/{study.name}/answer.md"
-    return Page(study.page, study.name, cells, "Real studies", "studies/index", source)
+    return Page(study.page, study.name, cells, "Published studies", "studies/index", source)
 
 # %% ../../nbs/63c_report.studies.ipynb #3fc3b429
 def studies_pages(root=".") -> list[Page]:
@@ -205,11 +210,11 @@ def studies_pages(root=".") -> list[Page]:
     text = ("# Published studies\n\nEach was run on the scans named and is published with its"
             " records, from which every number here follows. The images themselves are not.\n\n"
             + studies_table(studies, "/{}"))
-    pages = [Page("studies/index", "Published studies", text, "Real studies")]
+    pages = [Page("studies/index", "Published studies", text, "Published studies")]
     pages += [_study_page(study) for study in studies]
     log = Path(root, "reports", "studies", "log.md")
     if log.exists():
         content = log.read_text(encoding="utf-8")
-        pages.append(Page("studies/log", "Log of experiments", content, "Real studies",
+        pages.append(Page("studies/log", "Log of experiments", content, "Published studies",
                           "studies/index", "reports/studies/log.md"))
     return pages
