@@ -23,13 +23,13 @@ TABLE = {
                    model.precision model.build
                    model.inference training.course evaluation.metrics evaluation.inference evaluation.card evaluation.calibration
                    evaluation.evaluate""",
-    "report": """data.cases data.context data.dataset data.native training.course evaluation.metrics evaluation.calibration evidence.elsewhere
+    "report": """data.cases data.context data.dataset data.native training.course evaluation.metrics evaluation.calibration evaluation.elsewhere
                  evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.claims
                  evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.transfer
                  evidence.answer evidence.published
                  report.look report.parts report.provenance report.imbalance report.transfer report.figures report.differences report.design report.behaviour
                  report.clinical report.segmentations report.viewer report.charts""",
-    "site": """evidence.elsewhere evidence.results report.look report.parts report.provenance report.pages report.summary report.contents
+    "site": """evaluation.elsewhere evidence.results report.look report.parts report.provenance report.pages report.summary report.contents
                report.studies report.records report.checklists report.cards report.site""",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}

@@ -20,7 +20,7 @@ from ..data.labels import label_table, map_labels
 from ..data.layouts import find_cases
 from ..data.nifti import read_nifti_pair, read_oriented, write_label_map, write_nifti
 from ..data.splits import SPARE
-from ..evidence.elsewhere import check_dataset
+from .elsewhere import check_dataset
 from ..files import StudyError, write_json, written_whole
 from ..params import Data, Params
 

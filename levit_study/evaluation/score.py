@@ -15,7 +15,7 @@ import pandas as pd
 from ..data.cases import patient_of
 from ..data.labels import label_table, map_labels
 from ..data.nifti import read_nifti_pair
-from ..evidence.elsewhere import check_dataset, elsewhere_folder, keep_elsewhere
+from .elsewhere import check_dataset, elsewhere_folder, keep_elsewhere
 from ..files import StudyError, project_folder, written_whole
 from ..params import Params, load_params, pick_evaluation
 from .metrics import case_metrics, with_worst_case

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ..files import StudyError, run_folders, run_tail
 from ..params import Params, Run, pick_run
-from .elsewhere import read_elsewhere
+from ..evaluation.elsewhere import read_elsewhere
 from ..training.course import best_epoch, summary
 
 # %% ../../nbs/50_evidence.results.ipynb #8bda0f6a
