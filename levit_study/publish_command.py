@@ -45,12 +45,16 @@ def add_publish(commands):
     about = "copy the records of this study's trainings to reports/studies/NAME, and report there"
     command = commands.add_parser("publish", help=about)
     command.add_argument("name", help="name of the study, in lower case: acdc_five_folds")
+    shared = "other copies of the project that hold some of the trainings"
+    command.add_argument("--from", dest="others", metavar="FOLDER", nargs="+", default=(),
+                         help=shared)
     command.set_defaults(run=_publish)
 
 def _publish(a):
     from levit_study.evidence.publishing import publish_records
+    others = [Path(other).resolve() for other in a.others]
     enter_project()
-    folder, remarks = publish_records(a.name)
+    folder, remarks = publish_records(a.name, others=others)
     for remark in remarks: print(f"{folder}: {remark}")
     _make_report(folder)
 

@@ -24,12 +24,24 @@ def _copy_run(source, target):
         if (source / name).exists(): shutil.copyfile(source / name, target / name)
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #90be9579
-def _check_runs(params, root):
-    "`StudyError` if a training's records are missing, damaged, or of other parameters"
-    problems = collect(params, root).problems
-    if not problems: return
-    number, all_runs = len(problems), len(list(runs_of(params)))
-    raise StudyError(f"{problems[0]} ({number} of {all_runs} trainings cannot be published); "
+def _runs_by_project(params, projects) -> dict:
+    "Map each training's path to the first runs that hold it whole; `StudyError` if none does"
+    places, problems = {}, []
+    for project in projects:
+        runs = Path(project, "reports/runs")
+        try: results = collect(params, runs=runs)
+        except StudyError as error:
+            problems.append(str(error))
+            continue
+        problems += results.problems
+        names = results.runs[["dataset", "loss", "seed", "fold"]]
+        for key in names.itertuples(index=False, name=None): places.setdefault(key, runs)
+    wanted = {run_tail(run.dataset, run.loss, run.seed, run.fold):
+              places.get((run.dataset, run.loss, run.seed, run.fold or 0))
+              for run in runs_of(params)}
+    missing = sum(place is None for place in wanted.values())
+    if not missing: return wanted
+    raise StudyError(f"{problems[0]} ({missing} of {len(wanted)} trainings cannot be published); "
                      "or name fewer in params.yaml")
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #31c46631
@@ -43,23 +55,31 @@ def _check_place(folder, params):
     if plan.exists() and load_params(plan) != params:
         raise StudyError(f"{plan}: plans another study than params.yaml, which was run")
 
+# %% ../../nbs/56a_evidence.publishing.ipynb #1b48edbc
+def _check_same(params, others):
+    "`StudyError` if another copy of the project is none, or is of another study"
+    for other in others:
+        if not (path := Path(other, "params.yaml")).exists():
+            raise StudyError(f"--from {other}: no copy of the project; it has no params.yaml")
+        if load_params(path) != params:
+            raise StudyError(f"{path}: is of another study than params.yaml here")
+
 # %% ../../nbs/56a_evidence.publishing.ipynb #112c658d
 def publish_records(
-    name,     # of the study: the folder below reports/studies
-    root=".", # the project
+    name,      # of the study: the folder below reports/studies
+    root=".",  # the project
+    others=(), # other copies of the project, which hold some of the trainings
 ) -> tuple[Path, list]: # the study's folder, and what a reader of the records should know
-    "Copy the records of this project's trainings; `StudyError` unless all are complete and fit"
+    "Copy the records of the study's trainings; `StudyError` unless all are complete and fit"
     root = Path(root)
-    params = load_params(root / "params.yaml")
-    runs, folder = root / "reports/runs", root / "reports/studies" / name
+    params, folder = load_params(root / "params.yaml"), root / "reports/studies" / name
     _check_place(folder, params)
-    _check_runs(params, root)
+    _check_same(params, others)
+    places = _runs_by_project(params, [root, *others])
     partial = folder.with_name(f".{name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for run in runs_of(params):
-        tail = run_tail(run.dataset, run.loss, run.seed, run.fold)
-        _copy_run(runs / tail, partial / "runs" / tail)
-    _copy_data(params, root, partial)
+    for tail, place in places.items(): _copy_run(place / tail, partial / "runs" / tail)
+    _copy_data(params, [root, *others], partial)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "params.yaml").exists():
         shutil.copyfile(root / "params.yaml", folder / "params.yaml")
@@ -69,12 +89,13 @@ def publish_records(
     return folder, _remarks(folder)
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #42d82876
-def _copy_data(params, root, partial):
+def _copy_data(params, projects, partial):
     "Copy what the preparation recorded of each data set, and each one's split"
     for dataset in params.study.datasets:
         for name in ("manifest.json", "splits.csv"):
-            source = root / "reports/data" / dataset / name
-            if not source.exists(): continue
+            places = [Path(project, "reports/data", dataset, name) for project in projects]
+            source = next((place for place in places if place.exists()), None)
+            if source is None: continue
             (partial / "data" / dataset).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, partial / "data" / dataset / name)
 
