@@ -31,7 +31,7 @@ def _add_predict(commands):
     add, either = command.add_argument, argparse.BooleanOptionalAction
     add("scan", nargs="+", help=".nii(.gz) file, or a folder of them; several: one scan's channels")
     several = "; several, or a folder of runs: their probabilities are averaged"
-    shipped = "; default: the network that comes with the project"
+    shipped = "; default: the one published network, reports/studies/*/model"
     add("--weights", nargs="+", help=f"best.safetensors of a run{several}{shipped}")
     beside = "; default: SCAN_labels.nii.gz beside the scan"
     add("--output", help=f"label map to write (for a folder of scans: a folder){beside}")
@@ -49,7 +49,7 @@ def _add_predict(commands):
     add("--assume-axes", action="store_true", help="use NIfTI's default axes if a header has none")
     _add_device(command)
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
-    int8 = "openvino: int8 on a CPU, checked against PyTorch's network (levit-study[openvino])"
+    int8 = "openvino: int8 on a CPU, checked against PyTorch's network (make openvino)"
     add("--engine", default="torch", choices=["torch", "openvino"], help=int8)
     command.set_defaults(run=_predict)
 

@@ -37,6 +37,7 @@ def _make_report(folder):
     filled = with_answer(shown, folder, text)
     if filled != shown:
         with written_whole(page) as partial: partial.write_text(filled, encoding="utf-8")
+        print("README.md: shows this study's answer, which was replaced")
     print(f"{folder}: made again; with text and pictures in {output}")
 
 # %% ../nbs/70f_publish_command.ipynb #c7198cef

@@ -83,7 +83,8 @@ def check_slurm(request: Request):
         raise StudyError("no Slurm here (sbatch is not found): use --local N, or a login node")
     try: import submitit  # noqa: F401
     except ImportError:
-        raise StudyError("submitit is not installed: pip install 'levit-study[slurm]'") from None
+        advice = "run make env (or pip install '.[slurm]')"
+        raise StudyError(f"submitit is not installed: {advice}") from None
     partitions = _ask("sinfo", "--noheader", "--format=%R").split()
     if request.partition and request.partition not in partitions:
         known = ", ".join(dict.fromkeys(partitions))

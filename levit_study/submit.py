@@ -49,12 +49,14 @@ def worker_variables(
     cores: int,          # that this process may use
     gpus: list[str] = (), # their numbers; none: on CPUs
 ) -> list[dict]:
-    "Return each worker's environment; `StudyError` if there are more workers than cores"
-    if not 1 <= workers <= cores:
-        raise StudyError(f"--local {workers}: only {cores} cores are available; give 1 to {cores}")
+    "Return each worker's environment; `StudyError` if there are more workers than GPUs or cores"
+    limits = [(cores, "cores"), (len(gpus) or cores, "GPUs")]
+    number, name = min(limits, key=lambda limit: limit[0])
+    if not 1 <= workers <= number:
+        advice = f"give 1 to {number}" + (", or set compute.device: cpu" if name == "GPUs" else "")
+        raise StudyError(f"--local {workers}: only {number} {name} are available; {advice}")
     threads = {"OMP_NUM_THREADS": str(cores // workers)}
-    shares = [{"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} if gpus else {} for k in range(workers)]
-    return [threads | share for share in shares]
+    return [threads | ({"CUDA_VISIBLE_DEVICES": gpus[k]} if gpus else {}) for k in range(workers)]
 
 # %% ../nbs/70d_submit.ipynb #3287dc6f
 def visible_gpus(device: str) -> list[str]: # `compute.device`
@@ -151,6 +153,8 @@ def submit(
     if request:
         for cell, cost in costs.items(): check_time(request, cell, cost)
     for line in plan_lines(costs, request.at_once if request else workers): say(line)
+    if request and not request.gpus and params.compute.device != "cpu":
+        say("no GPU is asked for, so trainings run on CPUs; --gpus 1 asks for one each")
     if dry_run:
         first = sorted(name for name in changed if name.split("@")[0] in ("code", "prepare"))
         if first: say(f"first {', '.join(first)}, after which more may be missing")

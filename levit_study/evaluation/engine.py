@@ -39,7 +39,7 @@ def _packages():
         import nncf
         import openvino
     except ImportError as error:
-        install = "pip install 'levit-study[openvino]', or leave the engine out"
+        install = "run make openvino (or pip install '.[openvino]'), or leave the engine out"
         raise StudyError(f"engine openvino: needs the package {error.name}; {install}") from None
     nncf.set_log_level(logging.ERROR)
     return openvino, nncf

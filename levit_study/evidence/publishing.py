@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from .results import collect, runs_of
 from ..files import StudyError, run_tail
-from ..params import load_params
+from ..params import load_params, pick_evaluation
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #0d845918
 RECORDS = ("run.json", "epochs.csv", "cases.csv", "training.json", "reliability.csv")
@@ -45,6 +45,15 @@ def _runs_by_project(params, projects) -> dict:
                      "or name fewer in params.yaml")
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #31c46631
+def _same_study(one, other) -> bool:
+    "Whether two studies are the same trainings judged alike, whatever else their files define"
+    chosen = [params.study.model_dump(exclude={"title"}) for params in (one, other)]
+    if chosen[0] != chosen[1]: return False
+    trainings = [[run.record() for run in runs_of(params)] for params in (one, other)]
+    judged = [[pick_evaluation(params, name) for name in params.study.datasets]
+              for params in (one, other)]
+    return trainings[0] == trainings[1] and judged[0] == judged[1]
+
 def _check_place(folder, params):
     "`StudyError` if a study's folder holds records already, or the plan of another study"
     if not re.fullmatch(r"[a-z0-9][a-z0-9_]*", folder.name):
@@ -52,7 +61,7 @@ def _check_place(folder, params):
     if (folder / "runs").exists():
         raise StudyError(f"{folder}: holds records already; choose another name, or remove them")
     plan = folder / "params.yaml"
-    if plan.exists() and load_params(plan) != params:
+    if plan.exists() and not _same_study(load_params(plan), params):
         raise StudyError(f"{plan}: plans another study than params.yaml, which was run")
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #1b48edbc
@@ -61,7 +70,7 @@ def _check_same(params, others):
     for other in others:
         if not (path := Path(other, "params.yaml")).exists():
             raise StudyError(f"--from {other}: no copy of the project; it has no params.yaml")
-        if load_params(path) != params:
+        if not _same_study(load_params(path), params):
             raise StudyError(f"{path}: is of another study than params.yaml here")
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #112c658d

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .intervals import patients_of, tabulate_values, weighted_means
+from .intervals import patients_of, tabulate_trainings, weighted_means
 from .results import judging_cases
 from .statistics import by_structure
 
@@ -31,6 +31,24 @@ def _weights(random, size, draws):
     return random.multinomial(size, np.full(size, 1 / size), draws)
 
 # %% ../../nbs/54a_evidence.ranking.ipynb #e19dfd3f
+def _within_folds(random, folds, draws):
+    "Return draws of the units of each fold: (draws, units)"
+    weights = np.empty((draws, len(folds)))
+    for fold in np.unique(folds):
+        inside = folds == fold
+        weights[:, inside] = _weights(random, inside.sum(), draws)
+    return weights
+
+def _drawn_folds(random, part, draws):
+    "Return how often each fold comes up: {fold: (draws, 1)}; 0 where a loss has no training"
+    by_loss = [set(rows.fold) for _, rows in part.groupby("loss")]
+    shared = sorted(set.intersection(*by_loss))
+    if len(shared) < 2: return {fold: np.ones((draws, 1)) for fold in set.union(*by_loss)}
+    weights = _weights(random, len(shared), draws)
+    absent = {fold: np.zeros((draws, 1)) for fold in set.union(*by_loss)}
+    return absent | {fold: weights[:, [k]] for k, fold in enumerate(shared)}
+
+# %% ../../nbs/54a_evidence.ranking.ipynb #8dcb40e8
 def drawn_means(
     part: pd.DataFrame, # judging cases of one data set: all structures, or one
     value="dice",
@@ -41,17 +59,18 @@ def drawn_means(
     random, losses = np.random.default_rng(random_state), list(dict.fromkeys(part.loss))
     part = part.assign(patient=patients_of(part)).dropna(subset=[value])
     part = part.assign(patient=pd.factorize(part.patient, sort=True)[0])
-    fold = part["fold"] if "fold" in part else pd.Series(0, index=part.index)
-    part = part.assign(training=part.seed.astype(str) + "/" + fold.astype(str))
-    size = part.patient.nunique()
-    patients, means, drawn = _weights(random, size, draws), [], []
+    if "fold" not in part: part = part.assign(fold=0)
+    patients = _within_folds(random, part.groupby("patient").fold.first().to_numpy(), draws)
+    chosen, means, drawn = _drawn_folds(random, part, draws), [], []
     for loss in losses:
-        own = part[part.loss == loss]
-        table = tabulate_values(own[value], own.patient, own.training, own.structure)
-        present = patients[:, np.unique(own.patient)]
-        trainings = _weights(random, table.sums.shape[2], draws)
+        rows = part[part.loss == loss]
+        columns = (rows[name] for name in (value, "patient", "seed", "fold", "structure"))
+        table, places = tabulate_trainings(*columns)
+        folds = np.unique(rows.fold)[places]  # of each training
+        trainings = _within_folds(random, folds, draws)
+        trainings = trainings * np.hstack([chosen[fold] for fold in folds])
         means.append(weighted_means(table)[0])
-        drawn.append(weighted_means(table, present, trainings))
+        drawn.append(weighted_means(table, patients[:, np.unique(rows.patient)], trainings))
     return losses, np.array(means), np.array(drawn).T
 
 # %% ../../nbs/54a_evidence.ranking.ipynb #10b4d100

@@ -269,20 +269,28 @@ _TESTED = ["dataset", "split", "protocol", "metric", "structure", "first", "seco
            "high", "p", "p_holm", "method", "rank_biserial", "these_low", "these_high", "these_p",
            "these_p_holm", "any_low", "any_high", "any_p", "any_p_holm", "note"]
 
-def _family(part, value, limits, seed_sd):
-    "Return the rows of one family: all that is tested on the cases of one data set and split"
+def _adjusted(table):
+    """Add Holm's p-values and the number of tests that they correct for
+
+    The means over structures are the primary comparisons, and a family of their own."""
+    primary = (table.structure == ALL) | (table.structure.nunique() == 1)
+    for target in ("these", "any"):
+        table[f"{target}_p_holm"] = table.groupby(primary)[f"{target}_p"].transform(holm)
+    return table.assign(tests=table.groupby(primary).these_p.transform("count"))
+
+def _compared(part, value, limits, seed_sd):
+    "Return the rows of all that is tested on the cases of one data set and split"
     rows, pairs_of = [], combinations(dict.fromkeys(part.loss), 2)
     for (structure, rows_of), (second, first) in product(by_structure(part), pairs_of):
         pairs = paired_differences(rows_of, first, second, value)
         spread = pooled_spread(training_means(rows_of, value), seed_sd)
         names = {"structure": structure, "first": first, "second": second}
         rows.append(names | _paired_test(pairs, spread, *limits))
-    table = pd.DataFrame(rows)
-    for target in ("these", "any"): table[f"{target}_p_holm"] = holm(table[f"{target}_p"])
-    by_target, tests = table.target == ANY, int(np.isfinite(table.these_p).sum())
+    table = _adjusted(pd.DataFrame(rows))
+    by_target = table.target == ANY
     for name in ("p", "p_holm"):
         table[name] = table[f"any_{name}"].where(by_target, table[f"these_{name}"])
-    notes = [(_small_note(row.patients, tests), left_out_note(row.one_sided, value))
+    notes = [(_small_note(row.patients, row.tests), left_out_note(row.one_sided, value))
              for row in table.itertuples()]
     return table.assign(note=["; ".join(filter(None, each)) for each in notes])
 
@@ -300,7 +308,7 @@ def paired_tests(
         if part.loss.nunique() < 2: continue
         assumed = seed_sd.get(dataset, 0) if isinstance(seed_sd, dict) else seed_sd
         head = dict(dataset=dataset, split=split, protocol=PROTOCOLS[split], metric=value)
-        family = _family(part, value, (confidence, resamples), assumed)
-        tables.append(family.assign(**head)[_TESTED])
+        compared = _compared(part, value, (confidence, resamples), assumed)
+        tables.append(compared.assign(**head)[_TESTED])
     table = pd.concat(tables[1:] or tables, ignore_index=True)
     return table if (table.folds > 1).any() else table.drop(columns="folds")

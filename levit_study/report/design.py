@@ -102,7 +102,7 @@ def claims_forest(
             scale = "Dice, Jaccard or a rate (0 to 1)" if unit == "Dice" else unit
             ax.set_xlabel(f"Difference in {scale}, right of 0: as the paper claims")
     marks = [Line2D([], [], marker="o", color=color, label=verdict)
-             for verdict, color in (_VERDICTS | {"not decided": "#777777"}).items()]
+             for verdict, color in (_VERDICTS | {"undecided": "#777777"}).items()]
     look = dict(marker="o", ls="none", color="#777777", mfc="white")
     hollow = Line2D([], [], label="no interval", **look)
     legend_below(figure, [*marks, hollow])

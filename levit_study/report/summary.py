@@ -170,10 +170,10 @@ def _key(params: Params):
             f" Brackets: {params.evaluation.confidence:.0%} interval over patients{trainings}.")
 
 # %% ../../nbs/63a_report.summary.ipynb #e0eaadef
-_VERDICTS = {"supported": "supported", "contradicted": "contradicted", "inconclusive": "open"}
+_VERDICTS = {"supported": "supported", "contradicted": "contradicted", "inconclusive": "undecided"}
 
 def _standing(row): # row: of claims.csv
-    "A verdict, or in a few words what an open one stands on"
+    "A verdict, or in a few words what an undecided one stands on"
     return standing_in_words(row["verdict"], row.get("standing"))
 
 # %% ../../nbs/63a_report.summary.ipynb #3b40f3a9

@@ -100,7 +100,8 @@ def train(
     run = pick_run(settings, dataset, loss, seed, fold)
     store = Path("data/prepared") / f"{dataset}.h5"
     if not store.exists():
-        advice = f"prepare the data first: dvc repro prepare@{dataset}"
+        first = "" if dataset in settings.study.datasets else "name it under study.datasets, then "
+        advice = f"prepare the data first: {first}dvc repro prepare@{dataset}"
         raise StudyError(f"{store}: not found; {advice}")
     reports, models = run_folders(dataset, loss, seed, fold=run.fold)
     device, wanted, started = device or settings.compute.device, run.training.processes, _started()
