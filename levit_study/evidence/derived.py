@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..data.cases import patient_of
 from .results import PROTOCOLS
 from .intervals import mean_interval, patients_of
 
@@ -29,6 +30,14 @@ def _phases_of(patient):
     return {sizes.idxmax(): "ED", sizes.idxmin(): "ES"}
 
 # %% ../../nbs/51b_evidence.derived.ipynb #56ac291d
+def _hearts(cases):
+    "Return the examination of each row: the patient, or the name where one patient has several"
+    patients, names = patients_of(cases), cases["case"].astype(str).map(patient_of)
+    moments = cases["case"].groupby([patients, names]).transform("nunique")
+    several = names.groupby(patients).transform("nunique") > 1
+    both = moments.groupby(patients).transform("min") > 1
+    return names.where(several & both, patients)
+
 def cardiac_phases(
     cases: pd.DataFrame, # one data set's, with the structure left ventricle
 ) -> dict[str, str]: # case -> "ED" or "ES"
@@ -36,7 +45,7 @@ def cardiac_phases(
     left = cases[cases.structure == "left ventricle"]
     if "volume_ml" not in left: left = left.assign(volume_ml=np.nan)
     phases = {}
-    for _, patient in left.groupby(patients_of(left), sort=False): phases |= _phases_of(patient)
+    for _, heart in left.groupby(_hearts(left), sort=False): phases |= _phases_of(heart)
     return phases
 
 # %% ../../nbs/51b_evidence.derived.ipynb #685af29c
@@ -78,8 +87,8 @@ def measures_for(structures) -> list[Derived]:
 # %% ../../nbs/51b_evidence.derived.ipynb #a28cfaf8
 _KEYS = ["dataset", "split", "loss", "seed", "fold"]
 
-def _of_patient(rows, measures):
-    "Return the values of one patient and training: dicts of measure, unit, reference, predicted"
+def _of_heart(rows, measures):
+    "Return the values of one examination: dicts of measure, unit, reference, predicted"
     known = rows.volume_ml.notna().all()
     columns = ("volume_ml", "predicted_volume_ml") if known else ("voxels", "predicted_voxels")
     sides = [dict(zip(zip(rows.structure, rows.phase, strict=True), rows[column], strict=True))
@@ -106,11 +115,13 @@ def patient_values(
         measures = measures_for(part.structure.unique())
         phases = cardiac_phases(part) if measures else {}
         if not phases: continue
-        part = part.assign(phase=part.case.map(phases))
-        for key, of_patient in part.groupby([*keys, "patient"], sort=False):
-            head = dict(zip([*keys, "patient"], key, strict=True))
-            rows += [head | value for value in _of_patient(of_patient, measures)]
+        part = part.assign(phase=part.case.map(phases), heart=_hearts(part))
+        for key, of_heart in part.groupby([*keys, "patient", "heart"], sort=False):
+            head = dict(zip([*keys, "patient"], key, strict=False))
+            rows += [head | value for value in _of_heart(of_heart, measures)]
     values = pd.DataFrame(rows, columns=columns)
+    units = [name for name in columns if name not in ("reference", "predicted", "error")]
+    values = values.groupby(units, sort=False, as_index=False)[["reference", "predicted"]].mean()
     return values.assign(error=values.predicted - values.reference)
 
 # %% ../../nbs/51b_evidence.derived.ipynb #50716ae4

@@ -90,6 +90,7 @@ def ranking(
             for k, loss in enumerate(losses):
                 row = {"dataset": dataset, "structure": structure, "loss": loss}
                 row |= {"patients": patients, "seeds": seeds[loss]}
+                if "fold" in part and part.fold.nunique() > 1: row["folds"] = part.fold.nunique()
                 row |= {value: means[k], "rank": int(place[k])}
                 rows.append(row | {f"rank{r}": share for r, share in enumerate(shares[k], 1)})
     return pd.DataFrame(rows)

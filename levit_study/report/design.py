@@ -153,11 +153,11 @@ def rank_stability(
     table = checked(table, "rank_stability", ["dataset", "structure", "loss", "patients", "rank1"])
     losses, structures = list(table["loss"].unique()), structures_of(table)
     heights = [len(names) * row_height(names) + 15 for names in structures.values()]
-    figure, parts = bands(table.drop(columns="seeds", errors="ignore"), heights, about)
+    figure, parts = bands(table.drop(columns=["seeds", "folds"], errors="ignore"), heights, about)
     shown = [name for name in ("rank1", "rank2", "rank3") if name in table]
     for dataset, part in parts.items():
         rows, names = table[table["dataset"] == dataset], structures[dataset]
-        single = (rows["seeds"] == 1).all() if "seeds" in rows else False
+        single = "folds" not in rows and "seeds" in rows and (rows["seeds"] == 1).all()
         axes = part.subplots(1, len(shown), sharey=True, squeeze=False)[0]
         for ax, name, word in zip(axes, shown, ("First", "Second", "Third"), strict=False):
             _draw_shares(ax, rows.assign(share=rows[name]), names, losses, about)
@@ -171,8 +171,9 @@ def rank_stability(
 
 _RANKING_BODY = (
     "Losses ranked by mean Dice in 2,000 bootstrap draws of patients (the same for all losses) and"
-    " of each loss's trainings; bars: in how many draws a loss holds the rank. With one training"
-    " per loss only patients are drawn, and the ranking looks steadier than it is.")
+    " of each loss's trainings (with folds: of folds, the same for all losses, and of seeds in"
+    " them); bars: in how many draws a loss holds the rank. With one training per loss only"
+    " patients are drawn, and the ranking looks steadier than it is.")
 
 def _firsts_in_words(table, about):
     "Say how often each loss comes first over all structures"

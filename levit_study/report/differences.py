@@ -189,7 +189,7 @@ def optimism_shift(
             shown = limits if metric == "dice" else {}
             print_right(ax, [_gap_in_words(means, loss, shown.get(loss)) for loss in losses])
             ax.set_xlabel(f"Mean {metric.capitalize()} (0 to 1)")
-    legend_below(figure, pair_handles("validation cases (paper)", "test cases (held-out)"))
+    legend_below(figure, pair_handles("validation cases (paper)", "held-out cases"))
     body = ("Filled: best epoch on the validation cases, reported on them; hollow: the same weights"
             " on cases that did not choose the epoch; large marks: mean over trainings, small"
             " dots: trainings. Numbers: paper minus held-out"
@@ -204,7 +204,7 @@ def _split_means(cases, metric): # -> loss, seed, perhaps fold, valid, test
     "Mean over structures of the mean over cases per training and split"
     keys = ["loss", *per_training(cases), "split"]
     means = cases.groupby([*keys, "structure"], sort=False)[metric].mean()
-    means = means.groupby(keys, sort=False).mean().unstack()
+    means = means.groupby(keys, sort=False).mean().unstack().rename(columns={"fold": "test"})
     return means.reindex(columns=["valid", "test"]).reset_index()
 
 # %% ../../nbs/62_report.differences.ipynb #52dcf51e

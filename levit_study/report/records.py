@@ -76,12 +76,14 @@ class Records:
 def patients_by_split(records: Records, dataset: str) -> dict[str, int]:
     "Return how many patients each split has: of the manifest, else of the cases that were judged"
     counts = records.manifests.get(dataset, {}).get("patients")
-    if counts: return {name: number for name, number in counts.items() if number}
+    in_folds = records.params.study.fold_numbers != [None]  # the manifest's is the one split
+    if counts and not in_folds: return {name: number for name, number in counts.items() if number}
     if records.cases.empty: return {}
     rows = records.cases[records.cases.dataset == dataset]
     names = rows["case"].map(patient_of)
     patients = rows["patient"].fillna(names) if "patient" in rows else names
-    return patients.groupby(rows["split"], sort=False).nunique().to_dict()
+    counts = patients.groupby(rows["split"], sort=False).nunique().to_dict()
+    return {"fold": counts["fold"]} if in_folds and "fold" in counts else counts
 
 # %% ../../nbs/63d_report.records.ipynb #65ed78b4
 def read_records(
