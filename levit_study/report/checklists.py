@@ -119,8 +119,8 @@ def _partition(r: Records):
     words = [f"`{split.kind}`" + (f", seed {split.seed}" if split.kind != "lists" else "")
              for split in splits]
     if r.params.study.fold_numbers != [None]:
-        chosen = "of the other patients choose the epoch"
-        words = [f"{split.folds} folds, seed {split.seed}, {split.nested:.0%} {chosen}"
+        chosen = "the epoch chosen on {:.0%} of the other patients"
+        words = [f"{split.folds} folds, seed {split.seed}, {chosen.format(split.nested)}"
                  for split in splits]
     return _reported(f"By {', '.join(dict.fromkeys(words))}; {_counts(r) or 'no cases yet'}; "
                      "rules in [splits](/library/14_data-splits)")
