@@ -22,6 +22,7 @@ TABLES = { # name -> origin
     "organs": Origin("cases.csv", "51a_evidence.tables"),
     "tests": Origin("cases.csv", "51_evidence.statistics"),
     "imbalance": Origin("cases.csv, manifest.json", "54b_evidence.imbalance"),
+    "transfer": Origin("cases.csv, manifest.json", "54c_evidence.transfer"),
     "derived": Origin("cases.csv", "51b_evidence.derived"),
     "claims": Origin("epochs.csv, cases.csv", "52a_evidence.verdicts"),
     "paper": Origin("data/paper/table1.csv", "53_evidence.paper"),
@@ -51,7 +52,8 @@ FIGURES = { # stem of its files, or how it begins -> origin
     "claims": Origin("claims.csv", "62d_report.design"),
     "ranking": Origin("ranking.csv", "62d_report.design"),
     "survival": Origin("data/paper", "62d_report.design"),
-    "dice_against_share": Origin("imbalance.csv", "62e_report.imbalance")}
+    "dice_against_share": Origin("imbalance.csv", "62e_report.imbalance"),
+    "dice_against_patients": Origin("transfer.csv", "62f_report.transfer")}
 
 # %% ../../nbs/60c_report.provenance.ipynb #56b808c6
 def figure_origin(stem: str) -> Origin | None:
