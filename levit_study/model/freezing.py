@@ -9,6 +9,7 @@ __all__ = ['encoder_parts', 'names_encoder', 'HeldEncoder', 'held_encoder']
 import torch
 from torch import nn
 from ..files import StudyError
+from .grids import forget_biases
 from .network import LevitUNet
 from .others import OtherNetwork
 
@@ -39,6 +40,7 @@ class HeldEncoder:
         self.parts, self.epochs, self.still = encoder_parts(network), epochs, False
         weights = [p for part in self.parts for p in part.parameters()]
         self.weights = [p for p in weights if p.requires_grad]
+        self.network, self.hook = network, None
 
     def __str__(self): return f"encoder held still for {self.epochs} epochs"
 
@@ -47,6 +49,9 @@ class HeldEncoder:
         self.still = epoch <= self.epochs
         for part in self.parts: part.train(not self.still)
         for weight in self.weights: weight.requires_grad_(not self.still or processes > 1)
+        if self.hook: self.hook.remove()
+        cached = self.still and processes > 1  # timm keeps what a backward pass has used up
+        self.hook = self.network.register_forward_pre_hook(forget_biases) if cached else None
 
     def drop_gradients(self):
         "Leave the optimiser nothing to do while it is still"

@@ -57,11 +57,14 @@ def _launch(
     "Run `command` in several processes; `StudyError` with the first error that one of them reports"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", str(processes), "--no-python"]
-    threads = {"OMP_NUM_THREADS": str(max(os.cpu_count() // processes, 1))}
+    defaults = {
+        "OMP_NUM_THREADS": str(max(os.cpu_count() // processes, 1)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # s; a validation may run when a stop is asked for
+    }
     settings = dict(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=threads | os.environ | {"LEVIT_STUDY_LAUNCHED": "1"},  # so its parent is not process 1
+        env=defaults | os.environ | {"LEVIT_STUDY_LAUNCHED": "1"},  # so its parent is not process 1
         preexec_fn=_end_with_parent(),
     )
     with subprocess.Popen([*torchrun, *command], **settings) as process:
