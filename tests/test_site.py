@@ -331,7 +331,7 @@ def test_formulas_are_drawn_by_the_browser(study, browser):
 
 def test_landing_page_answers_on_one_screen(study, browser):
     tests = "9 tests of the paper's claims"
-    words = ("synthetic", "0.740", "6 trainings", f"{tests}: 3 supported, 3 contradicted, 3 open",
+    words = ("synthetic", "0.740", "6 trainings", f"{tests}: 3 supported, 3 contradicted, 3 undecided",
              f"{tests}, rehearsed on synthetic scans: 3 supported", "One training per loss")
     with Reader(browser) as reader:
         page = reader.open(site_of(study[0]) / "index.html")
