@@ -246,8 +246,9 @@ def case_metrics(
 
 # %% ../../nbs/40_evaluation.metrics.ipynb #c1e0c409
 def with_worst_case(
-    cases,  # table with columns dice, hd95 and perhaps diagonal
+    cases,          # table with columns dice, the distance and perhaps diagonal
+    distance="hd95",
 ):
-    "Return the column hd95, a missed or invented structure at its volume's diagonal"
-    if "diagonal" not in cases: return cases["hd95"]
-    return cases["hd95"].fillna(cases["diagonal"].where(cases["dice"].notna()))
+    "Return a column of distances, a missed or invented structure at its volume's diagonal"
+    if "diagonal" not in cases: return cases[distance]
+    return cases[distance].fillna(cases["diagonal"].where(cases["dice"].notna()))

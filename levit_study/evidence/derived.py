@@ -117,7 +117,7 @@ def patient_values(
         if not phases: continue
         part = part.assign(phase=part.case.map(phases), heart=_hearts(part))
         for key, of_heart in part.groupby([*keys, "patient", "heart"], sort=False):
-            head = dict(zip([*keys, "patient"], key, strict=False))
+            head = dict(zip([*keys, "patient"], key[:-1], strict=True))
             rows += [head | value for value in _of_heart(of_heart, measures)]
     values = pd.DataFrame(rows, columns=columns)
     units = [name for name in columns if name not in ("reference", "predicted", "error")]

@@ -39,9 +39,10 @@ def _runs_by_project(params, projects) -> dict:
     wanted = {run_tail(run.dataset, run.loss, run.seed, run.fold):
               places.get((run.dataset, run.loss, run.seed, run.fold or 0))
               for run in runs_of(params)}
-    missing = sum(place is None for place in wanted.values())
+    missing = [str(tail) for tail, place in wanted.items() if place is None]
     if not missing: return wanted
-    raise StudyError(f"{problems[0]} ({missing} of {len(wanted)} trainings cannot be published); "
+    reason = next((line for line in problems if missing[0] in line), problems[0])
+    raise StudyError(f"{reason} ({len(missing)} of {len(wanted)} trainings cannot be published); "
                      "or name fewer in params.yaml")
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #31c46631

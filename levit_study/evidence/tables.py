@@ -50,10 +50,9 @@ def _found_by_all(part):
 # %% ../../nbs/51a_evidence.tables.ipynb #8fa731e2
 def _with_distances(part):
     "Return the rows with distances at their worst case, and HD95 of what all losses found"
-    found = part.hd95.where(_found_by_all(part))
-    if {"asd", "diagonal"} <= set(part):
-        part = part.assign(asd=part.asd.fillna(part.diagonal.where(part.dice.notna())))
-    return part.assign(hd95=with_worst_case(part), hd95_found=found)
+    part = part.assign(hd95_found=part.hd95.where(_found_by_all(part)))
+    distances = [name for name in ("hd95", "asd") if name in part]
+    return part.assign(**{name: with_worst_case(part, name) for name in distances})
 
 # %% ../../nbs/51a_evidence.tables.ipynb #070a96dc
 _MEASURES = ["dice", "jaccard", "hd95", "hd95_found", "asd", "nsd", "sensitivity", "specificity",
@@ -153,17 +152,17 @@ def _optimism_row(part, confidence, resamples):
     for side in sides.values():
         tables.append(tabulate_values(side.dice, patients_of(side), side.seed, side.structure))
     interval = interval_of(tables, confidence, resamples)
-    small = f"small: {interval.patients} patients in the smaller set"
-    if "fold" in part and part.fold.nunique() > 1:  # every patient is on both sides
+    note = f"small: {interval.patients} patients in the smaller set"
+    if "fold" in part and part.fold.nunique() > 1:
         interval = interval._replace(low=np.nan, high=np.nan)
-        small = "no interval: with folds the same patients choose epochs and judge"
+        note = "no interval: with folds the same patients choose epochs and judge"
+    elif interval.patients >= 20: note = ""
     return {
         "paper": float(weighted_means(tables[0])[0]),
         "held_out": float(weighted_means(tables[1])[0]),
         "optimism": interval.estimate, "low": interval.low, "high": interval.high,
         "patients_valid": tables[0].sums.shape[1], "patients_test": tables[1].sums.shape[1],
-        "seeds": interval.seeds,
-        "note": small if interval.patients < 20 or np.isnan(interval.low) else "",
+        "seeds": interval.seeds, "note": note,
     }
 
 
