@@ -49,7 +49,7 @@ REACHED = {
     "report": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.nifti",
                "data.channels", "data.labels", "data.volumes"],
     "site": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "data", "training", "evidence.statistics",
-             "evidence.intervals", "evidence.answer", "evidence.tables", "evaluation"],
+             "evidence.intervals", "evidence.answer", "evidence.claims", "evidence.tables", "evaluation"],
 }
 
 
