@@ -133,16 +133,17 @@ def _agreement(values, confidence, resamples):
     reach = 1.96 * defined.error.std(ddof=1)
     few = f"small: {bias.patients} patients" if bias.patients < 20 else ""
     return {
-        "patients": bias.patients, "seeds": bias.seeds, "reference": defined.reference.mean(),
+        "patients": bias.patients, "trainings": bias.trainings,
+        "reference": defined.reference.mean(),
         "bias": bias.estimate, "bias_low": bias.low, "bias_high": bias.high,
         "absolute_error": absolute.estimate, "absolute_low": max(absolute.low, 0),
         "absolute_high": absolute.high, "limit_low": bias.estimate - reach,
         "limit_high": bias.estimate + reach, "left_out": len(values) - len(defined), "note": few,
     }
 
-_AGREEMENT = ["dataset", "measure", "unit", "loss", "split", "protocol", "patients", "seeds",
-              "reference", "bias", "bias_low", "bias_high", "absolute_error", "absolute_low",
-              "absolute_high", "limit_low", "limit_high", "left_out", "note"]
+_AGREEMENT = ["dataset", "measure", "unit", "loss", "split", "protocol", "patients",
+              "trainings", "reference", "bias", "bias_low", "bias_high", "absolute_error",
+              "absolute_low", "absolute_high", "limit_low", "limit_high", "left_out", "note"]
 
 def derived_table(
     values: pd.DataFrame, # of `patient_values`

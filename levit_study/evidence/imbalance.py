@@ -44,8 +44,8 @@ def imbalance_table(
     keys = ["structure", "share", "dataset", "loss"]
     for key, part in judged.groupby(keys, sort=False):
         mean = mean_interval(part, part.dice, confidence, resamples)
-        rows.append((*key, mean.estimate, mean.low, mean.high, mean.patients, mean.seeds))
-    columns = [*keys, "dice", "dice_low", "dice_high", "patients", "seeds"]
+        rows.append((*key, mean.estimate, mean.low, mean.high, mean.patients, mean.trainings))
+    columns = [*keys, "dice", "dice_low", "dice_high", "patients", "trainings"]
     table = pd.DataFrame(rows, columns=columns)
     rarest = table.groupby("structure").share.transform("min")
     order = table.assign(rarest=rarest).sort_values(["rarest", "share"], kind="stable").index

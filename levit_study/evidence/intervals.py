@@ -75,7 +75,7 @@ class Interval(NamedTuple):
     high: float
     n: int          # values
     patients: int   # independent units among them
-    seeds: int      # trainings
+    trainings: int  # seeds in folds
     method: str     # 'bootstrap', 'Student t' or 'none', and what was assumed
     error: float = np.nan    # standard error of the estimate
     freedom: float = np.nan  # degrees of freedom of that error
@@ -161,7 +161,7 @@ def interval_of(
 
     n, units, trainings = rests_on
     reach = _reach(estimate, _crossed(tables), confidence, draw)
-    return Interval(estimate, n=n, patients=units, seeds=trainings, **reach)
+    return Interval(estimate, n=n, patients=units, trainings=trainings, **reach)
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #4f8cc666
 def bootstrap_interval(
@@ -249,7 +249,7 @@ def nested_interval(
         return interval_of([table], confidence, resamples, random_state)
     estimate, random = float(weighted_means(table)[0]), np.random.default_rng(random_state)
     draw = lambda: weighted_means(table, *_draw_nested(random, folds, patient_folds, resamples))
-    rests_on = dict(n=int(table.counts.sum()), patients=len(patient_folds), seeds=len(folds))
+    rests_on = dict(n=int(table.counts.sum()), patients=len(patient_folds), trainings=len(folds))
     reach = _reach(estimate, _nested(table, folds, patient_folds), confidence, draw)
     return Interval(estimate, **rests_on, **reach)
 

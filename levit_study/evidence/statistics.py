@@ -53,7 +53,7 @@ def these_interval(
     units = mean.patient, None, mean.structure
     found = bootstrap_interval(mean.difference, *units, confidence, resamples)
     trainings = pairs.dropna(subset=["difference"])[["seed", "fold"]].drop_duplicates()
-    return found._replace(seeds=len(trainings))
+    return found._replace(trainings=len(trainings))
 
 # %% ../../nbs/51_evidence.statistics.ipynb #7836d633
 def difference_interval(
@@ -133,7 +133,7 @@ def allow_for_trainings(
 ) -> Interval:
     "Return the interval widened by what the means of two losses' trainings differ by chance"
     if not spread.freedom or not np.isfinite(these.low): return these
-    chance = spread.sd * (2 / these.seeds) ** .5
+    chance = spread.sd * (2 / these.trainings) ** .5
     extra = stats.t.ppf((1 + confidence) / 2, spread.freedom) * chance
     low = these.estimate - np.hypot(these.estimate - these.low, extra)
     high = these.estimate + np.hypot(these.high - these.estimate, extra)
@@ -240,7 +240,7 @@ def _targets(pairs, spread, confidence, resamples):
     "Return the intervals for these trainings and for any training, and Wilcoxon's p of these"
     these = these_interval(pairs, confidence, resamples)
     every = judged_interval(pairs, confidence, resamples, spread)
-    if these.seeds < 2 and not spread.freedom:  # of one training nothing else can be said
+    if these.trainings < 2 and not spread.freedom:  # of one training nothing else can be said
         every = every._replace(low=np.nan, high=np.nan, error=np.nan, method="none")
     return these, every
 

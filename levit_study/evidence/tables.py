@@ -67,8 +67,8 @@ def _limits(rows, confidence, resamples):
         interval = mean_interval(units, rows[name], confidence, resamples)
         limits[f"{name}_low"] = np.clip(interval.low, *bounds)
         limits[f"{name}_high"] = np.clip(interval.high, *bounds)
-        if name == "dice": rests_on = {"patients": interval.patients, "seeds": interval.seeds}
-    return limits, rests_on
+        if name == "dice": rests_on = interval
+    return limits, {name: getattr(rests_on, name) for name in ("patients", "trainings")}
 
 def _misses(rows):
     "Return the numbers of structures missed and invented, and of those that HD95 leaves out"
@@ -162,7 +162,7 @@ def _optimism_row(part, confidence, resamples):
         "held_out": float(weighted_means(tables[1])[0]),
         "optimism": interval.estimate, "low": interval.low, "high": interval.high,
         "patients_valid": tables[0].sums.shape[1], "patients_test": tables[1].sums.shape[1],
-        "seeds": interval.seeds, "note": note,
+        "trainings": interval.trainings, "note": note,
     }
 
 
@@ -173,7 +173,7 @@ def optimism(
 ) -> pd.DataFrame:
     "Return per data set and loss: Dice by the paper's protocol, held out, and their difference"
     columns = ["dataset", "loss", "paper", "held_out", "optimism", "low", "high",
-               "patients_valid", "patients_test", "seeds", "note"]
+               "patients_valid", "patients_test", "trainings", "note"]
     rows = []
     for (dataset, loss), part in cases.groupby(["dataset", "loss"], sort=False):
         numbers = _optimism_row(part, confidence, resamples)

@@ -67,7 +67,7 @@ def patients_trained(
 
 # %% ../../nbs/54c_evidence.transfer.ipynb #cf9f6819
 _COLUMNS = ("task dataset patients start loss dice dice_low dice_high gain gain_low gain_high "
-            "judged seeds").split()
+            "judged trainings").split()
 
 def _gain(rows, others, sure) -> tuple:
     "Return the mean paired difference of two data sets' rows with its interval; NaN without others"
@@ -89,7 +89,7 @@ def _rows_of_group(params, names, judged, manifests, sure) -> list[tuple]:
             other = beside.get(number) if start != RANDOM else None
             others = judged[(judged.dataset == other) & (judged.loss == loss)] if other else None
             rows.append((names[0], name, number, start, loss, mean.estimate, mean.low, mean.high,
-                         *_gain(part, others, sure), mean.patients, mean.seeds))
+                         *_gain(part, others, sure), mean.patients, mean.trainings))
     return rows
 
 # %% ../../nbs/54c_evidence.transfer.ipynb #58e3c651

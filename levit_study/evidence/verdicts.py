@@ -154,7 +154,7 @@ def _trainings_note(trainings, folds, spread):
 def _patients_note(pairs, intervals, spread, measure):
     "Say in words what intervals over patients rest on"
     patients = min(interval.patients for interval in intervals)
-    trainings = min(interval.seeds for interval in intervals)
+    trainings = min(interval.trainings for interval in intervals)
     folds = pd.concat(pairs).dropna(subset=["difference"]).fold.nunique()
     few = "fewer than two patients: no interval"
     notes = [f"{patients} patients" if patients > 1 else few,
@@ -193,7 +193,7 @@ def _over_trainings(claim, study):
     options = confidence, _RESOLUTION.get(measure, 1e-4), spread, folds
     differences = [(values[first] - values[second]).to_numpy() for first, second in claim.pairs]
     intervals = tuple(seed_interval(each, *options) for each in differences)
-    number = min(interval.seeds for interval in intervals)
+    number = min(interval.trainings for interval in intervals)
     if not number:
         reason = "no seed has been trained with both losses"
         return _Evidence(reason, PROTOCOLS["valid"], intervals, values.mean().to_dict())

@@ -119,8 +119,8 @@ def _caveat(study):
     if claims.empty: return ""
     decided = claims[claims.verdict.isin(["supported", "contradicted"])].claim
     if not set(decided) & {"C10", "C11"}: return ""
-    return ("The window of the early epochs (C10, C11) was fixed after ACDC's records up to "
-            "November 2026 had been seen; only newer trainings can confirm the result.")
+    return ("The window of the early epochs (C10, C11) was fixed on 27 November 2026: trainings "
+            "seen before that day suggest a result, later ones test it (see the log).")
 
 # %% ../../nbs/63c_report.studies.ipynb #6de0b333
 def _html(markdown):

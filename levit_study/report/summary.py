@@ -161,12 +161,15 @@ def _results(organs, dataset, losses, about: About): # -> heading, rows (loss, c
 # %% ../../nbs/63a_report.summary.ipynb #6c9d5407
 def _key(params: Params):
     "How to read the table of results"
-    study = params.study
+    study, in_folds = params.study, len(params.study.folds) > 1
     trainings = " and trainings" if len(study.seeds) * len(study.folds) > 1 else ""
-    return ("Means over structures and patients; the epoch was chosen on the"
-            " validation patients, as in the paper. Bold: highest Dice. Surface Dice:"
-            " share of the outlines within the tolerance of the other's,"
-            " of test patients where there are any; a miss counts 0."
+    chosen = ("some of each fold's training patients" if in_folds
+              else "the validation patients, as in the paper")
+    judged = "" if in_folds else " of test patients where there are any;"
+    return (f"Means over structures and patients; the epoch was chosen on {chosen}."
+            " Bold: highest Dice. Surface Dice:"
+            f" share of the outlines within the tolerance of the other's,{judged}"
+            " a miss counts 0."
             f" Brackets: {params.evaluation.confidence:.0%} interval over patients{trainings}.")
 
 # %% ../../nbs/63a_report.summary.ipynb #e0eaadef
