@@ -46,7 +46,7 @@ def check_settings(
         raise StudyError("settings are for other networks; levit_unet has variant and drop_path")
     if network != UNET and "." not in network:
         raise StudyError(f"network '{network}' is unknown: choose {LEVIT}, {UNET}, or the path "
-                         "of a class or function, as my_networks.Attention")
+                         "of a class or function, as own.my_networks.Attention")
     if network == UNET: unet_settings(settings)
 
 # %% ../nbs/00e_networks.ipynb #d2e5c1b5

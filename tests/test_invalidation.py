@@ -3,11 +3,13 @@ import ast
 import json
 import re
 import subprocess
+import sys
 
 import pytest
 from ruamel.yaml import YAML
 
 from levit_study.data import jobs
+from levit_study.losses import build_loss
 from levit_study.training import state
 
 # stage -> the rooms that decide its numbers. What is not named here for any stage speaks, measures, describes, checks or starts.
@@ -159,3 +161,38 @@ def test_a_setting_changes_what_it_is_for(copy, environment):
     changed = {name for name, content in written(copy, environment).items() if content != before.get(name)}
     path.write_text(text)
     assert changed == {"build/code/settings/phantom_mr/focal.json"}
+
+
+OWN = """
+from levit_study.losses import PixelLoss
+from own.powers import raised
+
+class Power(PixelLoss):
+    "Mean over pixels of 1 - p_t, squared"
+    def pixel_values(self, comparison): return raised(1 - comparison.log_true.exp())
+"""
+
+
+def test_an_edit_of_an_own_loss_changes_its_trainings_alone(copy, environment):
+    (copy / "own/my_losses.py").write_text(OWN)
+    (copy / "own/powers.py").write_text("def raised(values): return values**2\n")
+    path = copy / "params.yaml"
+    text = path.read_text()
+    named = re.sub(r"^losses:.*$", r"\g<0>\n  power:\n    kind: own.my_losses.Power", text, count=1, flags=re.M)
+    path.write_text(named.replace("    - focal_tversky\n", "    - power\n", 1))
+    before = written(copy, environment)
+    (copy / "own/powers.py").write_text("def raised(values): return values**3   # a helper of the loss\n")
+    changed = {name for name, content in written(copy, environment).items() if content != before[name]}
+    path.write_text(text)
+    assert changed == {"build/code/settings/phantom_mr/power.json"}
+
+
+def test_a_training_knows_the_own_modules_that_its_loss_uses(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/my_losses.py").write_text(OWN)
+    (tmp_path / "own/powers.py").write_text("def raised(values): return values**2\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.split(".")[0] == "own"]: monkeypatch.delitem(sys.modules, name)
+    code = state.training_code(build_loss("own.my_losses.Power"))
+    assert {"own.my_losses", "own.powers"} < code.keys()

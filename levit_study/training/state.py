@@ -127,18 +127,25 @@ TRAINING = (
 
 # %% ../../nbs/30_training.state.ipynb #60341edb
 _ONLY_LEVIT = ("model.upsampling", "model.grids", "model.network")
+_FOLLOWED = "levit_study.losses.", "own."  # what a module uses of these counts, too
 
-def _loss_modules(criterion: torch.nn.Module) -> set[str]:
-    "Name the modules of a loss's classes and of their bases, and the loss rooms that these use"
-    classes = {base for part in criterion.modules() for base in type(part).__mro__}
-    waiting, names = {each.__module__ for each in classes}, set()
+def _with_used(waiting: set[str]) -> set[str]:
+    "Return modules, less those of Python and PyTorch, and what they use of losses and `own`"
+    names, waiting = set(), set(waiting)
     while waiting:
         name = waiting.pop()
         if name.split(".")[0] in ("builtins", "torch", "__main__"): continue
         names.add(name)
-        used = {str(getattr(item, "__module__", "")) for item in vars(sys.modules[name]).values()}
-        waiting |= {each for each in used if each.startswith("levit_study.losses.")} - names
+        items = vars(sys.modules[name]).values()
+        used = {str(getattr(item, "__module__", None) or getattr(item, "__name__", ""))
+                for item in items}
+        ours = {each for each in used & sys.modules.keys() if each.startswith(_FOLLOWED)}
+        waiting |= ours - names
     return names
+
+def _modules_of(parts: torch.nn.Module) -> set[str]:
+    "Return the modules of the classes of a loss's or network's parts, and of their bases"
+    return {base.__module__ for part in parts.modules() for base in type(part).__mro__}
 
 # %% ../../nbs/30_training.state.ipynb #2ed8d459
 def _network_modules(
@@ -146,9 +153,7 @@ def _network_modules(
 ) -> set[str]:
     "Name the modules of a custom network, and the module of what builds it"
     if network is None or network.network == UNET: return set()
-    classes = {base for part in network.body.modules() for base in type(part).__mro__}
-    names = {each.__module__ for each in classes} | {network.network.rpartition(".")[0]}
-    return {name for name in names if name.split(".")[0] not in ("builtins", "torch", "__main__")}
+    return _with_used(_modules_of(network.body) | {network.network.rpartition(".")[0]})
 
 # %% ../../nbs/30_training.state.ipynb #dfcc03d3
 def training_code(
@@ -160,7 +165,7 @@ def training_code(
     unused = ("model.others",) if network is None else _ONLY_LEVIT
     if not pretrained: unused = (*unused, "model.pretrained", "model.freezing")
     rooms = [f"levit_study.{room}" for room in TRAINING if room not in unused]
-    modules = _loss_modules(criterion) | _network_modules(network)
+    modules = _with_used(_modules_of(criterion)) | _network_modules(network)
     names = [*rooms, *sorted(modules - set(rooms))]
     files = {name: getattr(importlib.import_module(name), "__file__", None) for name in names}
     sources = {name: file for name, file in files.items() if file and file.endswith(".py")}
