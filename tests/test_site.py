@@ -155,7 +155,7 @@ def write_report(path, figures):
 def write_study(project, folder):
     "A study that never was, around the project's own library notebooks and pages"
     ignore = shutil.ignore_patterns(".ipynb_checkpoints", "study", "__pycache__")
-    for name in ("nbs", "docs"):
+    for name in ("nbs", "docs", "web"):
         shutil.copytree(project / name, folder / name, ignore=ignore)
     reports = folder / "reports"
     figures = [picture("Best Dice"), picture("Course of training", (7, 4))]

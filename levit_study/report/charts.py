@@ -50,7 +50,7 @@ def _axis(field, title, **rest): # -> a quantitative axis
     return {"field": field, "type": "quantitative", "title": title} | rest
 
 # %% ../../nbs/62g_report.charts.ipynb #5c245507
-def _chart(title, dataset, layers, **rest): # -> what docs/charts.js draws
+def _chart(title, dataset, layers, **rest): # -> what web/charts.js draws
     "A chart as wide as its place, of several layers"
     spec = {"description": title, "width": "container", "layer": layers,
             "autosize": {"type": "fit", "contains": "padding"}} | rest

@@ -129,7 +129,7 @@ def _write_page(page: Page, folder, places: dict): # places: file -> page, for l
 # %% ../../nbs/64_report.site.ipynb #7c4c500b
 def _assets(root, ends=(".css", ".js")) -> list[Path]:
     "The project's styles and scripts for pages"
-    return sorted(path for path in Path(root, "docs").glob("*") if path.suffix in ends)
+    return sorted(path for path in Path(root, "web").glob("*") if path.suffix in ends)
 
 # %% ../../nbs/64_report.site.ipynb #b39e9c2b
 def _vega(root) -> str:

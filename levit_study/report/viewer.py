@@ -82,7 +82,7 @@ def case_record(
     predictions, # {loss: label map}
     structures, # {name: value}
     patient="",
-) -> dict: # what docs/viewer.js shows of a case
+) -> dict: # what web/viewer.js shows of a case
     "A case's strips, its Dice by structure and slice, and what of it was kept"
     maps = [volume.label, *predictions.values()]
     count = 1 + max([*structures.values(), *(int(labels.max()) for labels in maps)])
@@ -164,7 +164,7 @@ def viewer_html(
     dataset: str,
     about=About(), # names, and the split whose cases these are
 ) -> str:
-    "The place of a viewer in a page, with its data; docs/viewer.js fills it"
+    "The place of a viewer in a page, with its data; web/viewer.js fills it"
     if not cases: raise StudyError(f"viewer of {dataset}: there are no cases to show")
     colors, losses = structure_colors(structures), list(cases[0]["predictions"])
     data = {
