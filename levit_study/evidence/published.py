@@ -14,6 +14,7 @@ from .answer import answer, shown_answers
 from .derived import derived_table, patient_values
 from .imbalance import imbalance_table, training_shares
 from .ranking import ranking
+from .reliability import reliability_table
 from .results import Results, collect, training_grid
 from .statistics import paired_tests
 from .survival import published_tables, survival
@@ -48,6 +49,7 @@ def study_tables(
         "organs": organ_table(cases, *sure),
         "tests": paired_tests(cases, "dice", *sure, assumed),
         "derived": derived_table(patient_values(cases), *sure),
+        "reliability": reliability_table(results.reliability, sure[0]),
         "claims": ledger,
         "ranking": ranking(cases, draws=sure[1]),
         "survival": survival(published_tables(paper, literature)),

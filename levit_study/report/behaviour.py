@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from ..evidence.reliability import calibration_errors
 from .look import About, checked, study_style
 from .parts import QUARTILES, bands, finished, has_spread, legend_below, log_axis
-from .parts import loss_handles, per_training
-from .parts import means_in_words, number, row_height, shade_rows, structures_of
-from .parts import wrapped
+from .parts import loss_handles, means_in_words, number, row_height
+from .parts import shade_rows, structures_of, wrapped
 
 # %% ../../nbs/62b_report.behaviour.ipynb #fa53eb8d
 def mean_sizes(cases, name, about): # -> DataFrame; `name` of the figure, for messages
@@ -237,21 +237,11 @@ _RELIABILITY = (
     " mean over trainings; signed: confidence less accuracy, above 0 too sure. Below the diagonal"
     " a model is too sure of itself.")
 
-# %% ../../nbs/62b_report.behaviour.ipynb #43f78c22
-def _calibration_error(bins): # confidence, accuracy, pixels
-    "Expected calibration error, and the same with its sign; NaN where no pixel counts"
-    bins = bins[bins["pixels"] > 0]
-    if bins.empty: return pd.Series({"ece": np.nan, "signed": np.nan})
-    gaps, weights = bins["confidence"] - bins["accuracy"], bins["pixels"]/bins["pixels"].sum()
-    return pd.Series({"ece": (weights*gaps.abs()).sum(), "signed": (weights*gaps).sum()})
-
 # %% ../../nbs/62b_report.behaviour.ipynb #0c002e26
 def _calibration_errors(bins): # -> ece, signed by data set and loss
-    "Both errors of each training, and their mean over trainings"
-    keys = ["dataset", "loss"]
-    by_training = bins.groupby([*keys, *per_training(bins)], sort=False)
-    errors = by_training[["confidence", "accuracy", "pixels"]].apply(_calibration_error)
-    return errors.groupby(level=keys, sort=False).mean()
+    "Both errors of the trainings: their means"
+    errors = calibration_errors(bins)
+    return errors.groupby(["dataset", "loss"], sort=False)[["ece", "signed"]].mean()
 
 # %% ../../nbs/62b_report.behaviour.ipynb #21d62a99
 def _error_in_words(errors, dataset, loss):

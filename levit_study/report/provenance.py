@@ -33,6 +33,7 @@ TABLES = { # name -> origin
     "convergence": Origin("epochs.csv", "51a_evidence.tables"),
     "epochs": Origin("epochs.csv", "50_evidence.results"),
     "calibration": Origin("metrics.json", "41c_evaluation.calibration"),
+    "reliability": Origin("reliability.csv", "51c_evidence.reliability"),
     "choices": Origin("reports/choices", "55_evidence.choice"),
     "runs": Origin("run.json", "50_evidence.results")}
 
