@@ -140,7 +140,7 @@ def answer(
     params: Params,
     tables: dict, # as `study_tables` returns them: organs, tests, claims
 ) -> str:
-    "Return what a study found, per data set: what it rests on, differences, claims, a table"
+    "Return what a study found, per data set: what it rests on, differences, a table, claims"
     parts = []
     for dataset in params.study.datasets:
         organs, tests, claims = (table[table.dataset == dataset] if len(table) else table
@@ -150,11 +150,10 @@ def answer(
         organs = organs[organs.split == split]
         tests = tests[tests.split == split] if len(tests) else tests
         sure = params.evaluation.confidence
-        sentences = [_about(params, dataset, organs), _differences(tests, sure), _claims(claims)]
         tolerance = pick_evaluation(params, dataset).surface_tolerance
-        parts.append(" ".join(filter(None, sentences)))
-        parts.append(_table(organs, params.study.losses, tolerance, sure))
-    return "\n\n".join(parts) + "\n"
+        parts += [_about(params, dataset, organs), _differences(tests, sure),
+                  _table(organs, params.study.losses, tolerance, sure), _claims(claims)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 # %% ../../nbs/55a_evidence.answer.ipynb #80fcbe17
 _BLOCK = re.compile(r"(<!-- answer: (\S+) -->\n)(.*?)(<!-- /answer -->)", re.DOTALL)
