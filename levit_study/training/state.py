@@ -94,11 +94,13 @@ def make_fabric(
     accelerator = ("cuda" if gpus else "cpu") if device == "auto" else device
     if accelerator == "cuda" and not gpus:
         raise StudyError("compute.device = 'cuda': no CUDA GPU is visible here; use auto or cpu")
+    if accelerator == "mps" and not torch.backends.mps.is_available():
+        raise StudyError("compute.device = 'mps': no Apple GPU is usable here; use auto or cpu")
     if accelerator == "cuda" and local > gpus:
         asked = f"{local} processes were requested, but only {gpus} GPUs are visible"
         raise StudyError(f"{asked}; set training.processes to that or fewer")
     precision = training.precision
-    if precision == "auto": precision = autocast_precision(accelerator)
+    if precision == "auto": precision = _common_precision(training, device, accelerator, world)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator=accelerator,
@@ -110,6 +112,14 @@ def make_fabric(
     )
     fabric.launch()
     return fabric
+
+# %% ../../nbs/30_training.state.ipynb #469318f0
+def _common_precision(training: Training, device: str, accelerator: str, world: int) -> str:
+    "Return the precision that the first of `world` processes chooses"
+    choice = autocast_precision(accelerator)
+    if world == 1: return choice
+    plain = training.model_copy(update={"precision": "fp32"})
+    return make_fabric(plain, device).broadcast(choice)  # only a launched Fabric can share it
 
 # %% ../../nbs/30_training.state.ipynb #12715cad
 def _set_seed(
