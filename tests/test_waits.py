@@ -123,7 +123,7 @@ def epoch(t, slices):
 @pytest.mark.parametrize("loss", ["baseline", "focal", "focal_tversky"])
 @pytest.mark.parametrize("context, changes", [(0, {"augmentation": "transunet"}), (1, {"augmentation": "strong", "clip_norm": 1.0})])
 def test_a_step_waits_for_nothing(store, unread, loss, context, changes):
-    run = toy_run(loss, **changes)
+    run = toy_run(loss, batch_size=8, **changes)  # an epoch is a step of two batches
     t, slices = away(run.model_copy(update={"data": run.data.model_copy(update={"context": context})}), store)
     epoch(t, slices)  # what is made once and kept is made now
     assert epoch(t, slices) == {"fit.look: copy here": 1}  # at the epoch's end, for all its losses
