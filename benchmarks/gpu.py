@@ -9,7 +9,8 @@ it ends, and none begins after `--seconds`. `--small` tries all of it in a minut
 exact      a training repeated, and one stopped and resumed; kernels that are not reproducible
 losses     each loss of params.yaml: value and gradient beside the CPU's
 to_cpu     the weights on the CPU: share of equal labels; what resuming there says
-waits      where a training step waits for the GPU, from `torch.cuda.set_sync_debug_mode`
+waits      where a training step waits for the GPU, from `torch.cuda.set_sync_debug_mode`; one wait
+           an epoch is meant, for its losses: a quarter a step here; see tests/test_waits.py
 speed      images/s and memory of the whole step and of the bare one (forward, cross-entropy,
            backward, Adam), per network, batch and choice of kernels
 profile    kernels and launches of a step
@@ -143,9 +144,9 @@ class Bench:
         kept = before == sorted((self.folder / "half").rglob("*.pt"))
         return {"kept": kept, "says": lines[-1].replace(str(self.folder), "…")}
 
-    def trainer(self, variant="128s", batch=8, deterministic=True):
+    def trainer(self, variant="128s", batch=8, deterministic=True, **more):
         "A trainer, and so many slices of the store that they make four batches"
-        run = toy_run(self.size, variant, batch_size=batch, deterministic=deterministic)
+        run = toy_run(self.size, variant, batch_size=batch, deterministic=deterministic, **more)
         store, fabric = PreparedStore(self.store), make_fabric(run.training, self.device)
         t = make_trainer(run, fabric, store.num_classes, store.voxel_shares("train"))
         held = store.load("train").to(fabric.device)
@@ -159,7 +160,7 @@ class Bench:
         t.epoch += 1
 
     def waits(self):
-        t, slices = self.trainer()
+        t, slices = self.trainer(ema=0.9, clip_norm=1.0)
         self.epoch(t, slices)
         if self.device != "cuda": return {}
         with warnings.catch_warnings(record=True) as caught:

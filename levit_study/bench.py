@@ -19,7 +19,7 @@ from .machine import added_memory, describe_machine, timed, versions
 from .model.build import build_network, for_training
 from .model.inference import for_inference
 from .model.network import VARIANTS
-from .model.precision import autocast_precision, bf16_gain
+from .model.precision import autocast_precision, bf16_gain, no_tf32
 from .networks import network_name
 from .params import Model
 
@@ -37,7 +37,8 @@ def bench_network(
     mode,      # one of `BENCH_MODES`
     training,  # or inference
 ):             # (network, precision)
-    "Make a copy of the model ready for one mode"
+    "Make a copy of the model ready for one mode; float32 is no TF32, as in a training"
+    no_tf32()
     device = next(model.parameters()).device
     precision = {"fp32 eager": "fp32", "compiled": autocast_precision(device)}.get(mode, mode)
     if mode == "fp32 eager":

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from pathlib import Path
 from ..files import StudyError
+from .augment import sent
 from .context import as_channels, check_stack, neighbours
 
 # %% ../../nbs/18_data.dataset.ipynb #3b3c8a37
@@ -122,12 +123,6 @@ class PreparedStore:
                              f"{self.num_classes} classes; prepare it again")
         return SliceSet(self, indices, *map(torch.from_numpy, (images, labels)), context)
 
-# %% ../../nbs/18_data.dataset.ipynb #c4d81f3a
-def _sent(indices, device):
-    "Copy indices to a device; to a GPU from pinned memory, so that nothing waits for it"
-    if device.type != "cuda": return indices.to(device)
-    return indices.pin_memory().to(device, non_blocking=True)
-
 # %% ../../nbs/18_data.dataset.ipynb #2a9a3c1f
 class SliceSet:
     "The slices of a split, handed out as batches"
@@ -167,7 +162,7 @@ class SliceSet:
         "Return uint8 images with their neighbours as channels, and labels, where the set lies"
         table = neighbours(indices, *(ends[indices] for ends in self._stacks), self.context)
         if self.images is not None:
-            table = torch.from_numpy(table).to(self.images.device)
+            table = sent(table, self.images.device)
             return as_channels(self.images, table), self.labels[table[:, self.context]]
         places, rows = np.unique(table, return_inverse=True)
         images, labels = map(torch.from_numpy, self.store.slices(self.indices[places]))
@@ -186,7 +181,7 @@ class SliceSet:
         elif self.images is None:
             images, labels = map(torch.from_numpy, self.store.slices(self.indices[indices.numpy()]))
         else:
-            places = _sent(indices, self.images.device)
+            places = sent(indices, self.images.device)
             images, labels = self.images[places], self.labels[places]
         images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
         if images.ndim == 3: images = images[:, None]

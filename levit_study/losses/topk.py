@@ -19,8 +19,9 @@ def weights_of_worst(
     "Weights `(B,H,W)` of the worst pixels, of mean 1 over those that count"
     millionths = round(1e6 * share) # whole numbers: no rounding, and no wait for a GPU
     most = max(costs.numel() * millionths // 10**6, 1)
-    number = torch.as_tensor(pixels * millionths // 10**6, device=costs.device).clamp(min=1)
-    limit = costs.flatten().topk(most).values[number - 1]
+    if isinstance(pixels, int): pixels = torch.full((), pixels, device=costs.device)
+    number = (pixels * millionths // 10**6).clamp(min=1)
+    limit = costs.flatten().topk(most).values.take(number - 1) # indexing would read the number
     worse, level = costs > limit, costs == limit
     rest = (number - worse.sum()) / level.sum()
     return (worse + level * rest) * (pixels / number)

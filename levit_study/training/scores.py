@@ -9,6 +9,7 @@ __all__ = ['overlap_counts', 'dice_from_counts', 'jaccard_from_counts', 'mean_sc
 import numpy as np
 import torch
 from ..files import StudyError
+from ..data.augment import sent
 from ..model.precision import widest
 
 # %% ../../nbs/30a_training.scores.ipynb #84466173
@@ -21,6 +22,17 @@ def _integers(labels, num_classes):
         raise StudyError(f"overlap_counts: labels run from {lowest} to {highest}, {allowed}")
     return labels.astype(np.int64) if isinstance(labels, np.ndarray) else labels.long()
 
+# %% ../../nbs/30a_training.scores.ipynb #c68b085d
+def _counts_class_by_class(
+    prediction, # (items, voxels) tensor
+    reference,  # (items, voxels) tensor
+    num_classes,
+): # three (items, num_classes)
+    "Count per item and class the voxels in both maps, in `prediction`, in `reference`"
+    classes = torch.arange(num_classes, device=prediction.device)[:, None]
+    found, there = (labels[:, None] == classes for labels in (prediction, reference))
+    return (found & there).sum(2), found.sum(2), there.sum(2)
+
 # %% ../../nbs/30a_training.scores.ipynb #c73cb2f4
 def overlap_counts(
     prediction,       # label map, integers 0 … num_classes - 1, any shape; array or tensor
@@ -30,18 +42,21 @@ def overlap_counts(
 ):                    # integers (num_classes,), or (items, num_classes) `by_slice`
     """Count per class the voxels in both maps, in `prediction`, in `reference`
 
-    Raises `StudyError` if the shapes differ or a label is out of range."""
+    Raises `StudyError` if the shapes differ or a label is out of range; on a GPU such a label
+    counts for no class, since looking for one would wait, and the loss finds it."""
     if tuple(prediction.shape) != tuple(reference.shape):
         shapes = f"{tuple(prediction.shape)} and reference {tuple(reference.shape)}"
         advice = "differ in shape; bring both to one grid first"
         raise StudyError(f"overlap_counts: prediction {shapes} {advice}")
     items = prediction.shape[0] if by_slice else 1
-    prediction = _integers(prediction, num_classes).reshape(items, -1)
-    reference = _integers(reference, num_classes).reshape(items, -1)
-    arrays = isinstance(prediction, np.ndarray)
+    maps, arrays = (prediction, reference), isinstance(prediction, np.ndarray)
+    if not arrays and prediction.device.type != "cpu":
+        overlaps = _counts_class_by_class(*(each.reshape(items, -1) for each in maps), num_classes)
+        return overlaps if by_slice else tuple(each[0] for each in overlaps)
+    prediction, reference = (_integers(each, num_classes).reshape(items, -1) for each in maps)
     pairs = reference * num_classes + prediction
     if by_slice:
-        item = np.arange(items) if arrays else pairs.new_tensor(range(items))
+        item = np.arange(items) if arrays else torch.arange(items)
         pairs += num_classes**2 * item[:, None]
     count = np.bincount if arrays else torch.bincount
     counts = count(pairs.reshape(-1), minlength=items * num_classes**2)
@@ -124,7 +139,7 @@ def validate(
         logits = model(images)
         loss = criterion(logits, labels).to(work)
         total += torch.stack([loss * len(index), torch.full_like(loss, len(index))])
-        cases = case[index].to(device)
+        cases = sent(case[index], device)
         counts += _counts_by_case(logits.argmax(1), labels, cases, num_cases, num_classes)
     total = fabric.all_reduce(total, reduce_op="sum")
     counts = fabric.all_reduce(counts, reduce_op="sum")
