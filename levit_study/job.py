@@ -47,6 +47,7 @@ class Job:
     log: str | None = None  # file for its output; None: where this process writes
     process: subprocess.Popen | None = field(default=None, init=False)
     asked: bool = field(default=False, init=False)  # to stop
+    told: bool = field(default=False, init=False)   # the process, which is told only once
 
     def __call__(self):
         "Run it; `StudyError` if it failed, was stopped, or another process works on it"
@@ -78,14 +79,18 @@ class Job:
         if shutil.which("/bin/sh"): command = [*_SHIELD, *command]
         if self.asked: return 1
         self.process = subprocess.Popen(command, **settings)
+        if self.asked: self._tell()  # while it was started
         return self.process.wait()
 
     def stop(self):
         "Let it save its state and end, as Ctrl-C does; only once: a second one ends it unsaved"
-        if self.asked: return
         self.asked = True
-        if self.process and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGINT)
+        if self.process: self._tell()
+
+    def _tell(self):
+        if self.told: return
+        self.told = True
+        if self.process.poll() is None: os.killpg(self.process.pid, signal.SIGINT)
 
     def _reason(self) -> str:
         "Return the last error line of the log, and where the log is"

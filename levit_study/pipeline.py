@@ -110,6 +110,19 @@ def _same_python():
             self.started.append(self.provisioner.pid)
     return SamePython
 
+# %% ../nbs/70_pipeline.ipynb #5e1d0a91
+def _shielded(number) -> bool:
+    "Whether the program that started this one has it ignore a signal, to pass it on as SIGINT"
+    return number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN
+
+# %% ../nbs/70_pipeline.ipynb #5e1d0a92
+def _idle(kernel) -> bool:
+    "Whether a kernel ignores SIGINT, as while it starts and between cells; Linux says so"
+    try: status = Path(f"/proc/{kernel}/status").read_text()
+    except OSError: return False
+    ignored = next(line for line in status.splitlines() if line.startswith("SigIgn:"))
+    return bool(int(ignored.split()[1], 16) >> (signal.SIGINT - 1) & 1)
+
 # %% ../nbs/70_pipeline.ipynb #7b1f00a2
 @contextmanager
 def _interrupts(
@@ -118,11 +131,12 @@ def _interrupts(
     "Pass a request to stop on to the running kernel; the block then ends in `KeyboardInterrupt`"
     asked = []
     def pass_on(number, frame):
-        if asked or not kernels: raise KeyboardInterrupt
+        if asked or not kernels or _idle(kernels[-1]): raise KeyboardInterrupt
         asked.append(number)
         os.kill(kernels[-1], signal.SIGINT)
     main = threading.current_thread() is threading.main_thread()  # others get no signals
-    before = {each: signal.signal(each, pass_on) for each in (STOPPING if main else ())}
+    heard = [each for each in STOPPING if main and not _shielded(each)]
+    before = {each: signal.signal(each, pass_on) for each in heard}
     try: yield
     except Exception:
         if not asked: raise
@@ -168,7 +182,7 @@ def run_notebook(
     unknown = set(parameters) - set(_parameter_names(notebook))
     if unknown: raise StudyError(f"{notebook}: has no parameter {', '.join(sorted(unknown))}")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    end_with_parent()()
+    end_with_parent(signal.SIGINT if _shielded(signal.SIGTERM) else signal.SIGTERM)()
     if sys.stderr.isatty(): os.environ["LEVIT_STUDY_TERMINAL"] = "1"
     # a library asks for widgets that nothing here needs
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")

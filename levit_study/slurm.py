@@ -14,6 +14,8 @@ import socket
 import subprocess
 import time
 from dataclasses import dataclass, field, replace
+from getpass import getuser
+from math import ceil
 from pathlib import Path
 
 from .files import StudyError, write_json
@@ -71,10 +73,55 @@ def _ask(*command) -> str:
     try: done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise StudyError(f"{command[0]}: does not answer ({error}); is Slurm up?") from None
-    lines = (done.stderr or done.stdout).strip().splitlines()
     if done.returncode == 0: return done.stdout
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    lines = [line for line in lines if not line.startswith("Try ")]  # "sbatch --help" …
     reason = lines[-1] if lines else f"status {done.returncode}"
     raise StudyError(f"Slurm refuses ({reason}); request something else, or ask the administrators")
+
+# %% ../nbs/70c_slurm.ipynb #d41c02aa
+_OPTIONS = {"partition": "--partition", "time": "--time", "cpus-per-task": "--cpus",
+            "gpus-per-node": "--gpus", "mem": "--memory"}  # sbatch's name: this command's
+_OWN = ("array", "output", "error", "open-mode", "signal", "wait", "parsable", "nodes",
+        "ntasks", "ntasks-per-node")  # a task is one process, which may be queued again
+
+def _check_options(request: Request):
+    "Raise `StudyError` where a number is too small, or an option is not the user's to set"
+    for name, least in {"cpus": 1, "gpus": 0, "memory": 1, "at_once": 1}.items():
+        value, flag = getattr(request, name), name.replace("_", "-")
+        if value is not None and value < least:
+            raise StudyError(f"--{flag} {value}: too few; give {least} or more")
+    for name, value in request.options.items():
+        wrong = f"--options {name}={value}"
+        if name in _OPTIONS: raise StudyError(f"{wrong}: write {_OPTIONS[name]} instead")
+        if name in _OWN: raise StudyError(f"{wrong}: levit-study sets it itself; leave it out")
+
+# %% ../nbs/70c_slurm.ipynb #d41c02ab
+def _partitions(*options) -> dict[str, str]:
+    "Return the time limit of each partition that Slurm shows; the default's name has a star"
+    lines = _ask("sinfo", "--noheader", "--format=%P %l", *options).splitlines()
+    return dict(line.split()[:2] for line in lines if line.strip())
+
+def _longest(limit: str) -> float:
+    "Return the minutes of a partition's time limit"
+    try: return minutes(limit)
+    except StudyError: return float("inf")  # infinite, or n/a
+
+def _check_partition(request: Request):
+    "Raise `StudyError` where a partition is unknown, closed to the user, or too short"
+    shown = _partitions()
+    limits = {name.rstrip("*"): limit for name, limit in shown.items()}
+    default = [name.rstrip("*") for name in shown if name.endswith("*")]
+    asked = request.partition.split(",") if request.partition else default
+    for name in asked:
+        if name in limits: continue
+        closed = name in _partitions("--all")
+        why = f"closed to {getuser()}" if closed else "unknown to Slurm"
+        raise StudyError(f"--partition {name}: {why}; use one of {', '.join(limits)}")
+    # Slurm may accept a job that is too long for its partition, and never start it
+    if all(minutes(request.time) > _longest(limits[name]) for name in asked) and asked:
+        ends = ", ".join(f"{name} ends jobs after {limits[name]}" for name in asked)
+        raise StudyError(f"--time {request.time}: partition {ends}; ask for that or less")
 
 # %% ../nbs/70c_slurm.ipynb #aa3b4232
 def check_slurm(request: Request):
@@ -85,10 +132,8 @@ def check_slurm(request: Request):
     except ImportError:
         advice = "run make env (or pip install '.[slurm]')"
         raise StudyError(f"submitit is not installed: {advice}") from None
-    partitions = _ask("sinfo", "--noheader", "--format=%R").split()
-    if request.partition and request.partition not in partitions:
-        known = ", ".join(dict.fromkeys(partitions))
-        raise StudyError(f"--partition {request.partition}: unknown to Slurm; it has {known}")
+    _check_options(request)
+    _check_partition(request)
     _ask("sbatch", "--test-only", *request.flags(), "--wrap=true")
 
 # %% ../nbs/70c_slurm.ipynb #15abaa49
@@ -122,14 +167,20 @@ def check_shared(request: Request, folder=".", mounts="/proc/self/mounts"):
             raise StudyError(f"{lies}; use a folder that all nodes see (or --shared if they do)")
 
 # %% ../nbs/70c_slurm.ipynb #3492adba
+_TO_START = 60  # seconds until a task trains, roughly
+_EARLY = 60     # so many seconds too early may Slurm send its notice
+
 def check_time(request: Request, cell: Cell, cost: Cost):
     "Raise `StudyError` if an epoch takes longer than the time limit leaves"
-    left = 60 * minutes(request.time) - request.notice
-    if not cost.epoch > left: return
-    limit = f"--time {request.time}: leaves {spoken_time(max(left, 0))}"
-    needed = spoken_time(cost.epoch + request.notice)
+    spent = request.notice + _EARLY + _TO_START
+    left = 60 * minutes(request.time) - spent
+    if left > 0 and not cost.epoch > left: return
     takes = f"an epoch of {cell} took {spoken_time(cost.epoch)} ({cost.source})"
-    raise StudyError(f"{limit}, but {takes}; ask for {needed} or more")
+    known = cost.epoch == cost.epoch
+    reason = takes if known else f"a task needs {spoken_time(spent)} to start and to save"
+    needed = ceil((spent + (cost.epoch if known else 60)) / 60)
+    limit = f"--time {request.time}: leaves {spoken_time(max(left, 0))}"
+    raise StudyError(f"{limit} to train, but {reason}; ask for --time {needed} or more")
 
 # %% ../nbs/70c_slurm.ipynb #91bece73
 class SlurmJob(Job):

@@ -153,7 +153,8 @@ def submit(
     if request:
         for cell, cost in costs.items(): check_time(request, cell, cost)
     for line in plan_lines(costs, request.at_once if request else workers): say(line)
-    if request and not request.gpus and params.compute.device != "cpu":
+    asks = request and (request.gpus or any("gpu" in each for each in request.flags()))
+    if request and not asks and params.compute.device != "cpu":
         say("no GPU is asked for, so trainings run on CPUs; --gpus 1 asks for one each")
     if dry_run:
         first = sorted(name for name in changed if name.split("@")[0] in ("code", "prepare"))

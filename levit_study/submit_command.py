@@ -38,5 +38,6 @@ def _submit(a):
     if wrong: raise StudyError(f"--options {wrong[0]}: write NAME=VALUE, as sbatch names it")
     names = ("partition", "time", "cpus", "gpus", "memory", "at_once", "shared")
     options = dict(pair.split("=", 1) for pair in a.options)
+    options = {name.lstrip("-").replace("_", "-"): value for name, value in options.items()}
     asked = Request(**{name: getattr(a, name) for name in names}, options=options)
     submit(a.local, asked if a.slurm else None, a.dry_run)
