@@ -77,6 +77,7 @@ def _ask(*command) -> str:
     lines = (done.stderr or done.stdout).strip().splitlines()
     lines = [line for line in lines if not line.startswith("Try ")]  # "sbatch --help" …
     reason = lines[-1] if lines else f"status {done.returncode}"
+    if "contact" in reason: raise StudyError(f"{command[0]}: {reason}; try again later")
     raise StudyError(f"Slurm refuses ({reason}); request something else, or ask the administrators")
 
 # %% ../nbs/70c_slurm.ipynb #d41c02aa
