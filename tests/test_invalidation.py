@@ -43,12 +43,12 @@ NOTHING = """files inputs kinds networks settings params machine pipeline matrix
 # (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.
 REACHED = {
     "prepare": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "report", "data.fingerprint",
-                "data.native"],
+                "data.native", "data.augment"],
     "train": ["files", "params", "inputs", "kinds", "networks", "settings", "machine", "model.weights", "training.record", "training.launch",
               "report", "data.cases"],
     "evaluate": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained", "model.freezing",
-                 "training.record", "training.state", "data.nifti", "data.channels", "data.labels", "data.volumes"],
-    "report": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.nifti",
+                 "training.record", "training.state", "data.augment", "data.nifti", "data.channels", "data.labels", "data.volumes"],
+    "report": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.augment", "data.nifti",
                "data.channels", "data.labels", "data.volumes"],
     "site": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "data", "training", "evidence.statistics",
              "evidence.intervals", "evidence.answer", "evidence.claims", "evidence.tables", "evaluation"],
