@@ -47,7 +47,7 @@ class Job:
     log: str | None = None  # file for its output; None: where this process writes
     process: subprocess.Popen | None = field(default=None, init=False)
     asked: bool = field(default=False, init=False)  # to stop
-    told: bool = field(default=False, init=False)   # the process, which is told only once
+    signalled: bool = field(default=False, init=False)  # the process, which is told only once
 
     def __call__(self):
         "Run it; `StudyError` if it failed, was stopped, or another process works on it"
@@ -88,8 +88,8 @@ class Job:
         if self.process: self._tell()
 
     def _tell(self):
-        if self.told: return
-        self.told = True
+        if self.signalled: return
+        self.signalled = True
         if self.process.poll() is None: os.killpg(self.process.pid, signal.SIGINT)
 
     def _reason(self) -> str:

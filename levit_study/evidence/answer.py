@@ -110,7 +110,8 @@ def _claims(claims: pd.DataFrame) -> str: # one data set's ledger
     open_ones = claims[~claims.claim.isin(decided.claim)].standing.str.split(":| with ").str[0]
     rest = [_counted(number, standing) for standing, number in open_ones.value_counts().items()]
     words = [_counted(counts.get(name, 0), name) for name in ("supported", "contradicted")]
-    text = f"Of the {len(claims)} claim{'s' * (len(claims) > 1)} tested here, {_listed(words + rest)}."
+    number = f"{len(claims)} claim{'s' * (len(claims) > 1)}"
+    text = f"Of the {number} tested here, {_listed(words + rest)}."
     lines = [f"{row.verdict.capitalize()}: *{row.statement[0].lower()}{row.statement[1:]}* "
              f"({row.claim}: {_typeset(row.interval)})." for row in decided.itertuples()]
     return " ".join([text, *lines])

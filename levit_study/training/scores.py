@@ -30,8 +30,8 @@ def _counts_class_by_class(
 ): # three (items, num_classes)
     "Count per item and class the voxels in both maps, in `prediction`, in `reference`"
     classes = torch.arange(num_classes, device=prediction.device)[:, None]
-    found, there = (labels[:, None] == classes for labels in (prediction, reference))
-    return (found & there).sum(2), found.sum(2), there.sum(2)
+    predicted, there = (labels[:, None] == classes for labels in (prediction, reference))
+    return (predicted & there).sum(2), predicted.sum(2), there.sum(2)
 
 # %% ../../nbs/30a_training.scores.ipynb #c73cb2f4
 def overlap_counts(
