@@ -33,10 +33,14 @@ def written_whole(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix: writers go by it
+    partial.touch()
+    mode = partial.stat().st_mode  # some writers, as safetensors, make files for the owner alone
+    partial.unlink()
     try:
         yield partial
         with open(partial, "rb") as file:
             os.fsync(file.fileno())  # on the disk before it takes the name
+        partial.chmod(mode)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
