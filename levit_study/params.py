@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
+from pydantic import model_validator
 from ruamel.yaml import YAML, YAMLError
 
 from .files import StudyError
@@ -217,6 +218,7 @@ class Evaluation(Measurement):
     "The same for all data sets, and how sure the statistics must be"
     confidence: float = Field(0.95, gt=0.5, lt=1)
     bootstrap: int = Field(2000, ge=100, le=1_000_000)  # resamples
+    contrasts: dict[str, dict[str, FiniteFloat]] = {}   # name -> loss -> weight
 
 # %% ../nbs/01_params.ipynb #23a65ee4
 class DataSet(Section):
@@ -318,6 +320,18 @@ def _check_losses(losses: dict):
             raise ValueError(as_line(error, f"{place}.training", keys)) from None
         check_loss({key: value for key, value in settings.items() if key != "training"}, place)
 
+def _check_contrasts(contrasts: dict, losses):
+    "Raise `ValueError` unless each weighs losses of the study and its weights add up to 0"
+    for name, weights in contrasts.items():
+        place = f"evaluation.contrasts.{name}"
+        if unknown := [loss for loss in weights if loss not in losses]:
+            has = f"which study.losses lacks (it has {', '.join(losses)})"
+            raise ValueError(f"{place} names '{unknown[0]}', {has}")
+        if not any(weights.values()) or abs(sum(weights.values())) > 1e-9:
+            reason = "weights must add up to 0 and not all be 0, as in {focal: 1, baseline: -1}"
+            raise ValueError(f"{place} = {weights}: {reason}")
+
+
 # %% ../nbs/01_params.ipynb #b11ec5b7
 class Params(Section):
     "All of params.yaml"
@@ -332,6 +346,7 @@ class Params(Section):
         _check_names("datasets", self.datasets, self.study.datasets)
         _check_names("losses", self.losses, self.study.losses)
         _check_losses(self.losses)
+        _check_contrasts(self.evaluation.contrasts, self.study.losses)
         for name in self.study.datasets:
             _check_folds(name, self.datasets[name].data.split.folds, self.study.fold_numbers)
             _check_network(name, self.datasets[name])

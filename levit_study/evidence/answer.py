@@ -69,9 +69,13 @@ def _verdict(rows, confidence) -> str: # rows: of tests.csv
     whose = "The intervals" if len(equal) + len(parts) == 0 else "The other intervals"
     return f"{text} {whose}, each by itself, leave room for differences of up to {reach.max():.3f}."
 
+def _overall(table):
+    "Return the rows of the mean of structures; of a single structure its own"
+    return table[table.structure == (ALL if (table.structure == ALL).any() else table.structure)]
+
 def _differences(tests: pd.DataFrame, confidence=.95) -> str: # tests: one data set and split
     "Return the differences between losses, and which are decided after Holm's correction"
-    rows = tests[(tests.structure == ALL) & (tests.metric == "dice")]
+    rows = _overall(tests[tests.metric == "dice"]) if len(tests) else tests
     if rows.empty: return ""
     beside = rows[rows.second != rows.second.iloc[0]]
     if len(beside) > 1: beside = beside[:0]  # with many losses only those to the first
@@ -84,6 +88,16 @@ def _differences(tests: pd.DataFrame, confidence=.95) -> str: # tests: one data 
     how = f"{100 * confidence:g} % intervals over {chance}"
     return (f"Compared with {reference}, mean Dice changes by {_listed(parts)} ({how})."
             f"{''.join(also)} {_verdict(pd.concat([rows, beside]), confidence)}")
+
+def _effects(contrasts: pd.DataFrame, confidence=.95) -> str: # contrasts: one data set and split
+    "Return the effects across several losses, and which are decided after Holm's correction"
+    rows = _overall(contrasts) if len(contrasts) else contrasts
+    if rows.empty: return ""
+    parts = [f"{row.contrast} {_interval(row)}" for row in rows.itertuples()]
+    clear = rows[(rows.p_holm < 1 - confidence) & (rows.low * rows.high > 0)].contrast
+    verdict = f"{_listed(list(clear) or ['none'])} {'are' if len(clear) > 1 else 'is'} established"
+    return (f"Effects across several losses on mean Dice: {_listed(parts)}; after correction for"
+            f" {len(rows)} effect{'s' * (len(rows) > 1)}, {verdict}.")
 
 # %% ../../nbs/55a_evidence.answer.ipynb #837edd73
 _STANDING = {"inconclusive": "undecided", "out of reach": "out of reach with so few trainings",
@@ -139,20 +153,23 @@ def _table(organs: pd.DataFrame, losses, tolerance, confidence) -> str: # of one
 # %% ../../nbs/55a_evidence.answer.ipynb #9990ea48
 def answer(
     params: Params,
-    tables: dict, # as `study_tables` returns them: organs, tests, claims
+    tables: dict, # as `study_tables` returns them: organs, tests, claims, contrasts
 ) -> str:
     "Return what a study found, per data set: what it rests on, differences, a table, claims"
     parts = []
     for dataset in params.study.datasets:
-        organs, tests, claims = (table[table.dataset == dataset] if len(table) else table
-                                 for table in (tables[n] for n in ("organs", "tests", "claims")))
+        names = "organs", "tests", "claims", "contrasts"
+        organs, tests, claims, effects = (table[table.dataset == dataset] if len(table) else table
+                                          for table in (tables[name] for name in names))
         if organs.empty: continue
         split = judging_splits(organs).get(dataset, "valid")
         organs = organs[organs.split == split]
-        tests = tests[tests.split == split] if len(tests) else tests
+        tests, effects = (table[table.split == split] if len(table) else table
+                          for table in (tests, effects))
         sure = params.evaluation.confidence
         tolerance = pick_evaluation(params, dataset).surface_tolerance
         parts += [_about(params, dataset, organs), _differences(tests, sure),
+                  _effects(effects, sure),
                   _table(organs, params.study.losses, tolerance, sure), _claims(claims)]
     return "\n\n".join(filter(None, parts)) + "\n"
 

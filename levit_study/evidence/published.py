@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 import pandas as pd
 from .answer import answer, shown_answers
+from .contrasts import contrast_table
 from .derived import derived_table, patient_values
 from .imbalance import imbalance_table, training_shares
 from .ranking import ranking
@@ -48,6 +49,7 @@ def study_tables(
         "table1": table1(epochs, results.runs, paper, grids),
         "organs": organ_table(cases, *sure),
         "tests": paired_tests(cases, "dice", *sure, assumed),
+        "contrasts": contrast_table(cases, params.evaluation.contrasts, "dice", *sure, assumed),
         "derived": derived_table(patient_values(cases), *sure),
         "reliability": reliability_table(results.reliability, sure[0]),
         "claims": ledger,

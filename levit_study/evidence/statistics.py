@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SEED_SD', 'PRIOR', 'UNKNOWN', 'ALL', 'THESE', 'ANY', 'with_folds', 'paired_differences', 'these_interval',
            'difference_interval', 'Spread', 'pooled_spread', 'training_means', 'allow_for_trainings', 'judged_interval',
-           'seed_interval', 'holm', 'rank_biserial', 'left_out_note', 'count_one_sided', 'by_structure', 'paired_tests']
+           'seed_interval', 'holm', 'rank_biserial', 'left_out_note', 'count_one_sided', 'by_structure',
+           'allowing_for_spread', 'paired_tests']
 
 # %% ../../nbs/51_evidence.statistics.ipynb #110e9bfc
 from itertools import combinations, product
@@ -243,6 +244,17 @@ def _targets(pairs, spread, confidence, resamples):
     if these.trainings < 2 and not spread.freedom:  # of one training nothing else can be said
         every = every._replace(low=np.nan, high=np.nan, error=np.nan, method="none")
     return these, every
+
+def allowing_for_spread(
+    pairs: pd.DataFrame, # what `paired_differences` returns
+    spread: Spread,      # between trainings
+    confidence=.95,
+    resamples=2000,
+) -> tuple[str, Interval]:
+    "Return `ANY` and the interval for any training, or `THESE` and these ones' where none is known"
+    these, every = _targets(pairs, spread, confidence, resamples)
+    return (ANY, every) if np.isfinite(every.low) else (THESE, these)
+
 
 # %% ../../nbs/51_evidence.statistics.ipynb #8b613a91
 def _paired_test(pairs, spread, confidence, resamples):
