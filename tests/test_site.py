@@ -396,7 +396,7 @@ def test_the_viewer_by_keyboard(study, browser, width, scheme, file):
             says(page, words)
         page.keyboard.press("3")
         page.keyboard.press("e")
-        says(page, "focal-Tversky")
+        says(page, "focal Tversky")
         assert page.locator(".study-viewer .errors input:checked").count() == 3
         missed = int(page.locator(".study-viewer .errors small").first.inner_text())
         assert missed > 0
@@ -521,7 +521,7 @@ def test_what_is_missing_is_noted_and_the_rest_is_shown(root, tmp_path):
         assert any(words in line for line in lines) and words in landing, words
     runs = (site_of(tmp_path) / "runs" / "index.html").read_text(encoding="utf-8")
     assert 'href="phantom_ct-baseline-seed0.html"' in runs
-    assert "focal-Tversky (not there yet)" in runs
+    assert "focal Tversky (not there yet)" in runs
     single = (tmp_path / "reports" / "index.html").read_text(encoding="utf-8")
     assert "The report is not there yet" in single
 

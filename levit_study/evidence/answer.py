@@ -35,8 +35,14 @@ def _about(params: Params, dataset: str, organs: pd.DataFrame) -> str:
     return f"**{settings.title}**: {'; '.join(words)}.{kind}"
 
 # %% ../../nbs/55a_evidence.answer.ipynb #9cc75bf7
+_NAMES = { # sums, and what hyphens join
+    "focal_dice": "focal + Dice", "focal_tversky_ce": "focal Tversky + cross-entropy",
+    "dice_topk": "Dice + top-k", "dice_boundary": "Dice + boundary", "topk": "top-k",
+    "cross_entropy": "cross-entropy"}
+
 def loss_name(loss: str) -> str:
     "Return a loss's name as it is printed in running text"
+    if loss in _NAMES: return _NAMES[loss]
     proper = {"tversky": "Tversky", "dice": "Dice", "ce": "cross-entropy"}
     return " ".join(proper.get(word, word) for word in loss.split("_"))
 
@@ -124,13 +130,21 @@ def _claims(claims: pd.DataFrame) -> str: # one data set's ledger
     open_ones = claims[~claims.claim.isin(decided.claim)].standing.str.split(":| with ").str[0]
     rest = [_counted(number, standing) for standing, number in open_ones.value_counts().items()]
     words = [_counted(counts.get(name, 0), name) for name in ("supported", "contradicted")]
-    number = f"{len(claims)} claim{'s' * (len(claims) > 1)}"
-    text = f"Of the {number} tested here, {_listed(words + rest)}."
+    text = f"Of the {len(claims)} claims tested here, {_listed(words + rest)}."
+    if len(claims) == 1:
+        verdict = _STANDING.get(claims.verdict.iloc[0], claims.verdict.iloc[0])
+        text = f"The one claim tested here is {verdict}."
     lines = [f"{row.verdict.capitalize()}: *{row.statement[0].lower()}{row.statement[1:]}* "
              f"({row.claim}: {_typeset(row.interval)})." for row in decided.itertuples()]
+    if lines: lines.append("Intervals of one claim hold together; none is corrected across claims.")
     return " ".join([text, *lines])
 
 # %% ../../nbs/55a_evidence.answer.ipynb #d70373ac
+def _limits(row): # of organs.csv
+    "Return the interval of mean Dice as text; two folds give none that says anything"
+    if row.split == "fold" and row.trainings < 3: return "[too few trainings for one]"
+    return f"[{row.dice_low:.3f}, {row.dice_high:.3f}]"
+
 def _table(organs: pd.DataFrame, losses, tolerance, confidence) -> str: # of one split
     "Return Dice per structure, the mean with its interval and surface Dice as a Markdown table"
     structures = [name for name in organs.structure.unique() if name != ALL]
@@ -145,7 +159,7 @@ def _table(organs: pd.DataFrame, losses, tolerance, confidence) -> str: # of one
         if rows.empty: continue
         whole = rows.loc[ALL if ALL in rows.index else structures[0]]
         cells = [loss_name(loss), *(f"{rows.dice[name]:.3f}" for name in few),
-                 f"{whole.dice:.3f} [{whole.dice_low:.3f}, {whole.dice_high:.3f}]",
+                 f"{whole.dice:.3f} {_limits(whole)}",
                  f"{whole.nsd:.3f}", f"{rows.missed.drop(ALL, errors='ignore').sum():.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -131,7 +131,7 @@ def _order_checks(paper, epochs):
 
 # %% ../../nbs/53_evidence.paper.ipynb #e317a5ae
 def _scale_check(paper, classes):
-    "Return whether the focal-Tversky loss can be the sum over classes that its formula prints"
+    "Return whether the focal Tversky loss can be the sum over classes that its formula prints"
     dice, printed = paper.value("valid_dice", TVERSKY), paper.value("valid_loss", TVERSKY)
     # The errors are 2 (1 - D) / D times the overlap. All of them at 0.3, the smaller weight, give
     # the least Tversky loss; an exponent up to 1 only raises it.
@@ -140,13 +140,13 @@ def _scale_check(paper, classes):
     sums = f"a sum over {classes} classes is about {classes * least:.1f} or more"
     evidence = f"at this Dice {sums} and a mean {least:.2f} or more; printed is {printed:g}"
     statement = "The loss is a sum over classes, as its formula is printed"
-    return "focal-Tversky scale", statement, printed >= classes * least, evidence
+    return "focal Tversky scale", statement, printed >= classes * least, evidence
 
 # %% ../../nbs/53_evidence.paper.ipynb #84e2e4b9
 def paper_consistency(
     table: pd.DataFrame, # data/paper/table1.csv: metric, one column per loss
     epochs=30,           # of each training
-    classes=8,           # foreground classes, for the scale of the focal-Tversky loss
+    classes=8,           # foreground classes, for the scale of the focal Tversky loss
 ) -> pd.DataFrame:
     "Return check, statement, verdict and evidence: what the paper's own numbers support"
     paper = _PaperTable(table)

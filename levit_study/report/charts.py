@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 import pandas as pd
 from ..evidence.statistics import ALL
-from .behaviour import mean_sizes, size_column
+from .behaviour import SIZE, mean_sizes
 from .clinical import limits_of
 from .differences import against
 from .look import About, checked
@@ -62,33 +62,31 @@ def _tooltip(*fields): # (name, title) or (name, title, format)
     return [dict(zip(keys, each)) for each in fields]
 
 # %% ../../nbs/62g_report.charts.ipynb #64d87683
-def _size_points(means, size, unit): # -> the same rows with size and words
+def _size_points(means): # -> the same rows with size and words
     values = means.to_dict("records")
     words = [f"{row['case']}, {row['structure']}, {row['loss']}: Dice {row['dice']:.3f}, "
-             f"{row[size]:.4g} {unit}" for row in values]
-    return means.assign(size=means[size], words=words)[
+             f"{row['voxels']:.4g} voxels" for row in values]
+    return means.assign(size=means.voxels, words=words)[
         ["case", "structure", "loss", "dice", "size", "words"]]
 
 # %% ../../nbs/62g_report.charts.ipynb #8cc3e683
 def size_charts(
-    cases, # dataset, loss, case, structure, dice, voxels and, where known, volume_ml
+    cases, # dataset, loss, case, structure, dice, voxels
     about=About(), # names, and the split whose cases are drawn
 ) -> list[dict]: # a chart for each data set
     "Dice against size as a chart: a point is a structure of a case, a line the trend of a loss"
     means = mean_sizes(cases, "size_charts", about)
-    size, label = size_column(means)
-    unit = "ml" if size == "volume_ml" else "voxels"
-    return [_size_chart(dataset, _size_points(rows, size, unit), label, about)
+    return [_size_chart(dataset, _size_points(rows), about)
             for dataset, rows in means.groupby("dataset", sort=False)]
 
 # %% ../../nbs/62g_report.charts.ipynb #814d683f
-def _size_chart(dataset, points, label, about):
+def _size_chart(dataset, points, about):
     "One data set's chart of Dice against size"
-    x = _axis("size", label, scale={"type": "log", "nice": False, "padding": 10})
+    x = _axis("size", SIZE, scale={"type": "log", "nice": False, "padding": 10})
     y = _axis("dice", "Dice (0 to 1)", scale={"domain": [-.03, 1.03]})
     y["axis"] = {"values": [0, .2, .4, .6, .8, 1]}
     shown = _tooltip(("case", "case"), ("structure", "structure"), ("loss", "loss"),
-                     ("dice", "Dice", ".3f"), ("size", label.split(" (")[0], ".4~g"))
+                     ("dice", "Dice", ".3f"), ("size", "voxels", ".4~g"))
     marks = _loss_marks(list(points["loss"].unique()), about)
     point = {"params": [_CHOSEN], "transform": _OF_CHOSEN,
              "mark": _POINT,

@@ -16,6 +16,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 from ..data.cases import patient_of
+from ..evidence.answer import loss_name
 from ..files import StudyError, written_whole
 
 # %% ../../nbs/60_report.look.ipynb #da1b3d08
@@ -102,7 +103,7 @@ def structure_colors(structures): # -> dict name: colour
 # %% ../../nbs/60_report.look.ipynb #ab89c4ef
 NAMES = {
     "synapse": "Synapse CT", "acdc": "ACDC MR", "phantom_ct": "CT phantom",
-    "phantom_mr": "MR phantom", "focal_tversky": "focal-Tversky",
+    "phantom_mr": "MR phantom",
     "train": "training", "valid": "validation", "test": "test",
     "fold": "each fold's own cases",
     "train_loss": "Training loss (own scale)", "valid_loss": "Validation loss (own scale)",
@@ -122,7 +123,7 @@ class About:
     names: dict = field(default_factory=dict) # key -> name to print, beside those of `NAMES`
 
     def name(self, key):
-        return self.names.get(key, NAMES.get(key, str(key).replace("_", " ")))
+        return self.names.get(key, NAMES.get(key, loss_name(str(key))))
 
     def is_synthetic(self, dataset):
         return dataset in self.synthetic or str(dataset).startswith("phantom")

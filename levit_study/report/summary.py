@@ -212,7 +212,7 @@ def _claims(claims, datasets): # -> rows of claim, statement, interval, verdict 
 def _typeset(text):
     "A difference with proper minus signs and the loss as it is printed"
     text = re.sub(r"(?<=\w) - (?=\w)", " − ", text)
-    return text.replace("focal_tversky", "focal-Tversky").replace("-0.", "−0.")
+    return text.replace("focal_tversky", "focal Tversky").replace("-0.", "−0.")
 
 # %% ../../nbs/63a_report.summary.ipynb #e43cfcff
 def _tally(claims, synthetic):
