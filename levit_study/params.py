@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from pydantic import model_validator
 from ruamel.yaml import YAML, YAMLError
 
+from .consistency import check_contrasts, check_folds, check_names
 from .files import StudyError
 from .networks import Chosen, Freezing, check_freezing, check_network
 from .inputs import Inputs, young
@@ -284,24 +285,6 @@ def pick_run(params: "Params", dataset: str, loss: str, seed: int, fold=None) ->
     )
 
 # %% ../nbs/01_params.ipynb #11662628
-def _check_names(section: str, known, used):
-    "Raise `ValueError` unless the names can stand in a path and those that are used are defined"
-    for name in known:
-        if not name.replace("_", "").isalnum() or not name.isascii() or name.isdigit():
-            allowed = "letters, digits and underscores only, and not digits alone; rename it"
-            raise ValueError(f"{section}.{name}: a name may hold {allowed}")
-    for name in used:
-        if name not in known:
-            defined = f"which {section}: does not define (it has {', '.join(known)})"
-            raise ValueError(f"study.{section} names '{name}', {defined}")
-
-def _check_folds(dataset: str, folds, numbers: list):
-    "Raise `ValueError` for a fold that a data set does not have"
-    last = max((number for number in numbers if number is not None), default=-1)
-    if isinstance(folds, int) and last >= folds:
-        place = f"datasets.{dataset}.data.split.folds = {folds}"
-        raise ValueError(f"study.folds names fold{last}, {place} gives fold0 to fold{folds - 1}")
-
 def _check_network(dataset: str, about):
     "Raise `ValueError` unless a data set's network can be built and fits its images"
     sizes = len(about.data.structures) + 1, about.data.size, about.data.in_channels
@@ -320,18 +303,6 @@ def _check_losses(losses: dict):
             raise ValueError(as_line(error, f"{place}.training", keys)) from None
         check_loss({key: value for key, value in settings.items() if key != "training"}, place)
 
-def _check_contrasts(contrasts: dict, losses):
-    "Raise `ValueError` unless each weighs losses of the study and its weights add up to 0"
-    for name, weights in contrasts.items():
-        place = f"evaluation.contrasts.{name}"
-        if unknown := [loss for loss in weights if loss not in losses]:
-            has = f"which study.losses lacks (it has {', '.join(losses)})"
-            raise ValueError(f"{place} names '{unknown[0]}', {has}")
-        if not any(weights.values()) or abs(sum(weights.values())) > 1e-9:
-            reason = "weights must add up to 0 and not all be 0, as in {focal: 1, baseline: -1}"
-            raise ValueError(f"{place} = {weights}: {reason}")
-
-
 # %% ../nbs/01_params.ipynb #b11ec5b7
 class Params(Section):
     "All of params.yaml"
@@ -343,12 +314,12 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _fits_together(self):
-        _check_names("datasets", self.datasets, self.study.datasets)
-        _check_names("losses", self.losses, self.study.losses)
+        check_names("datasets", self.datasets, self.study.datasets)
+        check_names("losses", self.losses, self.study.losses)
         _check_losses(self.losses)
-        _check_contrasts(self.evaluation.contrasts, self.study.losses)
+        check_contrasts(self.evaluation.contrasts, self.study.losses)
         for name in self.study.datasets:
-            _check_folds(name, self.datasets[name].data.split.folds, self.study.fold_numbers)
+            check_folds(name, self.datasets[name].data.split.folds, self.study.fold_numbers)
             _check_network(name, self.datasets[name])
             check_freezing(pick_run(self, name, loss, 0) for loss in self.study.losses)
             zooms = pick_evaluation(self, name).zooms

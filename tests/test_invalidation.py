@@ -35,22 +35,22 @@ TABLE = {
                report.studies report.records report.checklists report.cards report.site""",
 }
 TABLE = {stage: names.split() for stage, names in TABLE.items()}
-NOTHING = """files inputs kinds networks settings params machine pipeline matrix job slurm submit submit_command publish_command bench commands data.fingerprint model.weights model.export model.drawing
+NOTHING = """consistency files inputs kinds networks settings params machine pipeline matrix job slurm submit submit_command publish_command bench commands data.fingerprint model.weights model.export model.drawing
              training.record training.launch losses.pictures evaluation.engine evaluation.targets evaluation.predict evaluation.sharing evaluation.ensemble evaluation.maps
              evaluation.score evaluation.exchange evaluation.ensemble_runs evidence.simulation evidence.choice evidence.planning evidence.publishing
              report.data_figures report.examples report.overlay""".split()
 # A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing
 # (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.
 REACHED = {
-    "prepare": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "report", "data.fingerprint",
+    "prepare": ["files", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "report", "data.fingerprint",
                 "data.native", "data.augment"],
-    "train": ["files", "params", "inputs", "kinds", "networks", "settings", "machine", "model.weights", "training.record", "training.launch",
+    "train": ["files", "params", "consistency", "inputs", "kinds", "networks", "settings", "machine", "model.weights", "training.record", "training.launch",
               "report", "data.cases"],
-    "evaluate": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained", "model.freezing",
+    "evaluate": ["files", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained", "model.freezing",
                  "training.record", "training.state", "data.augment", "data.nifti", "data.channels", "data.labels", "data.volumes"],
-    "report": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.augment", "data.nifti",
+    "report": ["files", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.augment", "data.nifti",
                "data.channels", "data.labels", "data.volumes"],
-    "site": ["files", "params", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "data", "training", "evidence.statistics",
+    "site": ["files", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "data", "training", "evidence.statistics",
              "evidence.intervals", "evidence.answer", "evidence.claims", "evidence.tables", "evaluation"],
 }
 
