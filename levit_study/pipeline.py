@@ -47,6 +47,8 @@ def _write_settings(params, folder: Path): # params: `Params`
     from levit_study.networks import start_file
     from levit_study.params import pick_evaluation, pick_run
     from levit_study.settings import check_loss
+    whole = params.model_dump(mode="json", exclude={"compute"})  # no number depends on the place
+    write_json(folder / "study.json", whole)
     for dataset in params.study.datasets:
         about = params.datasets[dataset]
         in_folds = {"in_folds": params.study.fold_numbers != [None]}

@@ -160,7 +160,18 @@ def test_a_setting_changes_what_it_is_for(copy, environment):
     path.write_text(text.replace("gamma: 2.0            # focus on", "gamma: 3.0            # focus on"))
     changed = {name for name, content in written(copy, environment).items() if content != before.get(name)}
     path.write_text(text)
-    assert changed == {"build/code/settings/phantom_mr/focal.json"}
+    assert changed == {"build/code/settings/phantom_mr/focal.json", "build/code/settings/study.json"}  # the report names it
+
+
+def test_a_default_written_out_changes_nothing(copy, environment):
+    before = written(copy, environment)
+    path = copy / "params.yaml"
+    text = path.read_text()
+    assert re.search(r"^  bootstrap: 2000 .*\n", text, flags=re.M)
+    path.write_text(re.sub(r"^  bootstrap: 2000 .*\n", "", text, flags=re.M))
+    without = written(copy, environment)
+    path.write_text(text)
+    assert without == before
 
 
 OWN = """

@@ -9,7 +9,6 @@ __all__ = ['model_card', 'datasheet', 'reviewer_pages']
 import re
 from pathlib import Path
 import pandas as pd
-from ..evidence.answer import loss_name
 from ..evidence.tables import to_markdown
 from ..networks import network_name
 from ..params import Params
@@ -18,6 +17,7 @@ from .contents import Page
 from .pages import escaped
 from .records import Records, patients_by_split, read_json, read_records
 from .studies import published_studies
+from ..settings import loss_name
 
 # %% ../../nbs/63f_report.cards.ipynb #c7c5a5c4
 def _facts(pairs) -> str: # Markdown

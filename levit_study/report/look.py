@@ -16,8 +16,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 from ..data.cases import patient_of
-from ..evidence.answer import loss_name
 from ..files import StudyError, written_whole
+from ..settings import loss_name
 
 # %% ../../nbs/60_report.look.ipynb #da1b3d08
 MM = 1/25.4  # matplotlib counts in inches

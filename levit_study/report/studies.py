@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 import pandas as pd
-from ..evidence.answer import loss_name
 from ..evidence.results import judging_splits
 from ..evidence.statistics import ALL
 from ..evidence.tables import to_markdown
@@ -21,6 +20,7 @@ from ..networks import network_name
 from ..params import Params, load_params
 from .contents import Page
 from .pages import escaped, figure_words, with_words
+from ..settings import loss_name
 
 # %% ../../nbs/63c_report.studies.ipynb #8d851fb2
 @dataclass(frozen=True)
