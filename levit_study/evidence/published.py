@@ -10,7 +10,7 @@ import io
 import json
 from pathlib import Path
 import pandas as pd
-from .answer import answer, shown_answers
+from .answer import answer, differing_answer, shown_answers
 from .contrasts import contrast_table
 from .derived import derived_table, patient_values
 from .imbalance import imbalance_table, training_shares
@@ -118,9 +118,10 @@ def verify_page(
 ) -> dict[str, str]: # study's folder -> what is wrong; empty where the page shows its answer
     "Compare the answers that a page shows with those of the studies"
     outcome = {}
-    for folder, text in shown_answers(Path(path).read_text(encoding="utf-8")).items():
-        kept = Path(folder, "answer.md")
-        if not kept.exists(): outcome[folder] = f"{kept} is not there"
-        elif kept.read_text(encoding="utf-8") != text: outcome[folder] = f"differs from {kept}"
-        else: outcome[folder] = ""
+    for folder, part, text in shown_answers(Path(path).read_text(encoding="utf-8")):
+        kept, name = Path(folder, "answer.md"), f"{folder}{part}"
+        if not kept.exists(): outcome[name] = f"{kept} is not there"
+        elif differing_answer(text, part, kept.read_text(encoding="utf-8")):
+            outcome[name] = f"differs from {kept}"
+        else: outcome[name] = ""
     return outcome
