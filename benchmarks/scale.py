@@ -25,7 +25,8 @@ import sys
 from dvc.cli import main
 from dvc.dvcfile import Lockfile
 write, kept = Lockfile.dump_stages, {}
-Lockfile.dump_stages = lambda lock, stages, **rest: kept.setdefault(lock.path, [lock]).extend(stages)
+def keep(lock, stages, **rest): kept.setdefault(lock.path, [lock]).extend(stages)
+Lockfile.dump_stages = keep
 code = main(["commit", "-f", "-q", *sys.argv[1:]])
 for lock, *stages in kept.values(): write(lock, stages)
 sys.exit(code)
