@@ -96,6 +96,8 @@ async function fill(place) {
     const hint = paragraph("hint", `Hover names the case; a click on the legend shows one loss, a double click all.${opens} `);
     place.append(hint);
     if (picture) {
+      const caption = picture.querySelector("figcaption");
+      if (caption) caption.before(place); // a chart, too, stands above its caption
       const button = Object.assign(document.createElement("button"), {type: "button", textContent: "Show the picture"});
       button.setAttribute("aria-pressed", "false");
       button.addEventListener("click", () => button.setAttribute("aria-pressed", picture.classList.toggle("picture")));

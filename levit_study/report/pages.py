@@ -240,9 +240,10 @@ def _is_picture(output):
 
 # %% ../../nbs/63_report.pages.ipynb #ec6b59f9
 def _split_pictures(cell):
-    "One cell per output if a cell has more than one picture, else the cell as it is"
+    "One cell per output if a cell has a picture and more, else the cell as it is"
     from nbformat.v4 import new_code_cell
-    if sum(map(_is_picture, cell.get("outputs", []))) < 2: return [cell]
+    outputs = cell.get("outputs", [])
+    if len(outputs) < 2 or not any(map(_is_picture, outputs)): return [cell]
     tags = {"tags": ["remove-input"]}
     parts = [new_code_cell("shown", outputs=[o], metadata=tags) for o in cell.outputs]
     cell.outputs = []
