@@ -108,7 +108,8 @@ def _counted(number, standing): # -> '2 are contradicted'
     return f"{number or 'none'} {verb} {_STANDING.get(standing, standing)}"
 
 
-def _typeset(text): # a claim's interval, with proper minus signs and names
+def _typeset(text): # a claim's interval, with proper minus signs and names, the wider alone
+    text = re.sub(r" \(t \[[^]]*\], bootstrap \[[^]]*\]\)", "", text)
     for plain, printed in (("-0.", "−0."), (" - ", " − "), ("focal_tversky", "focal Tversky")):
         text = text.replace(plain, printed)
     return text
@@ -129,8 +130,10 @@ def _claims(claims: pd.DataFrame) -> str: # one data set's ledger
         text = f"The one claim tested here is {verdict}."
     lines = [f"{row.verdict.capitalize()}: *{row.statement[0].lower()}{row.statement[1:]}* "
              f"({row.claim}: {_typeset(row.interval)})." for row in decided.itertuples()]
-    if lines: lines.append("Intervals of one claim hold together; none is corrected across claims.")
-    return " ".join([text, *lines])
+    if not lines: return text
+    note = "Intervals of one claim hold together; none is corrected across claims."
+    if len(lines) == 1: return f"{text} {lines[0]} {note}"
+    return "\n\n".join([text, "\n".join(f"- {line}" for line in lines), note])
 
 # %% ../../nbs/55a_evidence.answer.ipynb #d70373ac
 def _limits(row): # of organs.csv

@@ -94,7 +94,9 @@ def publish_records(
     if not (folder / "params.yaml").exists():
         shutil.copyfile(root / "params.yaml", folder / "params.yaml")
     for part in ("data", "runs"):  # the runs last: they make a study of it
-        if (partial / part).exists(): (partial / part).rename(folder / part)
+        if not (partial / part).exists(): continue
+        shutil.rmtree(folder / part, ignore_errors=True)  # data of a publication cut short
+        (partial / part).rename(folder / part)
     partial.rmdir()
     return folder, _remarks(folder)
 
