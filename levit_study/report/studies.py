@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 import pandas as pd
+from ..evidence.answer import EFFECTS
 from ..evidence.results import judging_splits
 from ..evidence.statistics import ALL
 from ..evidence.tables import to_markdown
@@ -143,6 +144,13 @@ def _figure(study, stem):
     return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 # %% ../../nbs/63c_report.studies.ipynb #cd49a80c
+def _effects(studies, place):
+    "What the answers of studies say about effects across several losses, each with its study"
+    parts = [(study, part.strip()) for study in studies for part in study.answer().split("\n\n")
+             if part.startswith(EFFECTS)]
+    return "\n".join(_html(f"{part} ([{escaped(study.name)}]({place}{study.page}.html))")
+                     for study, part in parts)
+
 def front_html(
     studies: list[PublishedStudy],
     place="", # of the site as the page sees it: "" or "site/"
@@ -154,7 +162,7 @@ def front_html(
     more = f'<p><a href="{place}{first.page}.html">Its tables, figures and records</a></p>'
     parts = ['<div class="real"><h2>On real scans</h2>', _html(first.answer()),
              _html(_caveat(first)), more,
-             _figure(first, "fig2")]
+             _figure(first, "fig2"), _effects(others, place)]
     if others:
         parts += ["<h3>Other studies of real scans</h3>",
                   _html(studies_table(others, place + "{}.html"))]
