@@ -16,7 +16,6 @@ from pathlib import Path
 
 from .files import StudyError, digest_of_code, hash_file, held_alone
 from .matrix import Cell
-from .pipeline import end_with_parent
 
 # %% ../nbs/70b_job.ipynb #0d2c4470
 def study_digest(root=".") -> str:
@@ -26,13 +25,14 @@ def study_digest(root=".") -> str:
     return f"{hash_file(root / 'params.yaml')[:16]}-{digest_of_code(*code)}"
 
 # %% ../nbs/70b_job.ipynb #f3674c3c
-def _prepared():
-    "Return what a child does first: end with its parent, and accept SIGINT even under nohup"
-    follow = end_with_parent(signal.SIGKILL)
-    def prepare():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        follow()
-    return prepare
+# What a job's process does first: accept SIGINT even under nohup, and end with its parent. It is a
+# program of its own, as Python between a thread's fork and exec may wait for ever.
+_PREPARE = """
+import ctypes, os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 # %% ../nbs/70b_job.ipynb #d1e1d860
 _SHIELD = ["/bin/sh", "-c", 'trap "" TERM USR1 USR2; exec "$@"', "sh"]  # exec keeps these ignored
@@ -66,8 +66,7 @@ class Job:
     def _run(self) -> int:
         "Start DVC in a session of its own and wait for it; return its status"
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        settings = dict(cwd=self.folder, start_new_session=True, stdin=subprocess.DEVNULL,
-                        preexec_fn=_prepared())
+        settings = dict(cwd=self.folder, start_new_session=True, stdin=subprocess.DEVNULL)
         settings["env"] = {**os.environ, "PATH": programs, **self.variables}
         if self.log is None: return self._wait(settings)
         Path(self.log).parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +77,7 @@ class Job:
         command = self.command()
         if shutil.which("/bin/sh"): command = [*_SHIELD, *command]
         if self.asked: return 1
+        command = [sys.executable, "-I", "-S", "-c", _PREPARE, *command]
         self.process = subprocess.Popen(command, **settings)
         if self.asked: self._tell()  # while it was started
         return self.process.wait()
