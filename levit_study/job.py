@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .files import StudyError, digest_of_code, hash_file, held_alone
+from .files import StudyError, digest_of_code, hash_file, held_alone, tied
 from .matrix import Cell
 
 # %% ../nbs/70b_job.ipynb #0d2c4470
@@ -23,16 +23,6 @@ def study_digest(root=".") -> str:
     root = Path(root)
     code = sorted((root / "levit_study").rglob("*.py"))
     return f"{hash_file(root / 'params.yaml')[:16]}-{digest_of_code(*code)}"
-
-# %% ../nbs/70b_job.ipynb #f3674c3c
-# What a job's process does first: accept SIGINT even under nohup, and end with its parent. It is a
-# program of its own, as Python between a thread's fork and exec may wait for ever.
-_PREPARE = """
-import ctypes, os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-os.execv(sys.argv[1], sys.argv[1:])
-"""
 
 # %% ../nbs/70b_job.ipynb #d1e1d860
 _SHIELD = ["/bin/sh", "-c", 'trap "" TERM USR1 USR2; exec "$@"', "sh"]  # exec keeps these ignored
@@ -77,8 +67,7 @@ class Job:
         command = self.command()
         if shutil.which("/bin/sh"): command = [*_SHIELD, *command]
         if self.asked: return 1
-        command = [sys.executable, "-I", "-S", "-c", _PREPARE, *command]
-        self.process = subprocess.Popen(command, **settings)
+        self.process = subprocess.Popen(tied(command, signal.SIGKILL), **settings)
         if self.asked: self._tell()  # while it was started
         return self.process.wait()
 

@@ -9,9 +9,8 @@ __all__ = ['weighted_differences', 'weights_in_words', 'contrast_table']
 import numpy as np
 import pandas as pd
 from .intervals import patients_of
-from .results import PROTOCOLS
-from .statistics import ANY, allowing_for_spread, by_structure, holm
-from .statistics import ALL, pooled_spread, training_means, with_folds
+from .statistics import ALL, ANY, allowing_for_spread, by_structure, holm
+from .statistics import judged_parts, pooled_spread, training_means, with_folds
 
 # %% ../../nbs/51d_evidence.contrasts.ipynb #aecf1f4c
 def weighted_differences(
@@ -61,10 +60,8 @@ def contrast_table(
     seed_sd=0.0,         # standard deviation assumed between trainings; or {data set: sd}
 ) -> pd.DataFrame:
     "Return contrasts.csv: each contrast per data set, split and structure, with interval and p"
-    tables, judged = [pd.DataFrame(columns=_COLUMNS)], cases[cases.split.isin(PROTOCOLS)]
-    for (dataset, split), part in judged.groupby(["dataset", "split"], sort=False):
-        assumed = seed_sd.get(dataset, 0) if isinstance(seed_sd, dict) else seed_sd
-        head = dict(dataset=dataset, split=split, protocol=PROTOCOLS[split], metric=value)
+    tables = [pd.DataFrame(columns=_COLUMNS)]
+    for head, part, assumed in judged_parts(cases, value, seed_sd):
         rows = [head | {"contrast": name, "structure": structure}
                 | _contrast_row(rows_of, weights, value, (confidence, resamples), assumed)
                 for name, weights in contrasts.items() if set(weights) <= set(part.loss)

@@ -6,7 +6,7 @@
 __all__ = ['SEED_SD', 'PRIOR', 'UNKNOWN', 'ALL', 'THESE', 'ANY', 'with_folds', 'paired_differences', 'these_interval',
            'difference_interval', 'Spread', 'pooled_spread', 'training_means', 'allow_for_trainings', 'judged_interval',
            'seed_interval', 'holm', 'rank_biserial', 'left_out_note', 'count_one_sided', 'by_structure',
-           'allowing_for_spread', 'paired_tests']
+           'allowing_for_spread', 'judged_parts', 'paired_tests']
 
 # %% ../../nbs/51_evidence.statistics.ipynb #110e9bfc
 from itertools import combinations, product
@@ -245,6 +245,10 @@ def _targets(pairs, spread, confidence, resamples):
         every = every._replace(low=np.nan, high=np.nan, error=np.nan, method="none")
     return these, every
 
+def _target(these, every):
+    "Return what is asked, `ANY` or, where nothing is known of others, `THESE`, and its interval"
+    return (ANY, every) if np.isfinite(every.low) else (THESE, these)
+
 def allowing_for_spread(
     pairs: pd.DataFrame, # what `paired_differences` returns
     spread: Spread,      # between trainings
@@ -252,9 +256,7 @@ def allowing_for_spread(
     resamples=2000,
 ) -> tuple[str, Interval]:
     "Return `ANY` and the interval for any training, or `THESE` and these ones' where none is known"
-    these, every = _targets(pairs, spread, confidence, resamples)
-    return (ANY, every) if np.isfinite(every.low) else (THESE, these)
-
+    return _target(*_targets(pairs, spread, confidence, resamples))
 
 # %% ../../nbs/51_evidence.statistics.ipynb #8b613a91
 def _paired_test(pairs, spread, confidence, resamples):
@@ -263,7 +265,7 @@ def _paired_test(pairs, spread, confidence, resamples):
     defined = pairs.dropna(subset=["difference"])
     by_patient = defined.groupby(["patient", "structure"]).difference.mean().groupby("patient")
     patients = by_patient.mean().to_numpy()
-    target, limits = (ANY, every) if np.isfinite(every.low) else (THESE, these)
+    target, limits = _target(these, every)
     return {
         "patients": these.patients, "cases": defined.case.nunique(),
         "seeds": defined.seed.nunique(), "folds": defined.fold.nunique(),
@@ -307,6 +309,18 @@ def _compared(part, value, limits, seed_sd):
     return table.assign(note=["; ".join(filter(None, each)) for each in notes])
 
 # %% ../../nbs/51_evidence.statistics.ipynb #330b58d8
+def judged_parts(
+    cases: pd.DataFrame, # collected cases.csv of any number of data sets
+    value,               # column that is judged
+    seed_sd,             # standard deviation assumed between trainings; or {data set: sd}
+):
+    "Yield, per data set and split, the columns that name it, its rows, and the sd assumed for it"
+    judged = cases[cases.split.isin(PROTOCOLS)]
+    for (dataset, split), part in judged.groupby(["dataset", "split"], sort=False):
+        assumed = seed_sd.get(dataset, 0) if isinstance(seed_sd, dict) else seed_sd
+        head = dict(dataset=dataset, split=split, protocol=PROTOCOLS[split], metric=value)
+        yield head, part, assumed
+
 def paired_tests(
     cases: pd.DataFrame, # collected cases.csv of any number of data sets, losses, seeds, folds
     value="dice",        # column to compare
@@ -315,11 +329,9 @@ def paired_tests(
     seed_sd=0.0,         # standard deviation assumed between trainings; or {data set: sd}
 ) -> pd.DataFrame:
     "Return differences with intervals and tests per data set, split, structure and pair of losses"
-    tables, judged = [pd.DataFrame(columns=_TESTED)], cases[cases.split.isin(PROTOCOLS)]
-    for (dataset, split), part in judged.groupby(["dataset", "split"], sort=False):
+    tables = [pd.DataFrame(columns=_TESTED)]
+    for head, part, assumed in judged_parts(cases, value, seed_sd):
         if part.loss.nunique() < 2: continue
-        assumed = seed_sd.get(dataset, 0) if isinstance(seed_sd, dict) else seed_sd
-        head = dict(dataset=dataset, split=split, protocol=PROTOCOLS[split], metric=value)
         compared = _compared(part, value, (confidence, resamples), assumed)
         tables.append(compared.assign(**head)[_TESTED])
     table = pd.concat(tables[1:] or tables, ignore_index=True)

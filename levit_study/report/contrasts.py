@@ -6,11 +6,10 @@
 __all__ = ['contrasts_forest']
 
 # %% ../../nbs/62h_report.contrasts.ipynb #de58e276
-import numpy as np
 from matplotlib.lines import Line2D
+from .differences import band_height, draw_intervals
 from .look import About, LOOKS, checked, study_style
-from .parts import bands, finished, legend_below, pair_handles, row_height
-from .parts import shade_rows, structures_of
+from .parts import bands, finished, legend_below, pair_handles, structures_of
 
 # %% ../../nbs/62h_report.contrasts.ipynb #5e1c5c84
 @study_style()
@@ -22,17 +21,17 @@ def contrasts_forest(
     "Draw each contrast's effect on Dice per structure with its interval"
     columns = ["dataset", "contrast", "structure", "difference", "low", "high"]
     table = checked(table, "contrasts_forest", columns, about)
-    table = table.assign(clear=(table.low > 0) | (table.high < 0))
+    table = table.assign(clear=(table.low > 0) | (table.high < 0), value=table.difference)
+    table = table.assign(loss=table.contrast)  # a series is drawn as a loss is
     names, structures = list(table.contrast.unique()), structures_of(table)
     looks = {name: dict(color=color, marker=marker)
              for name, (color, _, marker) in zip(names, LOOKS * len(names))}
-    heights = [len(rows)*max(row_height(rows), 2.1*len(names) + 1.6) + 16
-               for rows in structures.values()]
+    heights = [band_height(rows, names) for rows in structures.values()]
     figure, parts = bands(table, heights, about, width=130)
     for dataset, part in parts.items():
         ax = part.subplots()
         ax.axvline(0, color="#222222", lw=.8)
-        _draw_effects(ax, table[table.dataset == dataset], structures[dataset], looks)
+        draw_intervals(ax, table[table.dataset == dataset], structures[dataset], looks)
         ax.set_xlabel("Effect on Dice (right of 0: larger Dice)")
     marks = pair_handles("interval excludes 0", "interval includes 0")
     handles = [Line2D([], [], ls="none", label=name, **look) for name, look in looks.items()]
@@ -43,19 +42,6 @@ def contrasts_forest(
             " corrected for the number of effects; filled: the interval excludes 0.")
     alt = f"Forest plot. {_in_words(table, about)}"
     return finished(figure, "Effects across several losses", body, alt, table, about)
-
-# %% ../../nbs/62h_report.contrasts.ipynb #7f920aa2
-def _draw_effects(ax, table, structures, looks):
-    "Draw a mark and an interval per structure and contrast, filled where the effect is clear"
-    offsets = np.linspace(-.38, .38, len(looks) + 2)[1:-1]
-    for (name, look), offset in zip(looks.items(), offsets, strict=True):
-        part = table[table.contrast == name].set_index("structure").reindex(structures)
-        rows, clear = np.arange(len(structures)) + offset, part.clear.eq(True).to_numpy()
-        mark = dict(ls="none", ms=3.6, zorder=3, **look)
-        ax.hlines(rows, part.low, part.high, color=look["color"], lw=1.1)
-        ax.plot(part.difference.where(clear), rows, **mark)
-        ax.plot(part.difference.where(~clear), rows, mfc="white", **mark)
-    shade_rows(ax, structures)
 
 # %% ../../nbs/62h_report.contrasts.ipynb #6a959229
 def _in_words(table, about):

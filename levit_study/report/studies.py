@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 import pandas as pd
-from ..evidence.answer import EFFECTS
+from ..evidence.answer import effects_of
 from ..evidence.results import judging_splits
 from ..evidence.statistics import ALL
 from ..evidence.tables import to_markdown
@@ -146,10 +146,9 @@ def _figure(study, stem):
 # %% ../../nbs/63c_report.studies.ipynb #cd49a80c
 def _effects(studies, place):
     "What the answers of studies say about effects across several losses, each with its study"
-    parts = [(study, part.strip()) for study in studies for part in study.answer().split("\n\n")
-             if part.startswith(EFFECTS)]
+    parts = [(study, effects_of(study.answer()).strip()) for study in studies]
     return "\n".join(_html(f"{part} ([{escaped(study.name)}]({place}{study.page}.html))")
-                     for study, part in parts)
+                     for study, part in parts if part)
 
 def front_html(
     studies: list[PublishedStudy],

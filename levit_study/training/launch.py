@@ -7,14 +7,12 @@ __all__ = ['train']
 
 # %% ../../nbs/32_training.launch.ipynb #238f0443
 import codecs
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from ..files import StudyError, held_alone, run_folders
+from ..files import StudyError, end_with_parent, held_alone, run_folders, tied
 from ..params import load_params, pick_run
 
 # %% ../../nbs/32_training.launch.ipynb #c4d1a0e7
@@ -23,21 +21,12 @@ def _started() -> int:
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 # %% ../../nbs/32_training.launch.ipynb #1a3c82b4
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal when the parent ends
-
 def _end_with_torchrun():
     "Tie a process that torchrun started to torchrun's end, even if that came before this call"
     if not _started() or sys.platform != "linux": return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent()
     if "LEVIT_STUDY_LAUNCHED" in os.environ and os.getppid() == 1:
         raise StudyError("torchrun, which started this process, has ended")
-
-# %% ../../nbs/32_training.launch.ipynb #9e7dac38
-def _end_with_parent():
-    "Return what a child calls first to end with this process, where the system supports that"
-    if sys.platform != "linux": return None
-    library = ctypes.CDLL(None)  # loaded here: a child must not load it between fork and exec
-    return lambda: library.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 # %% ../../nbs/32_training.launch.ipynb #752bc8eb
 def _echo(process: subprocess.Popen) -> str:
@@ -65,9 +54,8 @@ def _launch(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=defaults | os.environ | {"LEVIT_STUDY_LAUNCHED": "1"},  # so its parent is not process 1
-        preexec_fn=_end_with_parent(),
     )
-    with subprocess.Popen([*torchrun, *command], **settings) as process:
+    with subprocess.Popen(tied([*torchrun, *command]), **settings) as process:
         try: text = _echo(process)
         except BaseException:
             process.terminate()
