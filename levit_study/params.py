@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from pydantic import model_validator
 from ruamel.yaml import YAML, YAMLError
 
-from .consistency import check_contrasts, check_folds, check_names
+from .consistency import check_ablation, check_contrasts, check_folds
+from .consistency import check_names
 from .files import StudyError
 from .networks import Chosen, Freezing, check_freezing, check_network
 from .inputs import Inputs, young
@@ -220,6 +221,7 @@ class Evaluation(Measurement):
     confidence: float = Field(0.95, gt=0.5, lt=1)
     bootstrap: int = Field(2000, ge=100, le=1_000_000)  # resamples
     contrasts: dict[str, dict[str, FiniteFloat]] = {}   # name -> loss -> weight
+    ablation_of: str | None = None   # data set that the study's others are compared with
 
 # %% ../nbs/01_params.ipynb #23a65ee4
 class DataSet(Section):
@@ -318,6 +320,7 @@ class Params(Section):
         check_names("losses", self.losses, self.study.losses)
         _check_losses(self.losses)
         check_contrasts(self.evaluation.contrasts, self.study.losses)
+        check_ablation(self.evaluation.ablation_of, self.study.datasets)
         for name in self.study.datasets:
             check_folds(name, self.datasets[name].data.split.folds, self.study.fold_numbers)
             _check_network(name, self.datasets[name])

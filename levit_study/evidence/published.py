@@ -10,6 +10,7 @@ import io
 import json
 from pathlib import Path
 import pandas as pd
+from .ablation import ablation_table
 from .answer import answer, differing_answer, shown_answers
 from .contrasts import contrast_table
 from .derived import derived_table, patient_values
@@ -50,6 +51,7 @@ def study_tables(
         "organs": organ_table(cases, *sure),
         "tests": paired_tests(cases, "dice", *sure, assumed),
         "contrasts": contrast_table(cases, params.evaluation.contrasts, "dice", *sure, assumed),
+        "ablation": ablation_table(params, cases),  # empty without evaluation.ablation_of
         "derived": derived_table(patient_values(cases), *sure),
         "reliability": reliability_table(results.reliability, sure[0]),
         "claims": ledger,
