@@ -132,14 +132,15 @@ def _add_train(commands):
     command.add_argument("loss")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--fold", default=".", help="fold0, fold1 …; default: the one split")
-    command.add_argument("--params", default="params.yaml")
+    command.add_argument("--params", help="file of settings; default: the project's params.yaml")
     _add_device(command, default=None)
     command.set_defaults(run=_train)
 
 def _train(a):
     from levit_study.training.launch import train
+    params = os.path.abspath(a.params) if a.params else "params.yaml"
     enter_project()
-    numbers = train(a.dataset, a.loss, a.seed, a.params, a.device, a.fold)
+    numbers = train(a.dataset, a.loss, a.seed, params, a.device, a.fold)
     if int(os.environ.get("RANK", 0)) == 0: print(json.dumps(numbers, indent=1))
 
 # %% ../nbs/72_commands.ipynb #e8bd732c

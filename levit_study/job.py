@@ -6,6 +6,7 @@
 __all__ = ['study_digest', 'Job']
 
 # %% ../nbs/70b_job.ipynb #e3c06d07
+import hashlib
 import os
 import shutil
 import signal
@@ -16,13 +17,16 @@ from pathlib import Path
 
 from .files import StudyError, digest_of_code, hash_file, held_alone, tied
 from .matrix import Cell
+from .pipeline import notebook_code, own_files
 
 # %% ../nbs/70b_job.ipynb #0d2c4470
 def study_digest(root=".") -> str:
-    "Identify `params.yaml` and the package's code; comments and messages do not count"
+    "Identify `params.yaml` and all code of the stages; comments and messages do not count"
     root = Path(root)
-    code = sorted((root / "levit_study").rglob("*.py"))
-    return f"{hash_file(root / 'params.yaml')[:16]}-{digest_of_code(*code)}"
+    code = digest_of_code(*sorted((root / "levit_study").rglob("*.py")), *own_files(root))
+    stages = [notebook_code(path) for path in sorted((root / "nbs/study").glob("*.ipynb"))]
+    stages = hashlib.sha256("\n".join(stages).encode()).hexdigest()
+    return f"{hash_file(root / 'params.yaml')[:16]}-{code}-{stages[:16]}"
 
 # %% ../nbs/70b_job.ipynb #d1e1d860
 _SHIELD = ["/bin/sh", "-c", 'trap "" TERM USR1 USR2; exec "$@"', "sh"]  # exec keeps these ignored
@@ -36,6 +40,7 @@ class Job:
     variables: dict = field(default_factory=dict)  # added to the environment
     log: str | None = None  # file for its output; None: where this process writes
     process: subprocess.Popen | None = field(default=None, init=False)
+    begun: int = field(default=0, init=False)       # bytes of the log before it was started
     asked: bool = field(default=False, init=False)  # to stop
     signalled: bool = field(default=False, init=False)  # the process, which is told only once
 
@@ -61,6 +66,7 @@ class Job:
         if self.log is None: return self._wait(settings)
         Path(self.log).parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as file:
+            self.begun = file.tell()
             return self._wait(settings | dict(stdout=file, stderr=subprocess.STDOUT))
 
     def _wait(self, settings: dict) -> int:
@@ -84,7 +90,9 @@ class Job:
     def _reason(self) -> str:
         "Return the last error line of the log, and where the log is"
         if self.log is None: return "its output is above"
-        lines = Path(self.log).read_text(errors="replace").splitlines()
+        with open(self.log, "rb") as file:
+            file.seek(self.begun)
+            lines = file.read().decode(errors="replace").splitlines()
         mark = "levit-study: error: "
         errors = [line.removeprefix(mark) for line in lines if line.startswith(mark)]
         return f"{errors[-1]}; see {self.log}" if errors else f"see {self.log}"

@@ -6,6 +6,7 @@
 __all__ = ['add_report', 'add_publish', 'add_verify']
 
 # %% ../nbs/70f_publish_command.ipynb #38c077ae
+import os
 from pathlib import Path
 from .files import StudyError, enter_project, written_whole
 
@@ -69,9 +70,11 @@ def add_verify(commands):
 
 def _verify(a):
     from levit_study.evidence.published import verify_page, verify_study
+    folders = [Path(folder).resolve() for folder in a.folders]
     enter_project()
+    folders = [Path(os.path.relpath(folder)) for folder in folders]
     published = Path("reports/studies").glob("*/runs")  # a plan without results has none
-    folders = a.folders or sorted(path.parent for path in published)
+    folders = folders or sorted(path.parent for path in published)
     wrong = 0
     for folder in folders:
         for name, problem in verify_study(folder).items():

@@ -85,6 +85,8 @@ def run_local(
         for done in as_completed(running):
             try: done.result()
             except StudyError as error: failed.append(str(error))
+            except Exception as error:  # of one job; the others go on
+                failed.append(f"{running[done].cell}: {type(error).__name__}: {error}")
             say(failed[-1] if done.exception() else f"{running[done].cell}: done")
     return failed
 

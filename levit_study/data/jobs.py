@@ -154,7 +154,7 @@ def _movable(groups, jobs, kind):
     places = {job.case.patient: place(job.case) for job in jobs}
     parts = defaultdict(set)
     for number, group in enumerate(groups):
-        for patient in group:
+        for patient in group & places.keys():
             parts[number, places[patient]].add(patient)
     return [part for part in parts.values() if len(part) > 1]
 

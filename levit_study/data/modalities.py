@@ -9,7 +9,7 @@ __all__ = ['channel_files', 'channel_numbers', 'pick_channels', 'check_form']
 import re
 from dataclasses import replace
 from ..files import StudyError
-from .folders import read_json, within
+from .folders import folder_levels, read_json, within
 
 # %% ../../nbs/12c_data.modalities.ipynb #e4b3a767
 def _number(key, path):
@@ -97,8 +97,14 @@ def check_form(
     folder,     # where the data set lies
     structures, # dict name -> label value
 ):
-    "Raise `StudyError` for regions and for pictures, where a dataset.json announces them"
-    path = within(folder, "dataset.json")
+    "Raise `StudyError` for regions and for pictures, where the highest dataset.json announces them"
+    for level in folder_levels(folder):
+        paths = [path for base in level if (path := within(base, "dataset.json")).is_file()]
+        for path in paths: _check_announced(path, structures)
+        if paths: return
+
+def _check_announced(path, structures):
+    "Raise `StudyError` if a dataset.json announces what cannot be read"
     about = read_json(path)
     if not isinstance(about, dict): return
     ending, labels = str(about.get("file_ending", ".nii.gz")).lower(), about.get("labels")

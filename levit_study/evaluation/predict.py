@@ -13,12 +13,12 @@ import sys
 import types
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 import numpy as np
 import torch
 from pydantic import ValidationError
-from ..files import StudyError, write_json, written_whole
+from ..files import StudyError, hash_file, write_json, written_whole
 from ..params import Data, as_line
 from ..data.nifti import no_orientation, read_nifti_pair, write_label_map
 from ..data.volumes import Volume, read_scan, scale_intensity
@@ -137,19 +137,26 @@ def _volumes_ml(labels, spacing, structures: dict) -> dict:
     return {name: float(count * millilitres) for name, count in voxels.items()}
 
 # %% ../../nbs/43_evaluation.predict.ipynb #87ec3e1d
-def _model(card: dict) -> dict:
+@cache
+def _digest(path, size, modified) -> str: return hash_file(path)
+
+def _model(network) -> dict:
     "What a result says of the network that made it"
+    card = network.card
     if "members" in card: return {"ensemble": card["members"]}
+    state = Path(network.weights).stat()
+    weights = {"weights": _digest(network.weights, state.st_size, state.st_mtime_ns)}
     fold = {"fold": card["fold"]} if card.get("fold") is not None else {}
     names = ("dataset", "loss", "seed", "variant", "synthetic")
-    network = {name: card[name] for name in ("network", "engine") if name in card}
-    return {key: card.get(key) for key in names} | network | fold
+    special = {name: card[name] for name in ("network", "engine") if name in card}
+    return {key: card.get(key) for key in names} | special | fold | weights
 
 # %% ../../nbs/43_evaluation.predict.ipynb #1fa9e1ad
 def _write(files: ScanFiles, labels, header, about: dict, maps: Maps | None = None):
     "Write a scan's maps, JSON file and label map; `StudyError` if one cannot be written"
     if maps is not None: maps.write(files, header)
     try:
+        files.labels.unlink(missing_ok=True)  # stopped here, an older one would pass for this
         write_json(files.side, about)
     except OSError as error:
         raise cannot_write(files.side, error) from None
@@ -181,7 +188,7 @@ def _segment(network, data: Data, files: ScanFiles, assume_axes=False, progress=
     about = {
         "labels": {"background": 0, **data.structures},
         "volumes_ml": volumes,
-        "model": _model(network.card),
+        "model": _model(network),
         "predicted": network.settings.record(),
         "notes": volume.notes,
         "use": _use,
@@ -198,7 +205,7 @@ def _kept_volumes(network, files: ScanFiles) -> dict:
         about = None
     about = about if isinstance(about, dict) else {}
     volumes, maker = about.get("volumes_ml"), (about.get("model"), about.get("predicted"))
-    if not isinstance(volumes, dict) or maker != (_model(network.card), network.settings.record()):
+    if not isinstance(volumes, dict) or maker != (_model(network), network.settings.record()):
         problem = f"{files.side.name} does not say that it comes from these weights"
         remedy = f"predicted with {network.settings}; --overwrite it, or move it away"
         raise StudyError(f"{files.labels}: kept, but {problem}, {remedy}")
@@ -212,7 +219,7 @@ def _read_kept(data: Data, files: ScanFiles):
         scan = volume.image[:, 0], volume.affine, header, []
         return volume, read_nifti_pair(files.scan, files.labels, scan)[1]
     image, labels, affine, notes = read_nifti_pair(files.scan, files.labels)
-    image = scale_intensity(image, data.intensity, data.window, files.scan)
+    image = scale_intensity(image, reading(data)["intensity"], data.window, files.scan)
     spacing = tuple(float(mm) for mm in np.linalg.norm(affine[:3, :3], axis=0))
     return Volume(image, None, spacing, affine, files.scan.name, notes), labels
 

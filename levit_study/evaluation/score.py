@@ -7,6 +7,7 @@ __all__ = ['Rules', 'parse_pairs', 'parse_structures', 'parse_label_map', 'label
            'mean_scores', 'write_scores', 'score_folders']
 
 # %% ../../nbs/44_evaluation.score.ipynb #4963541e
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,12 +156,15 @@ def write_scores(table: pd.DataFrame, path):
 def _rules(options, params: Params | None) -> Rules:
     "What the options of `levit-study score` ask for"
     option = "--reference-label-map"
+    if options.tolerance is not None and not 0 < options.tolerance < math.inf:
+        raise StudyError(f"--tolerance {options.tolerance:g}: give a distance above 0, in mm")
     numberings = parse_label_map(options.label_map), None
     numberings = numberings[0], parse_label_map(options.reference_label_map, option)
     if params is None:
         return Rules(parse_structures(options.structures), *numberings, options.tolerance)
     check_dataset(params, options.dataset)
-    tolerance = options.tolerance or pick_evaluation(params, options.dataset).surface_tolerance
+    usual = pick_evaluation(params, options.dataset).surface_tolerance
+    tolerance = usual if options.tolerance is None else options.tolerance
     return Rules(params.datasets[options.dataset].data.structures, *numberings, tolerance)
 
 # %% ../../nbs/44_evaluation.score.ipynb #e330af01

@@ -33,18 +33,22 @@ def share_weights(
     path,     # the copy to write, .safetensors
 ):
     """Copy weights in half precision, with the evaluation's card, if there is one, beside them;
-    `StudyError` if the weights cannot be read or a value leaves half precision's range"""
+    `StudyError` if the weights cannot be read, a value leaves half precision's range, or a card of
+    other weights lies where the copy's would"""
     from safetensors.torch import load_file, save_file
 
     card = read_card(weights) | {"precision": "half", "copy_of": hash_file(weights)}
     if Path(path).resolve() == Path(weights).resolve():
         raise StudyError(f"{path}: would replace the weights themselves; name another file")
+    evaluated, beside = is_evaluated(weights), card_file(path)
+    if evaluated and beside.exists() and not (Path(path).exists() and is_evaluated(path)):
+        raise StudyError(f"{path}: {beside} is there, of other weights; choose another folder")
     try: tensors = halved(load_file(weights))
     except OverflowError as error:
         raise StudyError(f"{weights}: {error} has values beyond half precision's 65,504") from None
     with written_whole(path) as partial:
         save_file(tensors, partial, metadata={"card": json.dumps(card)})
-    if is_evaluated(weights): _copy_card(weights, path)
+    if evaluated: _copy_card(weights, path)
 
 # %% ../../nbs/43a_evaluation.sharing.ipynb #16019c3e
 def _copy_card(weights, path):

@@ -116,6 +116,9 @@ def scan_files(scans: Scans, outputs: Outputs, maps=(), channels=None) -> list[S
         raise StudyError(f"{paths[-1]}: {len(paths)} files for weights that know {names}: "
                          "give a file for each, in this order, or one scan, or a folder")
     source, output = Path(paths[0]), Path(outputs.labels)
+    if len(paths) > 1 and source.is_dir():
+        raise StudyError(f"{source}: is a folder; give one folder alone, or a file for each "
+                         f"channel ({names})")
     for path in map(Path, paths[1:]):
         if not path.is_file(): raise StudyError(f"{path}: no such file")
     is_file, more = output.name.endswith((".nii", ".nii.gz")), (outputs.overlay is not None, maps)

@@ -28,7 +28,7 @@ def _about(params: Params, dataset: str, organs: pd.DataFrame) -> str:
     trainings = len(params.study.seeds) * len(params.study.folds)
     epochs = settings.training.epochs
     schedule = "" if (name := settings.training.schedule) == "constant" else f" ({name} schedule)"
-    words = [f"{first.patients:.0f} {_JUDGED[first.split]}", network_name(settings.model),
+    words = [f"{organs.patients.max():.0f} {_JUDGED[first.split]}", network_name(settings.model),
              f"{settings.data.size} × {settings.data.size} pixels",
              f"{epochs} epoch{'s' * (epochs > 1)}{schedule}",
              f"{trainings} training{'s' * (trainings > 1)} per loss"]

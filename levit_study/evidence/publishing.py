@@ -24,6 +24,17 @@ def _copy_run(source, target):
         if (source / name).exists(): shutil.copyfile(source / name, target / name)
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #90be9579
+def _cut_short(params, results) -> dict:
+    "Map each training with fewer epochs than its settings ask for to what is wrong"
+    epochs = results.epochs.groupby(["dataset", "loss", "seed", "fold"]).size()
+    short = {}
+    for run in runs_of(params):
+        key = run.dataset, run.loss, run.seed, run.fold or 0
+        if 0 < (number := epochs.get(key, 0)) < (wanted := run.training.epochs):
+            tail = run_tail(run.dataset, run.loss, run.seed, run.fold)
+            short[key] = f"{tail}: has {number} of {wanted} epochs; dvc repro goes on with it"
+    return short
+
 def _runs_by_project(params, projects) -> dict:
     "Map each training's path to the first runs that hold it whole; `StudyError` if none does"
     places, problems = {}, []
@@ -33,9 +44,11 @@ def _runs_by_project(params, projects) -> dict:
         except StudyError as error:
             problems.append(str(error))
             continue
-        problems += results.problems
+        short = _cut_short(params, results)
+        problems += [*results.problems, *short.values()]
         names = results.runs[["dataset", "loss", "seed", "fold"]]
-        for key in names.itertuples(index=False, name=None): places.setdefault(key, runs)
+        for key in names.itertuples(index=False, name=None):
+            if key not in short: places.setdefault(key, runs)
     wanted = {run_tail(run.dataset, run.loss, run.seed, run.fold):
               places.get((run.dataset, run.loss, run.seed, run.fold or 0))
               for run in runs_of(params)}
@@ -55,10 +68,10 @@ def _same_study(one, other) -> bool:
               for params in (one, other)]
     return trainings[0] == trainings[1] and judged[0] == judged[1]
 
-def _check_place(folder, params):
+def _check_place(folder, name, params):
     "`StudyError` if a study's folder holds records already, or the plan of another study"
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_]*", folder.name):
-        raise StudyError(f"{folder.name}: name a study in small letters, digits and underscores")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_]*", name):
+        raise StudyError(f"{name}: name a study in small letters, digits and underscores")
     if (folder / "runs").exists():
         raise StudyError(f"{folder}: holds records already; choose another name, or remove them")
     plan = folder / "params.yaml"
@@ -83,7 +96,7 @@ def publish_records(
     "Copy the records of the study's trainings; `StudyError` unless all are complete and fit"
     root = Path(root)
     params, folder = load_params(root / "params.yaml"), root / "reports/studies" / name
-    _check_place(folder, params)
+    _check_place(folder, name, params)
     _check_same(params, others)
     places = _runs_by_project(params, [root, *others])
     partial = folder.with_name(f".{name}.partial")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPREADS', 'CORRELATIONS', 'difference_error', 'false_winner', 'patients_needed', 'false_ranking',
-           'spread_and_correlation', 'printed_floor', 'printed_floors', 'published_tables', 'survival']
+           'spread_and_correlation', 'recorded_spread', 'printed_floor', 'printed_floors', 'published_tables',
+           'survival']
 
 # %% ../../nbs/53a_evidence.survival.ipynb #47b58eda
 import numpy as np
@@ -66,6 +67,14 @@ def spread_and_correlation(
         row |= {"correlation": others.corrwith(table[loss, seed]).mean()}
         rows.append(row)
     return pd.DataFrame(rows)
+
+def recorded_spread(
+    cases: pd.DataFrame, # of real data sets
+) -> tuple[float, float] | None:
+    "Return the least and the largest spread of mean Dice over patients; None without cases"
+    tables = [spread_and_correlation(part) for _, part in cases.groupby("dataset")]
+    spreads = [sd for table in tables for sd in table.sd.dropna()]
+    return (min(spreads), max(spreads)) if spreads else None
 
 # %% ../../nbs/53a_evidence.survival.ipynb #85aa7401
 def printed_floor(

@@ -313,8 +313,10 @@ def load_same_names(
              and len(state[name]) == model.num_classes]
     wrong = [name for name in shared if name not in fitted and name not in heads]
     counts = f"{len(fitted)} of the model's {len(state)} tensors have a counterpart"
-    if wrong or not fitted:
+    absent = [name for name in state if name not in tensors]
+    if wrong or absent or not fitted:
         example = f", {wrong[0]} has another shape" if wrong else ""
+        if absent and not wrong: example = f", {absent[0]} is not there"
         raise StudyError(f"{source}: is for another network: {counts} among its "
                          f"{len(tensors)}{example}; start from the same network and settings")
     model.load_state_dict(fitted, strict=False)

@@ -119,9 +119,9 @@ def _partition(r: Records):
     words = [f"`{split.kind}`" + (f", seed {split.seed}" if split.kind != "lists" else "")
              for split in splits]
     if r.params.study.fold_numbers != [None]:
-        chosen = "the epoch chosen on {:.0%} of the other patients"
-        words = [f"{split.folds} folds, seed {split.seed}, {chosen.format(split.nested)}"
-                 for split in splits]
+        def chosen(nested): return f"{nested:.0%} of the other patients" if nested else "its own"
+        words = [f"{split.folds} folds, seed {split.seed}, the epoch of each chosen on "
+                 f"{chosen(split.nested)}" for split in splits]
     return _reported(f"By {', '.join(dict.fromkeys(words))}; {_counts(r) or 'no cases yet'}; "
                      "rules in [splits](/library/14_data-splits)")
 

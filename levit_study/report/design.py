@@ -170,8 +170,8 @@ def rank_stability(
 
 
 _RANKING_BODY = (
-    "Losses ranked by mean Dice in 2,000 bootstrap draws of patients (the same for all losses) and"
-    " of each loss's trainings (with folds: of folds, the same for all losses, and of seeds in"
+    "Losses ranked by mean Dice in bootstrap draws of patients (the same for all losses) and of"
+    " each loss's trainings (with folds: of folds, the same for all losses, and of seeds in"
     " them); bars: in how many draws a loss holds the rank. With one training per loss only"
     " patients are drawn, and the ranking looks steadier than it is.")
 
@@ -230,23 +230,24 @@ def survival_curves(
     for ax in axes[-columns:]: ax.set_xlabel("Assumed SD of Dice between patients")
     handles = [Line2D([], [], color=color, ls=style, label=f"correlation {correlation:g}")
                for correlation, (color, style) in _LINES.items()]
-    if recorded: handles.append(Line2D([], [], color="#DDDDDD", lw=5, label="this study, ACDC"))
+    if recorded: handles.append(Line2D([], [], color="#DDDDDD", lw=5, label="this study"))
     if floors: handles.append(Line2D([], [], color="#D55E00", label="implied by Jaccard"))
     legend_below(figure, handles)
     title = "Would published rankings survive another sample of patients?"
     figure.suptitle(title, x=.006, ha="left")
     settle(figure)
     alt = f"{title} Curves. {_survival_in_words(tables)}"
-    return Picture(figure, title, f"{title} {_SURVIVAL_BODY}", alt)
+    grey = "Grey: the spread between patients in this study's trainings on real scans. "
+    body = _SURVIVAL_BODY.format(recorded=grey if recorded else "")
+    return Picture(figure, title, f"{title} {body}", alt)
 
 # %% ../../nbs/62d_report.design.ipynb #e47bef96
 _SURVIVAL_BODY = (
     "From means and number of patients alone; the spread between patients and the correlation of"
-    " two methods over them are assumed, as most tables print neither. Grey: the spread that this"
-    " study's trainings have on ACDC; orange: the least spread of whatever the paper averaged,"
-    " as implied by its own Dice and Jaccard (more than patients can differ: slices, perhaps)."
-    " Chance between trainings, one each in all these tables, comes on top. After Christodoulou"
-    " et al. (2025), arXiv 2505.04720.")
+    " two methods over them are assumed, as most tables print neither. {recorded}Orange: the least"
+    " spread of whatever the paper averaged, as implied by its own Dice and Jaccard (more than"
+    " patients can differ: slices, perhaps). Chance between trainings, one each in all these"
+    " tables, comes on top. After Christodoulou et al. (2025), arXiv 2505.04720.")
 
 def _survival_in_words(tables, sd=.05, correlation=.7):
     "Say for one assumption how probable it is that each first is not the best"

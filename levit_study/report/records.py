@@ -97,7 +97,8 @@ def read_records(
         about = read_json(path).get("parameters", {})
         if about.get("dataset") not in study.datasets or about.get("loss") not in study.losses:
             continue
-        if about.get("seed") in study.seeds: runs[path.parent] = read_json(path)
+        one = about.get("seed") in study.seeds and about.get("fold") in study.fold_numbers
+        if one: runs[path.parent] = read_json(path)
     manifests = {name: read_json(folder / "data" / name / "manifest.json")
                  for name in study.datasets}
     manifests = {name: manifest for name, manifest in manifests.items() if manifest}

@@ -159,14 +159,28 @@ def _results(organs, dataset, losses, about: About): # -> heading, rows (loss, c
     return _heading(rows, about.dataset(dataset)), shown
 
 # %% ../../nbs/63a_report.summary.ipynb #6c9d5407
+_CHOSEN = { # in folds, a share of the others chooses -> on whom
+    (True, True): "some of each fold's training patients",
+    (True, False): "the patients of the fold, which also judge",
+    (False, True): "some of the training patients",
+    (False, False): "the validation patients, as in the paper"}
+
+def _chosen_on(params: Params) -> str:
+    "On whom the epochs were chosen; the data sets' names where they differ"
+    in_folds = params.study.fold_numbers != [None]
+    names = {}
+    for name in params.study.datasets:
+        nested = bool(params.datasets[name].data.split.nested)
+        names.setdefault(_CHOSEN[in_folds, nested], []).append(params.datasets[name].title)
+    if len(names) == 1: return next(iter(names))
+    return "; ".join(f"{words} ({', '.join(titles)})" for words, titles in names.items())
+
 def _key(params: Params):
     "How to read the table of results"
-    study, in_folds = params.study, len(params.study.folds) > 1
+    study, in_folds = params.study, params.study.fold_numbers != [None]
     trainings = " and trainings" if len(study.seeds) * len(study.folds) > 1 else ""
-    chosen = ("some of each fold's training patients" if in_folds
-              else "the validation patients, as in the paper")
     judged = "" if in_folds else " of test patients where there are any;"
-    return (f"Means over structures and patients; the epoch was chosen on {chosen}."
+    return (f"Means over structures and patients; the epoch was chosen on {_chosen_on(params)}."
             " Bold: highest Dice. Surface Dice:"
             f" share of the outlines within the tolerance of the other's,{judged}"
             " a miss counts 0."

@@ -25,9 +25,12 @@ def _save_checkpoint(
     torch.save(state, buffer := io.BytesIO())
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:16]
     name = f"epoch{state['epoch']:04d}-step{state['step']:06d}-{digest}.pt"
-    with written_whole(Path(folder) / name) as path:
+    with written_whole(new := Path(folder) / name) as path:
         path.write_bytes(buffer.getbuffer())
-    for old in sorted(Path(folder).glob("epoch*.pt"))[:-keep]: old.unlink()
+    others = [path for path in Path(folder).glob("epoch*.pt") if path != new]
+    # by age: of a damaged one the name may say a later epoch
+    others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for old in others[keep - 1:]: old.unlink()
 
 # %% ../../nbs/30d_training.checkpoint.ipynb #b5b4ae55
 def load_checkpoint(folder: Path, say=print) -> dict | None:
