@@ -22,7 +22,8 @@ _RESEARCH = "For research use only, not for clinical decisions."
 def _number_or_text(text): return int(text) if text.lstrip("-").isdigit() else text
 
 def _add_device(command, default="auto"):
-    command.add_argument("--device", default=default, help="auto, cpu, cuda or mps")
+    devices = ["auto", "cpu", "cuda", "mps"]
+    command.add_argument("--device", default=default, choices=devices, help="where it runs")
 
 # %% ../nbs/72_commands.ipynb #2f53d4cd
 def _add_predict(commands):
@@ -197,14 +198,14 @@ def _choose(a):
 
 # %% ../nbs/72_commands.ipynb #5b4fce79
 def _add_plan(commands):
-    about = "say what difference a design can decide and what it costs, from recorded trainings"
+    about = "say what difference a design can establish, and its cost, from recorded trainings"
     command = commands.add_parser("plan", help=about, description=about)
     add, numbers = command.add_argument, dict(nargs="+", type=int, metavar="N")
     recorded = "; default: as recorded"
-    add("records", nargs="?", help="folder with trainings (reports/runs)")
+    add("records", nargs="?", help="folder with trainings, as a published study's (reports/runs)")
     add("--dataset", help="which one, where the folder holds several")
     add("--patients", **numbers, help=f"patients that judge, over all folds{recorded}")
-    add("--folds", **numbers, default=[1], help="number of folds; 1: one split")
+    add("--folds", **numbers, help=f"number of folds, 1 for one split{recorded}")
     add("--seeds", **numbers, help=f"trainings per loss and fold{recorded}")
     add("--losses", type=int, help=f"number of losses, compared in pairs{recorded}")
     add("--difference", type=float, help="Dice difference: its power, and designs that decide it")
@@ -283,8 +284,10 @@ def _add_code(commands):
     command.set_defaults(run=_code)
 
 def _code(a):
-    from levit_study.pipeline import write_code
+    from levit_study.params import load_params
+    from levit_study.pipeline import check_folders, write_code
     enter_project()
+    check_folders(load_params())
     write_code(a.output)
 
 def _add_plots_page(commands):

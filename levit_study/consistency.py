@@ -6,6 +6,8 @@
 __all__ = ['check_names', 'check_folds', 'check_contrasts', 'check_ablation']
 
 # %% ../nbs/00f_consistency.ipynb #4e60797a
+from difflib import get_close_matches
+
 def check_names(section: str, known, used):
     "Raise `ValueError` unless the names can stand in a path and those that are used are defined"
     for name in known:
@@ -14,7 +16,9 @@ def check_names(section: str, known, used):
             raise ValueError(f"{section}.{name}: a name may hold {allowed}")
     for name in used:
         if name not in known:
-            defined = f"which {section}: does not define (it has {', '.join(known)})"
+            near = get_close_matches(str(name), [*known], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            defined = f"which {section}: does not define (it has {', '.join(known)}){hint}"
             raise ValueError(f"study.{section} names '{name}', {defined}")
 
 # %% ../nbs/00f_consistency.ipynb #274eca12

@@ -8,6 +8,7 @@ __all__ = ['ONE_SPLIT', 'Section', 'fold_number', 'Study', 'Split', 'Phantom', '
 
 # %% ../nbs/01_params.ipynb #7ed2c0a3
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -354,7 +355,8 @@ def as_line(
     place=(),  # keys that lead to the section that was checked, if it was not the whole file
 ) -> str:
     "Return the first problem of a `ValidationError` as one line: file, key, value, what is allowed"
-    first = error.errors()[0]
+    # an unknown key first: where a key is misspelt, the right one is missing, too
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     loc = [str(part) for part in first["loc"] if part not in _NOT_KEYS]
     key = ".".join(part for part in loc if not part.startswith(("literal[", "dict[")))
     message, value = first["msg"].removeprefix("Value error, "), first["input"]
@@ -363,7 +365,9 @@ def as_line(
         known = _known_keys((*place, *first["loc"][:-1]))
         more = len(error.errors()) - 1
         also = f" (and {more} more)" if more else ""
-        message = f"unknown key; known here: {', '.join(known)}{also}"
+        near = get_close_matches(str(first["loc"][-1]), known, 1)
+        hint = f" did you mean {near[0]}?" if near else ""
+        message = f"unknown key;{hint} known here: {', '.join(known)}{also}"
     plain = isinstance(value, (str, int, float, bool, list, type(None)))
     shown = f"{key} = {value!r}: " if key and plain else f"{key}: " if key else ""
     return f"{path}: {shown}{message}"

@@ -75,14 +75,19 @@ def _verify(a):
     folders = [Path(os.path.relpath(folder)) for folder in folders]
     published = Path("reports/studies").glob("*/runs")  # a plan without results has none
     folders = folders or sorted(path.parent for path in published)
-    wrong = 0
+    right = wrong = 0
     for folder in folders:
-        for name, problem in verify_study(folder).items():
-            wrong += bool(problem)
-            print(f"{folder}/{name}: {problem or 'follows from the records'}")
+        outcome = verify_study(folder)
+        problems = {name: problem for name, problem in outcome.items() if problem}
+        for name, problem in problems.items(): print(f"{folder}/{name}: {problem}")
+        follow = len(outcome) - len(problems)
+        right, wrong = right + follow, wrong + len(problems)
+        print(f"{folder}: {follow} of {len(outcome)} files follow from the records")
     pages = [] if a.folders or not Path("README.md").exists() else ["README.md"]
     for page in pages:
         for folder, problem in verify_page(page).items():
-            wrong += bool(problem)
+            right, wrong = right + (not problem), wrong + bool(problem)
             print(f"{page}, answer of {folder}: {problem or 'is what the study says'}")
-    if wrong: raise StudyError(f"{wrong} files do not follow from their records; see above")
+    if wrong:
+        raise StudyError(f"{wrong} of {right + wrong} do not follow from their records; see above")
+    print(f"verified: all {right} follow from their records")

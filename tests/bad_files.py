@@ -495,7 +495,7 @@ def file_instead_of_folder(folder):
     folder.rmdir()
     folder.write_text("x")
 
-@kind("error", "no scans that are recognised: put there", "")
+@kind("error", "no scans in a layout known here: put there", "")
 def folder_of_something_else(folder): (folder/"holiday.jpg").write_bytes(b"x")
 
 @kind("error", "images but no label maps: put there", "")

@@ -205,7 +205,7 @@ def test_dicom_beside_a_data_set_does_not_matter(phantoms, tmp_path):
 
 def test_an_unreadable_or_endless_folder_ends_in_one_line(tmp_path):
     (tmp_path/"loop").symlink_to(tmp_path)
-    with pytest.raises(StudyError, match="no scans that are recognised"): find_cases(tmp_path)
+    with pytest.raises(StudyError, match="no scans in a layout known here"): find_cases(tmp_path)
 
 
 # --- real ACDC -----------------------------------------------------------------------------------------------------------------------------------------

@@ -333,7 +333,7 @@ _how_to_get = {
 def _refuse(folder, names):
     "Raise the `StudyError` for a folder without any data set in the layouts `names`"
     refuse_other_formats(folder)
-    state = "holds no scans that are recognised"
+    state = "holds no scans in a layout known here"
     if not folder.exists():
         state = "does not exist"
     elif not folder.is_dir():

@@ -45,7 +45,8 @@ def text_shape(shape):
     return " x ".join(map(str, shape)) or "a single number"
 
 _one_array = {2: "give one slice per file", 4: "give the channels on a fourth axis, or a file each",
-              3: "give one volume per file, or name the channels of its last axis in data.channels"}
+              3: "give one volume per file, of a series one time point; channels on its last axis "
+                 "are named in data.channels"}
 
 def check_shape(path, shape, dimensions=3):
     "Return `shape` without trailing ones; `StudyError` unless it has `dimensions` sensible axes"
@@ -54,7 +55,8 @@ def check_shape(path, shape, dimensions=3):
         shape = shape[:-1]
     if len(shape) != dimensions:
         what = f"{len(shape)}D array ({text_shape(shape)}) where {dimensions}D is expected"
-        raise StudyError(f"{path}: {what}: {_one_array[dimensions]}")
+        whole = "give the volume that it is a slice of" if len(shape) < 3 == dimensions else ""
+        raise StudyError(f"{path}: {what}: {whole or _one_array[dimensions]}")
     if min(shape) < 1 or np.prod(shape, dtype=float) > _max_voxels:
         size = f"shape {text_shape(shape)} is empty or beyond {_max_voxels:,} voxels"
         raise StudyError(f"{path}: {size}: check the file, or crop it")

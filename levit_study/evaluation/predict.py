@@ -116,9 +116,17 @@ def _check_engine(files, device):
         raise StudyError(f"engine openvino: predicts on the CPU, not on '{device}'; leave one out")
 
 # %% ../../nbs/43_evaluation.predict.ipynb #9f363f89
+def _few_values(image) -> int:
+    "Return how many different values an image has, counted to the end only where they are few"
+    part = np.unique(image.ravel()[::max(1, image.size // 100_000)])
+    return len(part) if len(part) > 16 else len(np.unique(image))
+
 def _read(scan, data: Data, assume_axes: bool, channels=()):
     "A scan as a `Volume`, and its header; `StudyError` if it does not say how the patient lies"
     volume, header = read_scan(scan, reading(data)["intensity"], data.window, channels)
+    if 1 < (values := _few_values(volume.image)) < 16:
+        problem = f"holds {values} different values alone, as a label map does"
+        raise StudyError(f"{scan}: {problem}; give the scan itself")
     shape, known = header.get_data_shape(), len(channels)
     if known and channels[0][1] is not None and shape[3] != known:
         names = ", ".join(data.channels)
@@ -323,6 +331,9 @@ def predict(
             written.append(each.labels)
         except Exception as problem:
             problems.append((_one_line(each.scan, problem), problem))
+    if progress and single and rows:
+        told = ", ".join(f"{name} {rows[0][name]:.1f} ml" for name in data.structures)
+        print(f"{told}; these and what made them in {files[0].side}", file=sys.stderr)
     _finish(outputs, rows, data.structures, problems, len(files))
     return written
 

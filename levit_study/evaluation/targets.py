@@ -106,6 +106,11 @@ def _scans_of_channels(paths, output, more, channels):
     return files
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #e60c40a3
+def _beside_its_scan(path) -> bool:
+    "Whether a file is a challenge's label map: NAME_gt beside NAME"
+    name, marked = re.subn(r"_gt(?=\.nii(\.gz)?$)", "", path.name, flags=re.IGNORECASE)
+    return bool(marked) and path.with_name(name).exists()
+
 def scan_files(scans: Scans, outputs: Outputs, maps=(), channels=None) -> list[ScanFiles]:
     """Pair each scan with its files; `channels`: names of those that the weights know
 
@@ -113,8 +118,8 @@ def scan_files(scans: Scans, outputs: Outputs, maps=(), channels=None) -> list[S
     paths = scans.path if isinstance(scans.path, list | tuple) else [scans.path]
     several, names = len(channels or ()) > 1, ", ".join(channels or ["one channel"])
     if len(paths) > 1 and len(paths) != len(channels or [""]):
-        raise StudyError(f"{paths[-1]}: {len(paths)} files for weights that know {names}: "
-                         "give a file for each, in this order, or one scan, or a folder")
+        problem = f"{len(paths)} files are one scan's channels, and the weights know {names}"
+        raise StudyError(f"{paths[-1]}: {problem}; for several scans give the folder they lie in")
     source, output = Path(paths[0]), Path(outputs.labels)
     if len(paths) > 1 and source.is_dir():
         raise StudyError(f"{source}: is a folder; give one folder alone, or a file for each "
@@ -130,7 +135,8 @@ def scan_files(scans: Scans, outputs: Outputs, maps=(), channels=None) -> list[S
         raise StudyError(f"{output}: {problem}; name it .nii.gz or .nii")
     if is_file: raise StudyError(f"{output}: {source} is a folder, so --output must be one, too")
     found = sorted(path for path in source.iterdir() if _is_nifti(path) and path.is_file())
-    if not found: raise StudyError(f"{source}: holds no .nii or .nii.gz file")
+    found = [path for path in found if not _beside_its_scan(path)]
+    if not found: raise StudyError(f"{source}: holds no .nii or .nii.gz file that is a scan")
     if several: return _scans_of_channels(found, output, more, channels)
     return [ScanFiles(path, output / _label_name(path), *more) for path in found]
 

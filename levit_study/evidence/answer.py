@@ -18,7 +18,7 @@ from ..settings import loss_name
 # %% ../../nbs/55a_evidence.answer.ipynb #71e5a154
 _JUDGED = {
     "valid": "validation patients, also used to choose the epoch, as in the paper",
-    "fold": "patients, each judged once by networks that never saw them (cross-validation)",
+    "fold": "patients in cross-validation, each judged by networks that were not trained on it",
     "test": "test patients, used for no choice",
 }
 
@@ -62,7 +62,7 @@ def _verdict(rows, confidence) -> str: # rows: of tests.csv
     if equal: text += f" Equal within {MARGIN} by their single intervals: {'; '.join(equal)}."
     if not (reach > MARGIN).any(): return text
     whose = "The intervals" if len(equal) + len(parts) == 0 else "The other intervals"
-    return f"{text} {whose}, each by itself, leave room for differences of up to {reach.max():.3f}."
+    return f"{text} {whose}, taken singly, do not exclude differences of up to {reach.max():.3f}."
 
 def _overall(table):
     "Return the rows of the mean of structures; of a single structure its own"
@@ -124,14 +124,14 @@ def _claims(claims: pd.DataFrame) -> str: # one data set's ledger
     open_ones = claims[~claims.claim.isin(decided.claim)].standing.str.split(":| with ").str[0]
     rest = [_counted(number, standing) for standing, number in open_ones.value_counts().items()]
     words = [_counted(counts.get(name, 0), name) for name in ("supported", "contradicted")]
-    text = f"Of the {len(claims)} claims tested here, {_listed(words + rest)}."
+    text = f"Of the {len(claims)} claims of the paper tested here, {_listed(words + rest)}."
     if len(claims) == 1:
         verdict = _STANDING.get(claims.verdict.iloc[0], claims.verdict.iloc[0])
-        text = f"The one claim tested here is {verdict}."
+        text = f"The one claim of the paper tested here is {verdict}."
     lines = [f"{row.verdict.capitalize()}: *{row.statement[0].lower()}{row.statement[1:]}* "
              f"({row.claim}: {_typeset(row.interval)})." for row in decided.itertuples()]
     if not lines: return text
-    note = "Intervals of one claim hold together; none is corrected across claims."
+    note = "The intervals of one claim are simultaneous; nothing is corrected across claims."
     if len(lines) == 1: return f"{text} {lines[0]} {note}"
     return "\n\n".join([text, "\n".join(f"- {line}" for line in lines), note])
 

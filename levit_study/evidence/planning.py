@@ -44,7 +44,8 @@ def read_trainings(
             table = read_table(path.with_name(name))
             gathered.append(table.drop(columns=list(names), errors="ignore").assign(**names))
     if not tables[0]:
-        remedy = "train with dvc repro, name another folder, or give --patient-sd and --seed-sd"
+        remedy = ("train with dvc repro, name a folder with trainings, as "
+                  "reports/studies/acdc_100_small, or give --patient-sd and --seed-sd")
         raise StudyError(f"{folder}: no training with a cases.csv; {remedy}")
     return tuple(pd.concat(each, ignore_index=True) if each else pd.DataFrame() for each in tables)
 
@@ -282,7 +283,7 @@ class Request(NamedTuple):
     records: str | None = None
     dataset: str | None = None
     patients: tuple | None = None    # numbers of patients that judge
-    folds: tuple = (1,)
+    folds: tuple | None = None
     seeds: tuple | None = None
     losses: int | None = None
     difference: float | None = None
@@ -306,7 +307,7 @@ def _check(request):
     for name in ("alpha", "power"):
         if not 0 < getattr(request, name) < 1:
             raise StudyError(f"--{name} {getattr(request, name):g}: give a share between 0 and 1")
-    for patients, folds in product(request.patients or (), request.folds):
+    for patients, folds in product(request.patients or (), request.folds or (1,)):
         if patients < 2 * folds:
             short = f"--patients {patients} in {folds} folds"
             raise StudyError(f"{short}: each fold needs two patients or more to judge")
@@ -328,7 +329,8 @@ def _settled(request):
     if request.patient_sd is not None and request.seed_sd is not None and request.records is None:
         given = Spreads(request.patient_sd, 2**.5 * request.seed_sd)
         if not request.patients: raise StudyError("without records: give --patients")
-        request = request._replace(seeds=request.seeds or (1,), losses=request.losses or 2)
+        request = request._replace(folds=request.folds or (1,), seeds=request.seeds or (1,),
+                                   losses=request.losses or 2)
         spreads = {"first - second": (given, given)}
         return request, spreads, recorded_cost(pd.DataFrame(), request.seconds, request.epochs), ""
     dataset, cases, epochs = _one_dataset(*read_trainings(request.records), request)
@@ -337,6 +339,7 @@ def _settled(request):
     trainings = cases[["loss", "seed", "fold"]].drop_duplicates().loss.value_counts().min()
     request = request._replace(
         patients=request.patients or (patients,),
+        folds=request.folds or (cases.fold.nunique(),),
         losses=request.losses or cases.loss.nunique(),
         seeds=request.seeds or (cases.seed.nunique(),))
     source = f"{request.records}, {dataset}: {patients} patients, {trainings} trainings per loss"
