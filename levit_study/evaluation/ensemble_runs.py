@@ -122,7 +122,9 @@ def evaluate_ensembles(
         each = _judge(group, store, splits, params, dataset, progress)
         tables.append([table.assign(ensemble=name) for table in each])
         digests = [hash_file(member.weights) for member in group]
-        about.append({"ensemble": name, "members": len(group), "weights": digests})
+        trainings = [[member.seed, member.fold] for member in group]
+        about.append({"ensemble": name, "members": len(group), "trainings": trainings,
+                      "weights": digests})
     if not tables: raise StudyError(f"{dataset} {loss}: {_NO_CASES}")
     cases, reliability = (_joined(each) for each in zip(*tables, strict=True))
     metrics = {"over": over, **mean_metrics(cases), "ensembles": about}

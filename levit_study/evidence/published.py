@@ -13,6 +13,7 @@ import pandas as pd
 from .ablation import ablation_table
 from .answer import answer, differing_answer, shown_answers
 from .contrasts import contrast_table
+from .ensembles import ensemble_table
 from .derived import derived_table, patient_values
 from .imbalance import imbalance_table, training_shares
 from .ranking import ranking
@@ -33,6 +34,7 @@ def study_tables(
     results: Results,
     data="data/paper", # what the paper and others published
     manifests="reports/data", # folder that holds <dataset>/manifest.json, where there are any
+    ensembles="reports/ensembles", # what `levit-study ensemble` wrote, if it was run
 ) -> dict[str, pd.DataFrame]:
     "Return every table of the report by its name, computed from the runs' records alone"
     sure = params.evaluation.confidence, params.evaluation.bootstrap
@@ -52,6 +54,7 @@ def study_tables(
         "tests": paired_tests(cases, "dice", *sure, assumed),
         "contrasts": contrast_table(cases, params.evaluation.contrasts, "dice", *sure, assumed),
         "ablation": ablation_table(params, cases),  # empty without evaluation.ablation_of
+        "ensembles": ensemble_table(cases, ensembles, *sure),
         "derived": derived_table(patient_values(cases), *sure),
         "reliability": reliability_table(results.reliability, sure[0]),
         "claims": ledger,
@@ -109,7 +112,8 @@ def verify_study(
 ) -> dict[str, str]: # file -> what does not follow from the records; empty where all does
     "Compute a published study's tables again from its records and compare them with its files"
     params, results = study_records(folder)
-    tables = study_tables(params, results, manifests=Path(folder, "data"))
+    tables = study_tables(params, results, manifests=Path(folder, "data"),
+                          ensembles=Path(folder, "ensembles"))
     outcome = {}
     for name, table in tables.items():
         path = Path(folder, f"{name}.csv")

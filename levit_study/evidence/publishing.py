@@ -9,6 +9,7 @@ __all__ = ['RECORDS', 'publish_records']
 import json
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 from .results import collect, runs_of
 from ..files import StudyError, run_tail
@@ -103,10 +104,11 @@ def publish_records(
     shutil.rmtree(partial, ignore_errors=True)
     for tail, place in places.items(): _copy_run(place / tail, partial / "runs" / tail)
     _copy_data(params, [root, *others], partial)
+    _copy_ensembles(params, [root, *others], partial)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "params.yaml").exists():
         shutil.copyfile(root / "params.yaml", folder / "params.yaml")
-    for part in ("data", "runs"):  # the runs last: they make a study of it
+    for part in ("data", "ensembles", "runs"):  # the runs last: they make a study of it
         if not (partial / part).exists(): continue
         shutil.rmtree(folder / part, ignore_errors=True)  # data of a publication cut short
         (partial / part).rename(folder / part)
@@ -114,6 +116,13 @@ def publish_records(
     return folder, _remarks(folder)
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #42d82876
+def _copy_ensembles(params, projects, partial):
+    "Copy the scores of ensembles, where the study's were judged; the first project's go first"
+    for dataset, loss in product(params.study.datasets, params.study.losses):
+        places = [Path(project, "reports/ensembles", dataset, loss) for project in projects]
+        source = next((place for place in places if (place / "metrics.json").exists()), None)
+        if source is not None: shutil.copytree(source, partial / "ensembles" / dataset / loss)
+
 def _copy_data(params, projects, partial):
     "Copy what the preparation recorded of each data set, and each one's split"
     for dataset in params.study.datasets:

@@ -23,6 +23,7 @@ TABLES = { # name -> origin
     "tests": Origin("cases.csv", "51_evidence.statistics"),
     "contrasts": Origin("cases.csv", "51d_evidence.contrasts"),
     "ablation": Origin("cases.csv", "51e_evidence.ablation"),
+    "ensembles": Origin("reports/ensembles", "51f_evidence.ensembles"),
     "imbalance": Origin("cases.csv, manifest.json", "54b_evidence.imbalance"),
     "transfer": Origin("cases.csv, manifest.json", "54c_evidence.transfer"),
     "derived": Origin("cases.csv", "51b_evidence.derived"),
