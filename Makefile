@@ -17,8 +17,8 @@ env: .venv/.ready .dvc/plots/page.html
 # uv from the machine if it is there, else in a small environment of its own.
 .venv/.ready: pins.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 env")'
-	@command -v uv >/dev/null || test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet uv==0.13.9; }
 	@echo "Installing the pinned environment into .venv: about 3 GB to download, 7 GB on disk (mostly PyTorch), then a minute to compile it"
+	@command -v uv >/dev/null || test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet uv==0.13.9; }
 	@set -e; uv=$$(command -v uv || echo .uv/bin/uv); \
 	test -x .venv/bin/python || $$uv venv --quiet --python "$$(command -v $(PYTHON))" .venv; \
 	test -t 2 && quiet= || quiet=--quiet; \
