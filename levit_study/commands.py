@@ -125,6 +125,26 @@ def _export_splits(a):
     enter_project()
     print(export_splits(load_params(), a.dataset, output, a.number))
 
+def _add_export_predictions(commands):
+    about = "write a training's label maps of validation and test cases as NIfTI, for other tools"
+    command = commands.add_parser("export-predictions", help=about)
+    command.add_argument("dataset")
+    command.add_argument("loss")
+    command.add_argument("output", help="folder to write into")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--fold", default=".", help="fold0, fold1 …; default: the one split")
+    command.set_defaults(run=_export_predictions)
+
+def _export_predictions(a):
+    from levit_study.evaluation.exchange import export_predictions
+    from levit_study.files import run_folders
+    from levit_study.params import fold_number, load_params, pick_run
+    output = os.path.abspath(a.output)
+    enter_project()
+    run = pick_run(load_params(), a.dataset, a.loss, a.seed, fold_number(a.fold))
+    models = run_folders(run.dataset, run.loss, run.seed, ".", run.fold)[1]
+    for path in export_predictions(models / "predictions.h5", run.data, output): print(path)
+
 # %% ../nbs/72_commands.ipynb #47f47547
 def _add_train(commands):
     about = "train one run of the study on its prepared data (what torchrun starts on several GPUs)"
@@ -312,7 +332,8 @@ class _Group:
 
 _GROUPS = {
     "use trained weights": (_add_predict, _add_export),
-    "compare with other methods": (_add_score, _add_export_splits),
+    "compare with other methods": (_add_score, _add_export_splits,
+                                   _add_export_predictions),
     "look at trainings": (_add_runs, _add_choose, _add_ensemble),
     "run many trainings": (add_submit,),
     "plan and publish": (_add_plan, add_publish, add_report, add_verify),

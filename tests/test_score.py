@@ -15,7 +15,6 @@ from levit_study.data.phantom import make_phantom
 from levit_study.data.prepare import prepare
 from levit_study.evaluation.card import write_card
 from levit_study.evaluation.evaluate import evaluate
-from levit_study.evaluation.exchange import export_predictions
 from levit_study.evaluation.inference import load_network
 from levit_study.evaluation.score import write_scores
 from levit_study.evidence.results import collect
@@ -89,7 +88,7 @@ def run(capsys, *arguments):
 def files(study):
     "The data set in nnU-Net's form, and the first run's label maps as files"
     assert main(["export-splits", "hearts", "nnUNet_raw"]) == 0
-    export_predictions("models/hearts/dice/seed0/predictions.h5", study.datasets["hearts"].data, "own")
+    assert main(["export-predictions", "hearts", "dice", "own"]) == 0
     shutil.copytree("nnUNet_raw/Dataset501_hearts/labelsTr", "references")   # follows the links
     shutil.copytree("nnUNet_raw/Dataset501_hearts/labelsTs", "references", dirs_exist_ok=True)
 

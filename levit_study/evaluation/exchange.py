@@ -189,16 +189,22 @@ def export_predictions(
     output,      # folder to write into
     root=".",
 ) -> list[Path]:
-    "Write a run's label maps as `<case>.nii.gz` in the study's values; nothing is replaced"
+    """Write a run's label maps as `<case>.nii.gz` in the study's values; `StudyError` before the
+    first if one exists already, a case's scan is gone, or the scans are not NIfTI"""
+    if not Path(predictions).exists():
+        raise StudyError(f"{predictions}: is not there; dvc repro evaluates the run and writes it")
     scans = Path(root, Path(data.folder).expanduser())
     listed = find_cases(scans, data.layout, data.patient, data.channels)
-    cases, written = {case.name: case for case in listed}, []
+    cases = {case.name: case for case in listed}
     with h5py.File(predictions) as file:
-        for name in file:
-            _check_nifti(scans, [cases[name]])
-            target = Path(output, f"{name}.nii.gz")
+        targets = {name: Path(output, f"{name}.nii.gz") for name in file}
+        for name, target in targets.items():
+            if name not in cases:
+                raise StudyError(f"{scans}: has no case {name}, of which {predictions} holds a "
+                                 "label map; put it back, or run dvc repro")
             if os.path.lexists(target):
-                raise StudyError(f"{target}: exists already; remove it first")
+                raise StudyError(f"{target}: exists already; name another folder")
+        _check_nifti(scans, [cases[name] for name in targets])
+        for name, target in targets.items():
             write_label_map(target, file[name][()], _first_channel(cases[name])[2])
-            written.append(target)
-    return written
+    return list(targets.values())
