@@ -52,3 +52,10 @@ def test_the_papers_table_is_kept_as_printed():
 def test_setup_names_the_papers_choice_and_this_studys():
     setup = pd.read_csv(PAPER / "setup.csv")
     assert list(setup.columns) == ["item", "paper", "this_study"] and setup.notna().all(axis=None)
+
+
+def test_the_docs_name_each_claim_as_the_code_does(root):
+    from levit_study.evidence.claims import CLAIMS
+    page = (root / "docs/01_read_the_report.md").read_text(encoding="utf-8")
+    assert [line for line in page.splitlines() if line.startswith("| C")][-1].startswith("| C15 | LeViT-UNet is a potent framework |")
+    for number, claim in CLAIMS.items(): assert f"| {number} | {claim.statement} |" in page
