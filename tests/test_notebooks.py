@@ -27,9 +27,10 @@ def words(cell):
     texts, drew = [], False
     for output in cell.get("outputs", ()):
         data = output.get("data", {})
-        if any(mime.startswith("image/") or mime == "text/html" for mime in data): drew = True
-        elif output["output_type"] == "stream": texts += output["text"] if output["name"] == "stdout" else ""
-        else: texts += [*data.get("text/plain", ""), "\n"]
+        pictured = any(mime.startswith("image/") for mime in data)
+        if pictured or "text/html" in data: drew = True
+        if output["output_type"] == "stream": texts += output["text"] if output["name"] == "stdout" else ""
+        elif not pictured: texts += [*data.get("text/markdown", data.get("text/plain", "")), "\n"]   # a table's numbers, too
     return PASSING.sub("…", "".join(texts)).strip(), drew
 
 
@@ -46,6 +47,7 @@ def execute(name):
     os.chdir(ROOT / "nbs")
     signal.signal(signal.SIGINT, signal.default_int_handler)   # as in a kernel, also where these tests run under nohup
     shell = CaptureShell(mpl_format="png")
+    shell.run("import pandas; pandas.set_option('display.max_columns', 20); del pandas")   # as in a kernel
     for cell in nbformat.read(ROOT / "nbs" / name, 4).cells:
         if skipped(cell): continue
         text, drew = words(cell)
@@ -70,6 +72,12 @@ def results():
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_shows_what_it_gives(results, name):
     assert results[name] == ""
+
+
+def test_a_table_is_compared_by_its_numbers():
+    def shown(value): return {"output_type": "execute_result", "data": {"text/html": "<table>", "text/plain": f"dice {value}"}}
+    (first, drew), (second, _) = (words({"outputs": [shown(value)]}) for value in (0.8, 0.1))
+    assert drew and not alike(first, second)
 
 
 def test_a_stale_output_is_noticed():

@@ -245,7 +245,7 @@ class Viewer {
     drawImage(context, image, size, state);
     const wanted = this.data.errors.map(([, color], k) => state.errors[k] ? color : null);
     if (loss && wanted.some(Boolean)) drawErrors(context, reference, this.plane(loss), size, wanted);
-    if (state.layer) drawOutlines(context, this.plane(state.layer), size, this.colors, line);
+    if (item.planes[state.layer]) drawOutlines(context, this.plane(state.layer), size, this.colors, line);
     if (loss && state.line) drawOutlines(context, reference, size, "#fff", Math.max(1, Math.floor(line / 2)));
     this.layers.forEach((layer, k) => {
       const small = this.thumbs[k].getContext("2d");

@@ -291,9 +291,11 @@ def kept_predictions(cases: pd.DataFrame, in_folds: bool, root) -> dict[str, Pat
 
 
 def segmented_cases(results: Results, dataset: str, split: str) -> pd.DataFrame:
-    "Return the rows of a split's cases whose label maps are here; those of other methods are not"
+    "Return the rows of a split's cases with label maps of every loss; other methods have none"
     cases = results.cases[(results.cases.dataset == dataset) & (results.cases.split == split)]
-    return cases[cases.loss.isin(results.runs.loss)]
+    cases = cases[cases.loss.isin(results.runs.loss)]
+    losses = cases.groupby("case").loss.transform("nunique")  # one may be left out of a fold
+    return cases[losses == cases.loss.nunique()]
 
 # %% ../../nbs/50_evidence.results.ipynb #b749e924
 def examples(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from ..evidence.tables import to_markdown
 from ..networks import network_name
-from ..params import Params
+from ..params import Params, pick_run
 from .checklists import checklist_text
 from .contents import Page
 from .pages import escaped
@@ -75,13 +75,14 @@ clinical decision; scans of other scanners, protocols or patients were not teste
 def _trained(r: Records, dataset, loss) -> str: # Markdown
     "What was trained, on what, from which start"
     settings = r.params.datasets[dataset]
-    t, data = settings.training, settings.data
+    run = pick_run(r.params, dataset, loss, r.params.study.seeds[0])
+    t, data = run.training, settings.data  # a loss may have terms of its own
     counts = _listed(f"{n} {split}" for split, n in patients_by_split(r, dataset).items())
     start = "random" if settings.model.pretrained is False else settings.model.pretrained
     return _facts([
         ("network", network_name(settings.model)),
-        ("loss", f"{loss_name(loss)}: {_in_words(r.params.losses[loss])}"),
-        ("data set", f"{settings.title}{' (synthetic)' if settings.synthetic else ''}"),
+        ("loss", f"{loss_name(loss)}: {_in_words(run.loss_settings)}"),
+        ("data set", escaped(settings.title) + " (synthetic)" * settings.synthetic),
         ("patients", counts),
         ("input", f"slices of {data.size} × {data.size} pixels, intensity {data.intensity}"),
         ("output", _listed(data.structures)),
@@ -145,9 +146,11 @@ def _shares(manifest) -> pd.DataFrame:
 
 # %% ../../nbs/63f_report.cards.ipynb #96ebcd07
 def _oddities(manifest):
-    lines = [*manifest.get("warnings", []), *manifest.get("left_out", []),
-             *manifest.get("skipped", [])]
-    return "\n".join(f"- {escaped(str(line))}" for line in lines) or "Nothing odd was noticed."
+    rows = [*manifest.get("warnings", []), *manifest.get("skipped", [])]
+    lines = [": ".join(filter(None, (row["case"], row.get("warning", row.get("reason")))))
+             for row in rows]
+    listed = [f"- {escaped(line)}" for line in dict.fromkeys(lines)]
+    return "\n".join(listed) or "Nothing odd was noticed."
 
 # %% ../../nbs/63f_report.cards.ipynb #2242ec5c
 def datasheet(r: Records, dataset: str) -> str: # Markdown

@@ -13,6 +13,7 @@ from ..evidence.results import special_trainings
 from ..evidence.tables import to_markdown
 from ..files import StudyError
 from ..networks import network_name
+from .pages import escaped
 from .records import Records, patients_by_split
 
 # %% ../../nbs/63e_report.checklists.ipynb #7a0a0f01
@@ -50,7 +51,7 @@ def _counts(r: Records): # Markdown
         if not counts: continue
         names = {"valid": "validation", "train": "training", "fold": "cross-validation"}
         listed = ", ".join(f"{number} {names.get(name, name)}" for name, number in counts.items())
-        parts.append(f"{r.params.datasets[dataset].title}: {listed} patients")
+        parts.append(f"{escaped(r.params.datasets[dataset].title)}: {listed} patients")
     return "; ".join(parts)
 
 # %% ../../nbs/63e_report.checklists.ipynb #f9ae11c3
@@ -166,6 +167,7 @@ def _training(r: Records):
         t = r.params.datasets[name].training
         words.append(f"{name}: {t.optimiser}, learning rate {t.learning_rate:g} ({t.schedule}), "
                      f"batch {t.batch_size}, {t.epochs} epochs, augmentation {t.augmentation}")
+    if special := special_trainings(r.params): words.append(f"but {'; '.join(special)}")
     return _reported(f"{'; '.join(words)}; everything in `params.yaml` and `run.json`")
 
 # %% ../../nbs/63e_report.checklists.ipynb #77df0ae7

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 from ..evaluation.metrics import with_worst_case
+from ..evidence.results import judging_splits
 from .look import About, DOUBLE, checked, study_style
 from .parts import bands, finished, label_rows, legend_below, loss_handles, number
 from .parts import pair_handles, per_training, print_right, row_height, shade_rows
@@ -202,7 +203,8 @@ def optimism_shift(
 # %% ../../nbs/62_report.differences.ipynb #7187d55d
 def _split_means(cases, metric): # -> loss, seed, perhaps fold, valid, test
     "Mean over structures of the mean over cases per training and split"
-    keys = ["loss", *per_training(cases), "split"]
+    keys, judging = ["loss", *per_training(cases), "split"], set(judging_splits(cases).values())
+    cases = cases[cases["split"].isin(judging | {"valid"})]  # with folds also test cases are there
     means = cases.groupby([*keys, "structure"], sort=False)[metric].mean()
     means = means.groupby(keys, sort=False).mean().unstack().rename(columns={"fold": "test"})
     return means.reindex(columns=["valid", "test"]).reset_index()

@@ -10,6 +10,7 @@ import base64
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from html import escape
 from pathlib import Path
 import pandas as pd
 from ..evidence.answer import effects_of
@@ -137,8 +138,7 @@ def _figure(study, stem):
     shown = next((each for each in words if each["file"].stem == stem), None)
     if shown is None or not shown["file"].exists(): return ""
     content = base64.b64encode(shown["file"].read_bytes()).decode()
-    alt, title = (each.replace('"', "&quot;") for each in (shown["alt"], shown["title"]))
-    made = shown.get("source", "")
+    alt, title, made = (escape(shown.get(each, "")) for each in ("alt", "title", "source"))
     caption = f"{title}. Made by {made}." if made else f"{title}."
     picture = f'<img alt="{alt}" src="data:image/png;base64,{content}">'
     return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
@@ -194,7 +194,7 @@ def _study_page(study) -> Page:
     "One published study as a page: answer, claims, figures, records"
     from nbformat.v4 import new_markdown_cell
     claims = study.table("claims")
-    text = [f"# {escaped(study.name)}: {study.params.study.title}", f"{_setting(study)}.",
+    text = [f"# {escaped(study.name)}: {escaped(study.params.study.title)}", f"{_setting(study)}.",
             study.answer(), _caveat(study)]
     cells = [new_markdown_cell("\n\n".join(text))]
     if len(claims):

@@ -16,6 +16,7 @@ from .parts import finished, legend_below, log_axis
 def dice_against_patients(
     table, # of `evidence.transfer.transfer_table`
     about=About(), # what the caption must say
+    confidence=.95, # of the table's intervals
 ): # -> Picture
     "Draw mean Dice against training patients: a panel per loss, a line per start"
     columns = ["task", "patients", "start", "loss", "dice", "dice_low", "dice_high", "gain"]
@@ -31,8 +32,8 @@ def dice_against_patients(
         axis.set(title=title, xlabel="Training patients (log)", ylim=(0, 1))
     axes[0].set_ylabel("Dice (0 to 1), mean over structures")
     legend_below(figure, [Line2D([], [], label=start, **look) for start, look in looks.items()])
-    body = ("Lines: mean over cases and trainings; bars: 95 % intervals over patients and trainings"
-            " unless the study says otherwise. Smaller sets are part of larger ones; the patients"
+    body = (f"Lines: mean over cases and trainings; bars: {100*confidence:g} % intervals over"
+            " patients and trainings. Smaller sets are part of larger ones; the patients"
             " that judge are the same throughout.")
     of_task = table.assign(dataset=table.task)
     title = "Dice against the number of training patients"
@@ -53,10 +54,12 @@ def _draw_starts(axis, part, looks):
 # %% ../../nbs/62f_report.transfer.ipynb #64de85a1
 def _in_words(table, about):
     "Say what each start gains over the random one with the fewest and with the most patients"
-    words = []
-    for (loss, start), part in table.dropna(subset=["gain"]).groupby(["loss", "start"], sort=False):
+    words, several = [], table.task.nunique() > 1
+    groups = table.dropna(subset=["gain"]).groupby(["task", "loss", "start"], sort=False)
+    for (task, loss, start), part in groups:
         part = part.sort_values("patients")
         ends = part.iloc[[0, -1]] if len(part) > 1 else part
         gains = ", ".join(f"{row.gain:+.2f} with {row.patients:.0f}" for row in ends.itertuples())
-        words.append(f"{about.name(loss)}, {start}: {gains}")
+        words.append(f"{about.dataset(task) + ', ' if several else ''}{about.name(loss)}, {start}: "
+                     f"{gains}")
     return f"Dice gained over the random start, by patients: {'; '.join(words) or 'none known'}."
