@@ -1,4 +1,6 @@
 """Every published number follows from its study's records."""
+import json
+import re
 import shutil
 
 import pandas as pd
@@ -6,6 +8,7 @@ import pytest
 
 from levit_study.commands import main
 from levit_study.evidence.published import verify_study
+from levit_study.evidence.results import judging_splits
 
 STUDIES = ["acdc_100_small", "acdc_100_two_by_two", "acdc_128", "acdc_128_controls", "acdc_128_rate", "acdc_224", "acdc_best", "acdc_model", "acdc_networks", "acdc_transfer", "phantom_imbalance"]
 
@@ -21,6 +24,17 @@ def test_all_studies_are_verified(root):
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_published_study_follows_from_its_records(root, name):
     assert {file: problem for file, problem in verify_study(root / "reports/studies" / name).items() if problem} == {}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_figures_without_cases_count_the_patients_that_judge(root, name):
+    organs = pd.read_csv(root / "reports/studies" / name / "organs.csv")
+    judged = organs[organs.split == organs.dataset.map(judging_splits(organs))]
+    patients = set(judged.groupby("dataset").patients.max().astype(int))
+    for path in (root / "reports/studies" / name / "figures").glob("*.json"):
+        if not path.name.startswith(("claims", "ranking")): continue
+        counted = set(map(int, re.findall(r"n = (\d+) patients", json.loads(path.read_text())["caption"])))
+        assert counted and counted <= patients, path.name
 
 
 def test_a_changed_number_is_named(root, tmp_path, capsys):
