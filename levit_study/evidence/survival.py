@@ -61,7 +61,7 @@ def spread_and_correlation(
     means = judged.groupby(keys)[value].mean().groupby(["loss", "seed", "patient"]).mean()
     table, rows = means.unstack(["loss", "seed"]), []
     for loss, seed in table:
-        others = table.drop(columns=loss, level="loss").xs(seed, axis=1, level="seed")
+        others = table.loc[:, [pair for pair in table if pair[0] != loss and pair[1] == seed]]
         row = {"loss": loss, "seed": seed, "mean": table[loss, seed].mean()}
         row |= {"sd": table[loss, seed].std()}
         row |= {"correlation": others.corrwith(table[loss, seed]).mean()}
