@@ -332,8 +332,8 @@ def predict(
         except Exception as problem:
             problems.append((_one_line(each.scan, problem), problem))
     if progress and single and rows:
-        told = ", ".join(f"{name} {rows[0][name]:.1f} ml" for name in data.structures)
-        print(f"{told}; these and what made them in {files[0].side}", file=sys.stderr)
+        in_words = ", ".join(f"{name} {rows[0][name]:.1f} ml" for name in data.structures)
+        print(f"{in_words}; these and what made them in {files[0].side}", file=sys.stderr)
     _finish(outputs, rows, data.structures, problems, len(files))
     return written
 

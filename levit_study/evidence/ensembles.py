@@ -52,6 +52,6 @@ def ensemble_table(
             trainings = {(seed, fold or 0) for seed, fold in about.get("trainings", ())}
             if not trainings or not trainings <= there: continue
             members = ours[[pair in trainings for pair in zip(ours.seed, ours.fold, strict=True)]]
-            found = _rows(about, table, members, (confidence, resamples))
-            rows += [(dataset, loss, *row) for row in found]
+            judged = _rows(about, table, members, (confidence, resamples))
+            rows += [(dataset, loss, *row) for row in judged]
     return pd.DataFrame(rows, columns=_COLUMNS)

@@ -33,7 +33,7 @@ def _cut_short(params, results) -> dict:
         key = run.dataset, run.loss, run.seed, run.fold or 0
         if 0 < (number := epochs.get(key, 0)) < (wanted := run.training.epochs):
             tail = run_tail(run.dataset, run.loss, run.seed, run.fold)
-            short[key] = f"{tail}: has {number} of {wanted} epochs; dvc repro goes on with it"
+            short[key] = f"{tail}: has {number} of {wanted} epochs; dvc repro resumes it"
     return short
 
 def _runs_by_project(params, projects) -> dict:
