@@ -89,5 +89,6 @@ def _verify(a):
             right, wrong = right + (not problem), wrong + bool(problem)
             print(f"{page}, answer of {folder}: {problem or 'is what the study says'}")
     if wrong:
-        raise StudyError(f"{wrong} of {right + wrong} do not follow from their records; see above")
-    print(f"verified: all {right} follow from their records")
+        problem = f"{wrong} of {right + wrong} files and answers do not follow from the records"
+        raise StudyError(f"{problem}; see above")
+    print(f"verified: all {right} files and answers follow from their records")

@@ -26,10 +26,8 @@ def first_line(problem):
 @contextmanager
 def one_problem(path):
     "Turn any exception that the reading of `path` raises into one `StudyError`"
-    try:
-        yield
-    except StudyError:
-        raise
+    try: yield
+    except StudyError: raise
     except MemoryError:
         remedy = "close other programs, or crop it"
         raise StudyError(f"{path}: does not fit into memory: {remedy}") from None
@@ -44,19 +42,18 @@ def text_shape(shape):
     "Return a shape as '512 x 512 x 147'"
     return " x ".join(map(str, shape)) or "a single number"
 
-_one_array = {2: "give one slice per file", 4: "give the channels on a fourth axis, or a file each",
-              3: "give one volume per file, of a series one time point; channels on its last axis "
-                 "are named in data.channels"}
+_one_array = {1: "give the volume that it is a slice of", 2: "give one slice per file",
+              4: "give the channels on a fourth axis, or a file each",
+              3: "give one volume per file (one time point of a series), or name data.channels"}
 
 def check_shape(path, shape, dimensions=3):
     "Return `shape` without trailing ones; `StudyError` unless it has `dimensions` sensible axes"
     shape = tuple(int(n) for n in shape)
-    while len(shape) > dimensions and shape[-1] == 1:
-        shape = shape[:-1]
+    while len(shape) > dimensions and shape[-1] == 1: shape = shape[:-1]
     if len(shape) != dimensions:
         what = f"{len(shape)}D array ({text_shape(shape)}) where {dimensions}D is expected"
-        whole = "give the volume that it is a slice of" if len(shape) < 3 == dimensions else ""
-        raise StudyError(f"{path}: {what}: {whole or _one_array[dimensions]}")
+        slice_alone = len(shape) < 3 == dimensions
+        raise StudyError(f"{path}: {what}: {_one_array[1 if slice_alone else dimensions]}")
     if min(shape) < 1 or np.prod(shape, dtype=float) > _max_voxels:
         size = f"shape {text_shape(shape)} is empty or beyond {_max_voxels:,} voxels"
         raise StudyError(f"{path}: {size}: check the file, or crop it")

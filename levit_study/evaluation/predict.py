@@ -125,7 +125,7 @@ def _read(scan, data: Data, assume_axes: bool, channels=()):
     "A scan as a `Volume`, and its header; `StudyError` if it does not say how the patient lies"
     volume, header = read_scan(scan, reading(data)["intensity"], data.window, channels)
     if 1 < (values := _few_values(volume.image)) < 16:
-        problem = f"holds {values} different values alone, as a label map does"
+        problem = f"holds only {values} different values, like a label map"
         raise StudyError(f"{scan}: {problem}; give the scan itself")
     shape, known = header.get_data_shape(), len(channels)
     if known and channels[0][1] is not None and shape[3] != known:
@@ -333,7 +333,7 @@ def predict(
             problems.append((_one_line(each.scan, problem), problem))
     if progress and single and rows:
         in_words = ", ".join(f"{name} {rows[0][name]:.1f} ml" for name in data.structures)
-        print(f"{in_words}; these and what made them in {files[0].side}", file=sys.stderr)
+        print(f"{in_words} (also in {files[0].side})", file=sys.stderr)
     _finish(outputs, rows, data.structures, problems, len(files))
     return written
 

@@ -7,46 +7,57 @@ __all__ = ['settings_that_differ', 'ablation_table']
 
 # %% ../../nbs/51e_evidence.ablation.ipynb #2cea2eae
 import pandas as pd
+from pydantic import BaseModel
 from .statistics import allowing_for_spread, by_structure, judged_parts
 from .statistics import paired_differences, pooled_spread, these_interval
 from .statistics import training_means
 from ..params import Params, pick_evaluation
 
 # %% ../../nbs/51e_evidence.ablation.ipynb #b6bd8e02
-def _flat(value, place="") -> dict: # path -> value
-    "Return nested settings as one level: 'training.augmentation.turn' -> 0.2"
-    if not isinstance(value, dict): return {place: value}
-    parts = (_flat(part, f"{place}.{key}" if place else key) for key, part in value.items())
-    return {key: part for each in parts for key, part in each.items()}
+def _values(section):
+    "Return a section of the settings as nested dictionaries, defaults included"
+    if not isinstance(section, BaseModel): return section
+    return {name: _values(getattr(section, name)) for name in type(section).model_fields}
 
 def _settings(params: Params, name: str) -> dict:
     "Return all that decides a data set's numbers; where its scans lie does not"
-    about = params.datasets[name]
-    data = about.data.model_dump(exclude={"folder", "shown_channel"})
-    evaluation = pick_evaluation(params, name).model_dump(exclude={"seed_sd"})
-    return _flat({"data": data, "model": about.model.model_dump(),
-                  "training": about.training.model_dump(), "evaluation": evaluation})
+    about, evaluation = params.datasets[name], _values(pick_evaluation(params, name))
+    data = _values(about.data)
+    for key in ("folder", "shown_channel"): del data[key]
+    del evaluation["seed_sd"]
+    model, training = _values(about.model), _values(about.training)
+    return {"data": data, "model": model, "training": training, "evaluation": evaluation}
+
+def _differing(here, there, place="") -> dict:
+    "Return the values that differ, by their path: 'training.augmentation.turn' -> (0.2, 0.1)"
+    if not (isinstance(here, dict) and isinstance(there, dict)):
+        return {} if here == there else {place: (here, there)}
+    keys, found = dict.fromkeys([*here, *there]), {}
+    for key in keys:
+        below = f"{place}.{key}".removeprefix(".")
+        found |= _differing(here.get(key), there.get(key), below)
+    return found
 
 def settings_that_differ(
     params: Params,
     name: str,      # data set
     reference: str, # data set that it is compared with
 ) -> dict[str, tuple]: # path -> (value, the reference's value)
-    "Return the settings in which two data sets differ, None where one of them has no such key"
-    here, there = _settings(params, name), _settings(params, reference)
-    keys = dict.fromkeys([*here, *there])
-    return {key: (here.get(key), there.get(key)) for key in keys if here.get(key) != there.get(key)}
+    "Return the settings in which two data sets differ"
+    return _differing(_settings(params, name), _settings(params, reference))
+
+def _in_words(differing: dict) -> str:
+    "Return settings that differ as one line: 'training.schedule constant, not cosine'"
+    def shown(value):
+        if isinstance(value, dict): return ", ".join(f"{k} {shown(v)}" for k, v in value.items())
+        return "none" if value is None else str(value)
+    return "; ".join(f"{key} {shown(here)}, not {shown(there)}"
+                     for key, (here, there) in differing.items())
 
 # %% ../../nbs/51e_evidence.ablation.ipynb #ced230a7
 _COLUMNS = ["reference", "dataset", "split", "protocol", "metric", "differs", "loss", "structure",
             "patients", "trainings", "mean", "reference_mean", "difference", "these_low",
             "these_high", "target", "low", "high", "method"]
-
-def _in_words(differing: dict) -> str:
-    "Return settings that differ as one line: 'training.schedule constant, not cosine'"
-    def shown(value): return "none" if value is None else str(value)
-    return "; ".join(f"{key} {shown(here)}, not {shown(there)}"
-                     for key, (here, there) in differing.items())
 
 def _row(rows_of, pair, sure, assumed):
     "Return the difference that a data set makes to the cases of one structure, or of all"
