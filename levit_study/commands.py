@@ -25,6 +25,13 @@ def _add_device(command, default="auto"):
     devices = ["auto", "cpu", "cuda", "mps"]
     command.add_argument("--device", default=default, choices=devices, help="where it runs")
 
+def _add_training(command):
+    "Add what names one training"
+    command.add_argument("dataset")
+    command.add_argument("loss")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--fold", default=".", help="fold0, fold1 …; default: the one split")
+
 # %% ../nbs/72_commands.ipynb #2f53d4cd
 def _add_predict(commands):
     about = "segment a NIfTI scan, or a folder of them, with trained weights"
@@ -128,11 +135,8 @@ def _export_splits(a):
 def _add_export_predictions(commands):
     about = "write a training's label maps of validation and test cases as NIfTI, for other tools"
     command = commands.add_parser("export-predictions", help=about)
-    command.add_argument("dataset")
-    command.add_argument("loss")
+    _add_training(command)
     command.add_argument("output", help="folder to write into")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--fold", default=".", help="fold0, fold1 …; default: the one split")
     command.set_defaults(run=_export_predictions)
 
 def _export_predictions(a):
@@ -149,10 +153,7 @@ def _export_predictions(a):
 def _add_train(commands):
     about = "train one run of the study on its prepared data (what torchrun starts on several GPUs)"
     command = commands.add_parser("train", help=about)
-    command.add_argument("dataset")
-    command.add_argument("loss")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--fold", default=".", help="fold0, fold1 …; default: the one split")
+    _add_training(command)
     command.add_argument("--params", help="file of settings; default: the project's params.yaml")
     _add_device(command, default=None)
     command.set_defaults(run=_train)
