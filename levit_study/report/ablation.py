@@ -39,8 +39,8 @@ def ablation_forest(
              ((2.4, "these trainings, other patients"), (.8, "other trainings, too"))]
     legend_below(figure, [*loss_handles(losses, about, ls="none"), *lines])
     body = (f"Marks: mean paired difference; lines: {100*confidence:g} % intervals, each by itself,"
-            " not corrected for the number of comparisons. The thin ones allow for the spread between"
-            " trainings, most of it assumed where a study has one seed.")
+            " not corrected for the number of comparisons. The thin ones allow for the spread"
+            " between trainings, most of it assumed where a study has one seed.")
     return finished(figure, "What settings contribute", body, _in_words(means, about), means, about)
 
 # %% ../../nbs/62i_report.ablation.ipynb #983f8fd9
