@@ -32,11 +32,11 @@ def _differing(here, there, place="") -> dict:
     "Return the values that differ, by their path: 'training.augmentation.turn' -> (0.2, 0.1)"
     if not (isinstance(here, dict) and isinstance(there, dict)):
         return {} if here == there else {place: (here, there)}
-    keys, found = dict.fromkeys([*here, *there]), {}
-    for key in keys:
+    differing = {}
+    for key in dict.fromkeys([*here, *there]):
         below = f"{place}.{key}".removeprefix(".")
-        found |= _differing(here.get(key), there.get(key), below)
-    return found
+        differing |= _differing(here.get(key), there.get(key), below)
+    return differing
 
 def settings_that_differ(
     params: Params,
