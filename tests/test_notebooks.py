@@ -3,6 +3,7 @@ import math
 import os
 import re
 import signal
+import tempfile
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -42,9 +43,15 @@ def alike(saved, fresh):
 
 
 def execute(name):
-    "Run one notebook in this process; return what is wrong, empty if nothing is"
-    from execnb.shell import CaptureShell
+    "Run one notebook in this process, its temporary files in a folder that goes with it; return what is wrong, empty if nothing is"
     os.chdir(ROOT / "nbs")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, patch.dict(os.environ, TMPDIR=folder), patch.object(tempfile, "tempdir", folder):
+        return first_difference(name)
+
+
+def first_difference(name):
+    "What the first cell that fails, or gives something else than it shows, says"
+    from execnb.shell import CaptureShell
     signal.signal(signal.SIGINT, signal.default_int_handler)   # as in a kernel, also where these tests run under nohup
     shell = CaptureShell(mpl_format="png")
     shell.run("import pandas; pandas.set_option('display.max_columns', 20); del pandas")   # as in a kernel
