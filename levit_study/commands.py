@@ -205,16 +205,17 @@ def _add_choose(commands):
     command.set_defaults(run=_choose)
 
 def _choose(a):
-    from levit_study.evidence.choice import choice_table, compare_predictions
+    from levit_study.evidence.choice import compare_predictions
+    from levit_study.evidence.choices import choice_table
     from levit_study.params import load_params
     enter_project()
     params = load_params()
     if a.dataset not in params.study.datasets:
         raise StudyError(f"params.yaml: study.datasets does not name '{a.dataset}'")
     scores = compare_predictions(params, a.dataset, a.losses)
-    table = choice_table(scores, params.evaluation.confidence, params.evaluation.bootstrap)
     with written_whole(f"reports/choices/{a.dataset}.csv") as partial:
-        table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+        scores.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+    table = choice_table(scores, params.evaluation.confidence, params.evaluation.bootstrap)
     print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
 # %% ../nbs/72_commands.ipynb #5b4fce79

@@ -26,7 +26,7 @@ TABLE = {
                    model.inference training.course evaluation.metrics evaluation.inference evaluation.card evaluation.calibration
                    evaluation.evaluate""",
     "report": """data.cases data.context data.dataset data.native training.course evaluation.metrics evaluation.calibration evaluation.elsewhere
-                 evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.reliability evidence.contrasts evidence.ablation evidence.ensembles evidence.claims
+                 evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.reliability evidence.contrasts evidence.ablation evidence.ensembles evidence.choices evidence.claims
                  evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.transfer
                  evidence.answer evidence.published
                  report.look report.parts report.provenance report.imbalance report.transfer report.contrasts report.ablation report.figures report.differences report.design report.behaviour

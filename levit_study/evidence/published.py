@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 from .ablation import ablation_table
 from .answer import answer, differing_answer, shown_answers
+from .choices import choices_table
 from .contrasts import contrast_table
 from .ensembles import ensemble_table
 from .derived import derived_table, patient_values
@@ -35,6 +36,7 @@ def study_tables(
     data="data/paper", # what the paper and others published
     manifests="reports/data", # folder that holds <dataset>/manifest.json, where there are any
     ensembles="reports/ensembles", # what `levit-study ensemble` wrote, if it was run
+    choices="reports/choices", # what `levit-study choose` wrote, if it was run
 ) -> dict[str, pd.DataFrame]:
     "Return every table of the report by its name, computed from the runs' records alone"
     sure = params.evaluation.confidence, params.evaluation.bootstrap
@@ -55,6 +57,7 @@ def study_tables(
         "contrasts": contrast_table(cases, params.evaluation.contrasts, "dice", *sure, assumed),
         "ablation": ablation_table(params, cases),  # empty without evaluation.ablation_of
         "ensembles": ensemble_table(cases, ensembles, *sure),
+        "choices": choices_table(cases, choices, *sure),
         "derived": derived_table(patient_values(cases), *sure),
         "reliability": reliability_table(results.reliability, sure[0]),
         "claims": ledger,
@@ -113,7 +116,7 @@ def verify_study(
     "Compute a published study's tables again from its records and compare them with its files"
     params, results = study_records(folder)
     tables = study_tables(params, results, manifests=Path(folder, "data"),
-                          ensembles=Path(folder, "ensembles"))
+                          ensembles=Path(folder, "ensembles"), choices=Path(folder, "choices"))
     outcome = {}
     for name, table in tables.items():
         path = Path(folder, f"{name}.csv")

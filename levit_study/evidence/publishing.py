@@ -105,10 +105,11 @@ def publish_records(
     for tail, place in places.items(): _copy_run(place / tail, partial / "runs" / tail)
     _copy_data(params, [root, *others], partial)
     _copy_ensembles(params, [root, *others], partial)
+    _copy_choices(params, [root, *others], partial)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "params.yaml").exists():
         shutil.copyfile(root / "params.yaml", folder / "params.yaml")
-    for part in ("data", "ensembles", "runs"):  # the runs last: they make a study of it
+    for part in ("choices", "data", "ensembles", "runs"):  # the runs last: they make a study of it
         if not (partial / part).exists(): continue
         shutil.rmtree(folder / part, ignore_errors=True)  # data of a publication cut short
         (partial / part).rename(folder / part)
@@ -122,6 +123,15 @@ def _copy_ensembles(params, projects, partial):
         places = [Path(project, "reports/ensembles", dataset, loss) for project in projects]
         source = next((place for place in places if (place / "metrics.json").exists()), None)
         if source is not None: shutil.copytree(source, partial / "ensembles" / dataset / loss)
+
+def _copy_choices(params, projects, partial):
+    "Copy the scores of ways to predict, where they were tried; the first project's go first"
+    for dataset in params.study.datasets:
+        places = [Path(project, "reports/choices", f"{dataset}.csv") for project in projects]
+        source = next((place for place in places if place.exists()), None)
+        if source is None: continue
+        (partial / "choices").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, partial / "choices" / source.name)
 
 def _copy_data(params, projects, partial):
     "Copy what the preparation recorded of each data set, and each one's split"

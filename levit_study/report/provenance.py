@@ -37,7 +37,7 @@ TABLES = { # name -> origin
     "epochs": Origin("epochs.csv", "50_evidence.results"),
     "calibration": Origin("metrics.json", "41c_evaluation.calibration"),
     "reliability": Origin("reliability.csv", "51c_evidence.reliability"),
-    "choices": Origin("reports/choices", "55_evidence.choice"),
+    "choices": Origin("reports/choices", "55b_evidence.choices"),
     "runs": Origin("run.json", "50_evidence.results")}
 
 # %% ../../nbs/60c_report.provenance.ipynb #2b55c7f6
