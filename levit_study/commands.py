@@ -226,7 +226,7 @@ def _add_plan(commands):
     recorded = "; default: as recorded"
     add("records", nargs="?", help="folder with trainings, as a published study's (reports/runs)")
     add("--dataset", help="which one, where the folder holds several")
-    add("--patients", **numbers, help=f"patients that judge, over all folds{recorded}")
+    add("--patients", **numbers, help=f"test patients, over all folds{recorded}")
     add("--folds", **numbers, help=f"number of folds, 1 for one split{recorded}")
     add("--seeds", **numbers, help=f"trainings per loss and fold{recorded}")
     add("--losses", type=int, help=f"number of losses, compared in pairs{recorded}")

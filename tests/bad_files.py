@@ -484,10 +484,10 @@ def npz_with_code_in_its_header(folder):
 # --- folders and lists ---------------------------------------------------------------------------------------------------------------------------------
 
 
-@kind("error", "does not exist: put there .*RawData/Training", "")
+@kind("error", "does not exist: put your scans there, as .*RawData/Training", "")
 def no_folder(folder): folder.rmdir()
 
-@kind("error", "is empty: put there", "")
+@kind("error", "is empty: put your scans there", "")
 def empty_folder(folder): pass
 
 @kind("error", "is not a folder", "")
@@ -495,10 +495,10 @@ def file_instead_of_folder(folder):
     folder.rmdir()
     folder.write_text("x")
 
-@kind("error", "no scans in a layout known here: put there", "")
+@kind("error", "no scans in a layout known here: put your scans there", "")
 def folder_of_something_else(folder): (folder/"holiday.jpg").write_bytes(b"x")
 
-@kind("error", "images but no label maps: put there", "")
+@kind("error", "images but no label maps: put your scans there", "")
 def images_without_any_label(folder):
     for path in (*ct(folder)[1].parent.iterdir(),): path.unlink()
 

@@ -24,7 +24,7 @@ def matching(folder, pattern):
         return {}
     except OSError as problem:
         raise StudyError(f"{folder}: cannot be listed ({problem.strerror}): "
-                         "mend its rights or links") from None
+                         "correct its permissions or links") from None
     matches = {name: re.fullmatch(pattern, name, re.IGNORECASE) for name in names}
     return {name: match for name, match in matches.items() if match}
 

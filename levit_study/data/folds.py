@@ -24,8 +24,8 @@ def deal_patients(
     "Deal patients out to folds; `StudyError` if there are more folds than patients"
     groups = {case.patient: (case.group or "") if stratify else "" for case in cases}
     if len(groups) < number:
-        raise StudyError(f"split.folds = {number}: there are {len(groups)} patients who do not "
-                         "test; take fewer folds")
+        raise StudyError(f"split.folds = {number}: there are {len(groups)} patients outside "
+                         "the test set; take fewer folds")
     patients = sorted(groups)
     np.random.default_rng(seed).shuffle(patients)
     patients.sort(key=groups.get)

@@ -341,7 +341,7 @@ def _refuse(folder, names):
     elif not matching(folder, r"[^.].*"):
         state = "is empty"
     hints = "; or ".join(_how_to_get[name] for name in names)
-    raise StudyError(f"{folder}: {state}: put there {hints}")
+    raise StudyError(f"{folder}: {state}: put your scans there, as {hints}")
 
 # %% ../../nbs/13_data.layouts.ipynb #e9df9cba
 def _search(folder, names):
@@ -388,9 +388,10 @@ def find_cases(
     name, cases = _search(folder, layouts if layout == "auto" else [layout])
     if not any(case.label for case in cases):
         raise StudyError(f"{folder}: {len(cases)} images but no label maps: "
-                         f"put there {_how_to_get[name]}")
+                         f"put your scans there, as {_how_to_get[name]}")
     if channels and name != "decathlon":
-        raise StudyError(f"data.channels: scans in the layout {name} have one: take it out")
+        raise StudyError(f"data.channels: scans in the layout {name} have a single channel: "
+                         "remove data.channels")
     doubled = [name for name, n in Counter(case.name for case in cases).items() if n > 1]
     if doubled:
         raise StudyError(f"{folder}: case {doubled[0]} exists twice: keep one")

@@ -82,4 +82,4 @@ def shipped_weights(
     files = sorted(studies.glob("*/model/*.safetensors"))
     if len(files) == 1: return files[0]
     names = ", ".join(str(file.relative_to(studies)) for file in files) or "none"
-    raise StudyError(f"{studies}: holds {names} as trained network: name one with --weights")
+    raise StudyError(f"{studies}: holds {names} as trained networks: choose one with --weights")

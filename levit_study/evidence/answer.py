@@ -18,7 +18,7 @@ from ..settings import loss_name
 # %% ../../nbs/55a_evidence.answer.ipynb #71e5a154
 _JUDGED = {
     "valid": "validation patients, also used to choose the epoch, as in the paper",
-    "fold": "patients in cross-validation, each judged by networks that were not trained on it",
+    "fold": "patients in cross-validation, each judged by networks that were not trained on them",
     "test": "test patients, used for no choice",
 }
 
@@ -75,7 +75,7 @@ def _differences(tests: pd.DataFrame, confidence=.95) -> str: # tests: one data 
     beside = rows[rows.second != rows.second.iloc[0]]
     if len(beside) > 1: beside = beside[:0]  # with many losses only those to the first
     rows = rows[rows.second == rows.second.iloc[0]]
-    parts = [f"{_interval(row)} with {loss_name(row['first'])}" for _, row in rows.iterrows()]
+    parts = [f"{_interval(row)} with {_named(row['first'])}" for _, row in rows.iterrows()]
     also = [f" {loss_name(row['first'])[0].upper()}{loss_name(row['first'])[1:]} − "
             f"{loss_name(row.second)}: {_interval(row)}." for _, row in beside.iterrows()]
     reference = _named(rows.second.iloc[0])
@@ -93,13 +93,13 @@ def _effects(contrasts: pd.DataFrame, confidence=.95) -> str: # contrasts: one d
     parts = [f"{row.contrast} {_interval(row)}" for row in rows.itertuples()]
     clear = rows[(rows.p_holm < 1 - confidence) & (rows.low * rows.high > 0)].contrast
     verdict = "none is established"
-    if len(clear): verdict = f"that of {_listed(list(clear))} is established"
-    if len(clear) > 1: verdict = f"those of {_listed(list(clear))} are established"
+    if len(clear): verdict = f"the {_listed(list(clear))} effect is established"
+    if len(clear) > 1: verdict = f"the {_listed(list(clear))} effects are established"
     return (f"{_EFFECTS} on mean Dice: {_listed(parts)}; after correction for"
             f" {len(rows)} effect{'s' * (len(rows) > 1)}, {verdict}.")
 
 # %% ../../nbs/55a_evidence.answer.ipynb #837edd73
-_STANDING = {"inconclusive": "undecided", "out of reach": "out of reach with so few trainings",
+_STANDING = {"inconclusive": "undecided", "out of reach": "out of reach of these trainings",
              "censored": "cut off by the end of training",
              "no verdict": "without a verdict"}
 

@@ -34,8 +34,8 @@ _FOCAL_FIRST = ((FOCAL, BASELINE), (FOCAL, TVERSKY))
 _TVERSKY_FIRST = ((TVERSKY, BASELINE), (TVERSKY, FOCAL))
 
 # %% ../../nbs/52_evidence.claims.ipynb #9d741375
-_WINDOW = "mean over the first third of the epochs; that window was fixed in November 2026, " \
-          "so only trainings begun later confirm it"
+_WINDOW = "mean over the first third of the epochs; that window was fixed on 27 November 2026, " \
+          "so only later trainings can confirm it"
 _SPEED = ("epochs_to_95", "area")
 MARGIN = .01  # of Dice: the step by which published methods are told apart
 

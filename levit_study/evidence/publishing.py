@@ -86,7 +86,7 @@ def _check_same(params, others):
         if not (path := Path(other, "params.yaml")).exists():
             raise StudyError(f"--from {other}: no copy of the project; it has no params.yaml")
         if not _same_study(load_params(path), params):
-            raise StudyError(f"{path}: is of another study than params.yaml here")
+            raise StudyError(f"{path}: belongs to a different study from params.yaml here")
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #112c658d
 def publish_records(

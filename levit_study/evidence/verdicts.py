@@ -148,7 +148,8 @@ def _trainings_note(trainings, folds, spread):
     number = "one training" if trainings == 1 else f"{trainings} trainings"
     if spread.freedom: return f"{number} per loss: the interval allows for {spread}"
     if trainings == 1:
-        return "one training per loss: the interval is over patients alone, another may differ"
+        return ("one training per loss: the interval is over patients alone, and another "
+                "training may differ")
     return f"{number} per loss"
 
 def _patients_note(pairs, intervals, spread, measure):
@@ -326,7 +327,7 @@ def _in_words(claim, evidence, verdict):
     intervals = evidence.intervals
     finite = intervals and np.isfinite([each.low for each in intervals]).all()
     if verdict == "inconclusive" and finite:
-        open_end = "reaches past the margin" if claim.margin else "includes no difference"
+        open_end = "reaches past the margin" if claim.margin else "includes zero"
         reason += f"; an interval {open_end}"
     means = ", ".join(f"{loss} {value:.{digits}f}" for loss, value in evidence.means.items())
     measure = claim.measure.replace("_", " ") + (f" ({claim.reading})" if claim.reading else "")

@@ -151,7 +151,7 @@ def sensitivity_specificity(
     quartiles = Line2D([], [], label="median and quartiles", **QUARTILES)
     legend_below(figure, [*loss_handles(losses, about, ls="none"), quartiles])
     body = ("Marks: median over cases (trainings averaged first); crosses: lower to upper quartile."
-            " Shares under one in ten million are drawn there.")
+            " Shares below one in ten million are drawn at one in ten million.")
     means = means_in_words(cases, ["sensitivity", "specificity"], about)
     title, alt = "Sensitivity against specificity per structure", f"Scatter plots. Means. {means}"
     return finished(figure, title, body, alt, cases, about)
@@ -225,12 +225,12 @@ def reliability(
     return finished(figure, title, _RELIABILITY, alt, bins, about)
 
 _RELIABILITY = (
-    "Pixels where prediction or reference is foreground. Lines: their accuracy in each bin of"
+    "Pixels where prediction or reference is foreground. Lines: accuracy in each bin of"
     " confidence, trainings pooled, with binomial 95 % intervals (Wilson; pixels taken as"
     " independent, so too narrow); bands: range of the trainings; grey bars: share of the pixels"
     " in the bin; bins of fewer than 100 pixels are not drawn. ECE: expected calibration error,"
-    " mean over trainings; signed: confidence less accuracy, above 0 too sure. Below the diagonal"
-    " a model is too sure of itself.")
+    " mean over trainings; signed: confidence less accuracy, above 0 overconfident. Below the"
+    " diagonal a model is overconfident.")
 
 # %% ../../nbs/62b_report.behaviour.ipynb #0c002e26
 def _calibration_errors(bins): # -> ece, signed by data set and loss

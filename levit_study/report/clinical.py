@@ -42,8 +42,8 @@ def bland_altman(
 _AGREEMENT = (
     "Points: one patient in one training, prediction less reference against their mean; line and"
     " number: mean difference (bias); band and numbers in brackets: bias ± 1.96 standard deviations"
-    " (limits of agreement). End-diastole and end-systole are the larger and the smaller left"
-    " ventricle of the reference, where names do not tell.")
+    " (limits of agreement). Where case names do not give the phase, end-diastole and end-systole"
+    " are the frames with the larger and the smaller left ventricle in the reference.")
 
 # %% ../../nbs/62c_report.clinical.ipynb #d0e6df85
 def _measures_of(values): # -> dict data set: names of measures

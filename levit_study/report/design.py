@@ -246,8 +246,9 @@ _SURVIVAL_BODY = (
     "From means and number of patients alone; the spread between patients and the correlation of"
     " two methods over them are assumed, as most tables print neither. {recorded}Orange: the least"
     " spread of whatever the paper averaged, as implied by its own Dice and Jaccard (more than"
-    " patients can differ: slices, perhaps). Chance between trainings, one each in all these"
-    " tables, comes on top. After Christodoulou et al. (2025), arXiv 2505.04720.")
+    " patients can differ: slices, perhaps). Chance differences between trainings, one per"
+    " method in all these tables, are not included and would add to it. After"
+    " Christodoulou et al. (2025), arXiv 2505.04720.")
 
 def _survival_in_words(tables, sd=.05, correlation=.7):
     "Say for one assumption how probable it is that each first is not the best"

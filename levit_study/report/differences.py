@@ -126,10 +126,10 @@ def convention_shift(
     return finished(figure, title, _CONVENTIONS, f"Paired dots. {alt}", cases, about)
 
 _CONVENTIONS = (
-    "Filled marks: this study's convention (an empty structure on one side: Dice 0, HD95 the"
-    " diagonal, or left out where records lack it; distances in the stated unit); hollow: that of"
-    " published tables (a structure predicted but absent: Dice 1, HD95 0; missed or absent in"
-    " both: 0 and 0; spacing ignored)."
+    "Filled marks: this study's convention (a structure in only one of the two maps: Dice 0, HD95"
+    " the diagonal, or left out where records lack it; distances in the stated unit); hollow: that"
+    " of published tables (predicted but absent from the reference: Dice 1, HD95 0; missed or"
+    " absent in both: 0 and 0; spacing ignored)."
     " Means over cases and trainings.")
 
 # %% ../../nbs/62_report.differences.ipynb #19c1948f

@@ -126,8 +126,9 @@ def fig2(
             Line2D([], [], color="#555555", ls=(0, (3, 1.5)), label="validation loss")]
     legend_below(figure, [*grey, *loss_handles(losses, about)])
     body = ("Lines: mean over trainings; bands: smallest to largest. Each loss has its own scale."
-            " At the foot of the shared axis, a row per loss: the best epoch of the mean validation"
-            f" Dice, dots: of each training.{_early_in_words(epochs)}")
+            " At the foot of the shared axis, one row per loss: the best epoch of the mean"
+            " validation Dice, and as dots the best epoch of each training."
+            f"{_early_in_words(epochs)}")
     alt = f"Line charts. {_course_in_words(epochs, about)}"
     return finished(figure, "Training and validation over the epochs", body, alt, epochs, about)
 

@@ -85,8 +85,8 @@ def _titled(title, table, about):
 # %% ../../nbs/60a_report.parts.ipynb #4add6314
 _PROTOCOLS = {
     "paper": "paper (best epoch chosen and reported on the validation cases)",
-    "cross-validated": "cross-validated (each patient judged by the networks of its own fold, which"
-        " never saw it)",
+    "cross-validated": "cross-validated (each patient judged by networks that were not "
+        "trained on that patient)",
     "held-out": "held-out (best epoch chosen on the validation cases, reported on the test cases)",
     "last": "last epoch, nothing chosen"}
 

@@ -105,7 +105,7 @@ def _effort(params: Params, about: About):
     trainings = _count(prod(sizes), "training")
     text = Markup("Data: {}. {}: {}.").format(_listed(data), trainings, " × ".join(parts))
     for terms in special_trainings(params):
-        text += f" Trained on terms of its own: {terms}."
+        text += f" Trained with its own settings: {terms}."
     return text
 
 # %% ../../nbs/63a_report.summary.ipynb #251905de
@@ -162,7 +162,7 @@ def _results(organs, dataset, losses, about: About): # -> heading, rows (loss, c
 # %% ../../nbs/63a_report.summary.ipynb #6c9d5407
 _CHOSEN = { # in folds, a share of the others chooses -> on whom
     (True, True): "some of each fold's training patients",
-    (True, False): "the patients of the fold, which also judge",
+    (True, False): "the patients of the fold, on whom the losses are also evaluated",
     (False, True): "some of the training patients",
     (False, False): "the validation patients, as in the paper"}
 
@@ -245,7 +245,7 @@ def _tally(claims, synthetic):
 # %% ../../nbs/63a_report.summary.ipynb #6959f730
 def _left_out(untouched):
     "One line for the claims that the study's losses cannot test"
-    if untouched: yield f"Not touched by these losses: {_listed(untouched)} of the paper's claims."
+    if untouched: yield f"Not tested with these losses: {_listed(untouched)} of the paper's claims."
 
 # %% ../../nbs/63a_report.summary.ipynb #d077cff4
 def _without_verdict(number, report, has_report):
@@ -263,7 +263,7 @@ def _points(organs, claims, params: Params, about: About): # organs, claims: tab
     points = list(_tally(claims, about.synthetic)) if claims is not None else []
     number = len(params.study.seeds) * len(params.study.folds)
     points.append(
-        f"{number} trainings per loss: the intervals hold the chance of training, too."
+        f"{number} trainings per loss: the intervals include the variation between trainings, too."
         if number > 1
         else Markup("<b>One training per loss</b>: how far two trainings differ by chance is not"
                     " known. Verdicts assume it, or stay open."))
