@@ -24,7 +24,7 @@ from pathlib import Path
 
 # %% ../nbs/00_files.ipynb #621f02ba
 class StudyError(ValueError):
-    "A problem that the user can mend, in one line: the file or key, the value and the remedy"
+    "A problem that the user can correct, in one line: the file or key, the value and the remedy"
 
 # %% ../nbs/00_files.ipynb #e16716d2
 @contextmanager

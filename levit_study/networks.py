@@ -106,7 +106,7 @@ def start_file(
     if path.is_dir(): path = path / "best.safetensors"
     if not path.is_file():
         raise StudyError(f"{path}: no such weight file; train what it comes from first, "
-                         "or mend model.pretrained")
+                         "or correct model.pretrained")
     return path
 
 # %% ../nbs/00e_networks.ipynb #e366c33b

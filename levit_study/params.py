@@ -39,7 +39,7 @@ def fold_number(
     if fold is None or isinstance(fold, int) or fold == ONE_SPLIT:
         return None if fold == ONE_SPLIT else fold
     if not re.fullmatch("fold(0|[1-9][0-9]*)", fold):
-        raise StudyError(f"'{fold}' is no fold: [fold0, fold1, fold2] names three, "
+        raise StudyError(f"'{fold}' is not a fold: [fold0, fold1, fold2] names three, "
                          f"[{ONE_SPLIT}] is one split")
     return int(fold.removeprefix("fold"))
 

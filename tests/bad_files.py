@@ -543,7 +543,7 @@ def volume_in_two_lists(folder):
     ssl(folder)
     (folder/"test.list").write_text("patient002_frame01\n")
 
-@kind("error", "is no file name", "val.list")
+@kind("error", "is not a file name", "val.list")
 def list_that_points_elsewhere(folder):
     ssl(folder)
     (folder/"val.list").write_text("../../etc/passwd\n")

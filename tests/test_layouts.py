@@ -158,8 +158,8 @@ def test_info_in_any_encoding(tmp_path, encoding):
 @pytest.mark.parametrize("content, message", [
     (b"\x1f\x8b\x08\x00\xff\xfe\x00\x00", "not text in UTF-8 or UTF-16: save it as UTF-8"),
     ("case0005_slice000\nété\u00a0x\n".encode("latin-1"), "not text in UTF-8 or UTF-16"),
-    (b"case0005_slice000,case0005_slice001\n", "'case0005_slice000,case0005_slice001' is no file name"),
-    (b"PK\x03\x04\x00\x00", "is no file name"),
+    (b"case0005_slice000,case0005_slice001\n", "'case0005_slice000,case0005_slice001' is not a file name"),
+    (b"PK\x03\x04\x00\x00", "is not a file name"),
 ])
 def test_a_list_that_is_none_is_named(tmp_path, content, message):
     names_only(tmp_path, "train_npz/case0005_slice000.npz")

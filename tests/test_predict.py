@@ -126,8 +126,8 @@ def test_older_weights_carry_their_settings_in_the_header(place, capsys):
 
 @pytest.mark.parametrize("content, message", [
     ("{", "card.json: cannot be read"),
-    ("[1]", "card.json: is no card of an evaluation"),
-    ('{"weights": null}', "card.json: is no card of an evaluation"),
+    ("[1]", "card.json: is not a card of an evaluation"),
+    ('{"weights": null}', "card.json: is not a card of an evaluation"),
 ])
 def test_a_damaged_card_is_named(place, capsys, content, message):
     open("card.json", "w").write(content)
@@ -402,7 +402,7 @@ def test_openvino_is_checked_against_the_network_and_kept(place, capsys, monkeyp
     monkeypatch.setattr(room, "LEAST_AGREEMENT", 1.1)   # more than any network reaches
     assert "110% are asked; leave the engine out" in in_int8(capsys)[1]
     kept.write_text("a user's own")
-    assert "is no engine" in in_int8(capsys)[1] and kept.read_text() == "a user's own"
+    assert "is not an engine" in in_int8(capsys)[1] and kept.read_text() == "a user's own"
 
 
 def test_the_network_that_comes_with_the_project_segments_a_heart_it_never_saw(tmp_path, monkeypatch, root):

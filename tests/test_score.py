@@ -163,9 +163,9 @@ def test_a_method_from_elsewhere_stands_beside_the_losses(files, study, capsys):
     (["--as", "a/../b", "--dataset", "hearts"], "a name may hold letters"),
     (["--as", "nnunet", "--structures", "a=1"], "--as needs --dataset"),
     (["--dataset", "tyop"], "datasets has no 'tyop'"),
-    (["--structures", "a"], "--structures a: is no pair"),
+    (["--structures", "a"], "--structures a: is not a pair"),
     (["--dataset", "hearts", "--label-map", "btcv14"], "label_map: 'btcv14' is unknown"),
-    (["--dataset", "hearts", "--label-map", "1=liver"], "1 leads to 'liver', which is no structure"),
+    (["--dataset", "hearts", "--label-map", "1=liver"], "1 leads to 'liver', which is not a structure"),
     (["--dataset", "hearts", "--output", "params.yaml/x.csv"], "params.yaml/x.csv: cannot be written"),
 ])
 def test_bad_options_are_one_line(files, capsys, options, message):

@@ -38,7 +38,7 @@ def _read_channel(path, place, scans):
     if place is not None and place >= array.shape[1]:
         there = f"holds {array.shape[1]} channels on its fourth axis"
         raise StudyError(f"{path}: {there}, but number {place} (from 0) is requested: "
-                         "mend data.channels, or add the channel")
+                         "correct data.channels, or add the channel")
     return array if place is None else array[:, place], affine, header, notes
 
 # %% ../../nbs/10a_data.channels.ipynb #56f707a0

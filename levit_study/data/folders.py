@@ -75,7 +75,7 @@ def read_list(path):
     lines = [line.strip() for line in read_text(path).splitlines()]
     for line in lines:
         if line and not re.fullmatch(r"[\w.-]+", line):
-            raise StudyError(f"{path}: entry {line[:60]!r} is no file name: "
+            raise StudyError(f"{path}: entry {line[:60]!r} is not a file name: "
                              "list names, one a line, without folders")
     return [entry_of(line) for line in lines if line]
 

@@ -52,11 +52,11 @@ def label_table(
         value = (structures or {}).get(value, value)
         if value not in allowed | {0}:
             remedy = f"use 0 or {', '.join(map(str, sorted(allowed)[:20]))}"
-            what = f"{raw} leads to {value!r}, which is no structure"
+            what = f"{raw} leads to {value!r}, which is not a structure"
             raise StudyError(f"label_map: {what}: {remedy}")
         if not str(raw).isdigit() or int(raw) >= 2**16:
             remedy = "use whole numbers from 0 to 65535"
-            raise StudyError(f"label_map: {raw!r} is no label value: {remedy}")
+            raise StudyError(f"label_map: {raw!r} is not a label value: {remedy}")
         table[int(raw)] = value
     return table
 
@@ -153,7 +153,7 @@ def check_anatomy(
     "Raise `StudyError` if the structures are not where anatomy has them: right, front and top"
     problem = _contradiction(_centres(label, structures), label.shape)
     if problem:
-        remedy = ("set data.label_map to the file's numbering, or mend the header's affine "
+        remedy = ("set data.label_map to the file's numbering, or correct the header's affine "
                   "(in files without one: set data.orientation)")
         raise StudyError(f"{where}: {problem} scan or label map, or another numbering): {remedy}")
 

@@ -272,7 +272,7 @@ def _first_fold(folder):
                 for name in folds[0][key]}
     except (KeyError, IndexError, TypeError):
         raise StudyError(f"{path}: no list of folds with 'train' and 'val': "
-                         "mend or remove it") from None
+                         "correct or remove it") from None
 
 # %% ../../nbs/13_data.layouts.ipynb #d898dc1e
 def _decathlon_part(folder, part, splits):
@@ -367,7 +367,7 @@ def _by_patient(cases, pattern):
     strange = [case.name for case in cases if not case.problem and not matches[case.name]]
     if strange:
         raise StudyError(f"data.patient = {pattern!r}: does not match the case {strange[0]} "
-                         f"({len(strange)} of {len(cases)} cases): mend the pattern")
+                         f"({len(strange)} of {len(cases)} cases): correct the pattern")
     return [replace(case, patient=matches[case.name][1]) if matches[case.name] else case
             for case in cases]
 

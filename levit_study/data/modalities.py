@@ -38,7 +38,7 @@ def channel_numbers(folder, names):
     if absent:
         there = ", ".join(map(str, listed.values()))
         problem = f"has no channel '{absent[0]}' (it has {there})"
-        raise StudyError(f"{path}: {problem}: mend data.channels")
+        raise StudyError(f"{path}: {problem}: correct data.channels")
     texts = [str(text).lower() for text in listed.values()]
     doubled = [name for name in names if texts.count(name.lower()) > 1]
     if doubled or not all(known[name.lower()].isdigit() for name in names):

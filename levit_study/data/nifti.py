@@ -161,7 +161,7 @@ def _check_affine(path, affine):
     lengths = _lengths(affine)
     if not np.isfinite(affine).all() or not _plausible(lengths):
         size = " x ".join(f"{n:.4g}" for n in lengths)
-        remedy = "mend the header's affine and units"
+        remedy = "correct the header's affine and units"
         raise StudyError(f"{path}: voxel size {size} mm is not plausible: {remedy}")
     if _shear(affine) > 0.01:
         angle = np.degrees(np.arcsin(min(_shear(affine), 1)))
@@ -324,7 +324,7 @@ def _check_grids(label_path, image_path, shapes, affines):
     apart, voxel = np.abs(places[0] - places[1]).max(), _lengths(affines[0])
     if apart > 2*voxel.max():
         where = f"lies up to {apart:.0f} mm beside the image's grid ({image_path})"
-        raise StudyError(f"{label_path}: {where}: mend the affine, or resample the label map")
+        raise StudyError(f"{label_path}: {where}: correct the affine, or resample the label map")
     if apart > 0.1*voxel.min():
         return [f"the label map's affine is off the image's by {apart:.2g} mm: the image's is used"]
     return []

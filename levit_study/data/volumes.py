@@ -50,7 +50,7 @@ def _hdf5_array(path, file, wanted, dimensions):
         raise StudyError(f"{path}: '{key}' is a link to elsewhere: copy the array into the file")
     data = file[key]
     if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "iufb":
-        raise StudyError(f"{path}: '{key}' is no array of numbers: save plain numbers")
+        raise StudyError(f"{path}: '{key}' is not an array of numbers: save plain numbers")
     if data.external or data.is_virtual:
         raise StudyError(f"{path}: '{key}' lies in another file: copy the array into this one")
     shape = check_shape(path, data.shape, dimensions)

@@ -47,7 +47,7 @@ def _read_card_file(weights):
         remedy = "evaluate again, or remove it"
         raise StudyError(f"{beside}: cannot be read ({problem}); {remedy}") from None
     if not isinstance(content, dict) or not {"weights", "prediction"} <= set(content):
-        raise StudyError(f"{beside}: is no card of an evaluation; evaluate again, or remove it")
+        raise StudyError(f"{beside}: is not a card of an evaluation; evaluate again, or remove it")
     if content["weights"] != hash_file(weights): return None, f"{beside.name} is of other weights"
     return content, None
 
@@ -96,6 +96,6 @@ def temperature_for(
     if temperature is None or _checked(content["prediction"], card_file(weights)) != settings:
         return None
     if type(temperature) not in (int, float) or not 0.05 <= temperature <= 20:
-        problem = f"temperature {temperature!r} is no number from 0.05 to 20"
+        problem = f"temperature {temperature!r} is not a number from 0.05 to 20"
         raise StudyError(f"{card_file(weights)}: {problem}; evaluate again, or remove it")
     return float(temperature)

@@ -149,7 +149,8 @@ def _read_engine(path):
             return network, dict(about)
     except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
         problem = str(error).splitlines()[0][:80]
-        raise StudyError(f"{path}: is no engine ({problem}); remove it, or move it away") from None
+        remedy = "remove it, or move it away"
+        raise StudyError(f"{path}: is not an engine ({problem}); {remedy}") from None
 
 # %% ../../nbs/42c_evaluation.engine.ipynb #cceba5c3
 LARGEST_DIFFERENCE = 0.002  # of the mean Dice on the validation cases

@@ -33,7 +33,7 @@ def read_splits(dataset: str, root=".") -> list[dict]: # case, patient, split, a
     except OSError:
         raise StudyError(f"{path}: not found; prepare the data set first: dvc repro") from None
     if not rows or not {"case", "patient", "split"} <= set(rows[0]):
-        raise StudyError(f"{path}: is no table of splits; prepare the data set again: dvc repro")
+        raise StudyError(f"{path}: is not a table of splits; prepare the data set again: dvc repro")
     return [row for row in rows if row["split"] != "left out"]
 
 # %% ../../nbs/45_evaluation.exchange.ipynb #562491d3

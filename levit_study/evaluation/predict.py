@@ -133,7 +133,7 @@ def _read(scan, data: Data, assume_axes: bool, channels=()):
         raise StudyError(f"{scan}: has {shape[3]} channels on its fourth axis, the weights know "
                          f"{names}: keep these, in this order")
     if no_orientation in volume.notes and not assume_axes:
-        remedy = "mend it, or take NIfTI's default axes with --assume-axes"
+        remedy = "correct it, or take NIfTI's default axes with --assume-axes"
         raise StudyError(f"{scan}: its header gives no orientation (no affine); {remedy}")
     return volume, header
 

@@ -41,7 +41,7 @@ def parse_pairs(texts, option: str) -> dict: # text -> text
     pairs = [text.rpartition("=") for text in texts]
     for text, (name, _, value) in zip(texts, pairs, strict=True):
         if not name or not value:
-            raise StudyError(f"{option} {text}: is no pair; write NAME=VALUE, as in liver=1")
+            raise StudyError(f"{option} {text}: is not a pair; write NAME=VALUE, as in liver=1")
     return {name: value for name, _, value in pairs}
 
 # %% ../../nbs/44_evaluation.score.ipynb #de3d5288
