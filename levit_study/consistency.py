@@ -42,9 +42,14 @@ def check_contrasts(contrasts: dict, losses):
             raise ValueError(f"{place} = {weights}: {reason}")
 
 # %% ../nbs/00f_consistency.ipynb #429b475a
-def check_ablation(reference: str | None, datasets):
-    "Raise `ValueError` unless the data set that others are compared with is one of several"
+def check_ablation(reference: str | None, datasets, deals: dict | None = None):
+    """Raise `ValueError` unless the data set that others are compared with is one of several, and
+    all deal the patients into the same folds; `deals`: data set -> what decides its folds"""
     if reference is None: return
     place, has = f"evaluation.ablation_of = {reference}", f"study.datasets ({', '.join(datasets)})"
     if reference not in datasets: raise ValueError(f"{place}: is not among {has}; name one of them")
     if len(datasets) < 2: raise ValueError(f"{place}: is alone in {has}; add some to compare with")
+    for name in datasets:
+        if deals and deals[name] != deals[reference]:
+            raise ValueError(f"{place}: {name} deals its patients into other folds, so that no "
+                             "training has a counterpart; give both the same data.split")

@@ -72,8 +72,16 @@ def missing_cells(params: Params, changed: set[str]) -> list[Cell]:
 def recorded_runs(*folders) -> list[dict]:
     "Return what run.json says of all trainings in some folders"
     paths = [path for folder in folders for path in sorted(Path(folder).rglob("run.json"))]
-    records = [json.loads(path.read_text()) for path in paths]
-    return [record for record in records if record.get("seconds")]
+    records = [_read_record(path) for path in paths]
+    return [record for record in records if record.get("seconds") and record.get("parameters")]
+
+def _read_record(path: Path) -> dict:
+    "Return a record; none of a file that is damaged, since estimates alone depend on it"
+    try: record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError): record = None
+    if isinstance(record, dict): return record
+    print(f"{path}: not a training's record, so it is not counted", file=sys.stderr)
+    return {}
 
 def _alike(record: dict, run) -> bool:
     "Whether an epoch of a recorded training costs as much as one of `run`"
@@ -92,10 +100,16 @@ class Cost(NamedTuple):
     def seconds(self): return self.epoch * self.epochs
 
 # %% ../nbs/70a_matrix.ipynb #f5eab296
-def expected_cost(params: Params, cell: Cell, records: list[dict]) -> Cost:
+def expected_cost(
+    params: Params,
+    cell: Cell,
+    records: list[dict],
+    gpu: bool | None = None, # by records of GPUs alone, or of CPUs; None: of both
+) -> Cost:
     "Return the median cost of an epoch of the recorded trainings that are most like a cell's"
     run = pick_run(params, *cell[:3], cell.fold)
     alike = [record for record in records if _alike(record, run)]
+    if gpu is not None: alike = [record for record in alike if bool(record.get("gpu")) == gpu]
     alike = [r for r in alike if r["parameters"]["loss"] == cell.loss] or alike
     if not alike: return Cost(float("nan"), run.training.epochs)
     epochs = [r["seconds"] / r["parameters"]["training"]["epochs"] for r in alike]

@@ -114,6 +114,11 @@ class Freezing(BaseModel):
     "How long a pretrained encoder stays as it was loaded"
     freeze_encoder_epochs: int = young(0, ge=0)  # the first so many epochs; 0: it learns at once
 
+def _names_encoder(run) -> bool:
+    from levit_study.model.freezing import names_encoder
+    data, model = run.data, run.model
+    return names_encoder(model.network, model.settings, len(data.structures) + 1, data.in_channels)
+
 def _why_not_freeze(run) -> str:
     "Return what speaks against holding a run's encoder still, nothing if it can be"
     model, epochs = run.model, run.training.epochs
@@ -122,8 +127,7 @@ def _why_not_freeze(run) -> str:
         return ("model.pretrained is false, so random weights would be frozen; "
                 "set it to a weight file, or freeze no epoch")
     if model.network == LEVIT: return ""
-    from levit_study.model.freezing import names_encoder
-    if model.network != UNET and names_encoder(model.network, model.settings): return ""
+    if model.network != UNET and _names_encoder(run): return ""
     return (f"network {model.network} does not say what its encoder is; give its module an "
             "attribute `encoder`, or freeze no epoch")
 

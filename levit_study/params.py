@@ -19,7 +19,7 @@ from ruamel.yaml import YAML, YAMLError
 from .consistency import check_ablation, check_contrasts, check_folds
 from .consistency import check_names
 from .files import StudyError
-from .networks import Chosen, Freezing, check_freezing, check_network
+from .networks import LEVIT, Chosen, Freezing, check_freezing, check_network
 from .inputs import Inputs, young
 from .recipes import augmentation
 from .settings import check_loss
@@ -238,6 +238,9 @@ class DataSet(Section):
 
     @model_validator(mode="after")
     def _something_to_fuse(self):
+        if self.model.fusion == "late" and self.model.network != LEVIT:
+            raise ValueError("model.fusion 'late' is for levit_unet; leave it out with "
+                             f"{self.model.network}")
         if self.model.fusion == "late" and self.data.modalities == 1:
             raise ValueError("model.fusion 'late' needs two or more data.channels: name them")
         return self
@@ -315,13 +318,20 @@ class Params(Section):
     evaluation: Evaluation = Evaluation()
     compute: Compute = Compute()
 
+    def _deals(self) -> dict:
+        "Return what decides the folds of each data set; nothing without folds"
+        if self.study.fold_numbers == [None]: return {}
+        keys = {"kind", "valid", "test", "seed", "stratify", "folds"}
+        return {name: self.datasets[name].data.split.model_dump(include=keys)
+                for name in self.study.datasets}
+
     @model_validator(mode="after")
     def _fits_together(self):
         check_names("datasets", self.datasets, self.study.datasets)
         check_names("losses", self.losses, self.study.losses)
         _check_losses(self.losses)
         check_contrasts(self.evaluation.contrasts, self.study.losses)
-        check_ablation(self.evaluation.ablation_of, self.study.datasets)
+        check_ablation(self.evaluation.ablation_of, self.study.datasets, self._deals())
         for name in self.study.datasets:
             check_folds(name, self.datasets[name].data.split.folds, self.study.fold_numbers)
             _check_network(name, self.datasets[name])

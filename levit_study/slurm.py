@@ -203,10 +203,18 @@ class SlurmJob(Job):
 # %% ../nbs/70c_slurm.ipynb #532ce25d
 _JOBS = Path("build/jobs")  # in the project: the jobs' output, and which are queued
 
+def _known_jobs() -> dict[str, str]:
+    "Return the job of each training that was queued; `StudyError` for a damaged file"
+    path = _JOBS / "queued.json"
+    try: known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError: known = None
+    if isinstance(known, dict): return known
+    raise StudyError(f"{path}: is damaged; it says which trainings are queued: see squeue --me, "
+                     "cancel what is there, and remove the file")
+
 def queued_cells(cells: list[Cell]) -> dict[Cell, str]:
     "Return those trainings that wait or run already, with the number of their job"
-    path = _JOBS / "queued.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = _known_jobs()
     if not known: return {}
     alive = _ask("squeue", "--noheader", "--array", "--me", "--format=%i").split()
     return {cell: known[str(cell)] for cell in cells if known.get(str(cell)) in alive}
@@ -214,9 +222,8 @@ def queued_cells(cells: list[Cell]) -> dict[Cell, str]:
 # %% ../nbs/70c_slurm.ipynb #f3b6c773
 def _remember(jobs: dict[Cell, str]):
     "Add the jobs' numbers to the earlier ones"
-    path = _JOBS / "queued.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, known | {str(cell): number for cell, number in jobs.items()})
+    known = _known_jobs() | {str(cell): number for cell, number in jobs.items()}
+    write_json(_JOBS / "queued.json", known)
 
 # %% ../nbs/70c_slurm.ipynb #ab678937
 def queue(cells: list[Cell], request: Request, digest: str) -> dict[Cell, str]:

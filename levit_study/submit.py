@@ -125,13 +125,13 @@ def _changed(params: Params, queued) -> set[str]:
     return changed_stages([name for cell in rest for name in cell.stages]) if rest else set()
 
 # %% ../nbs/70d_submit.ipynb #5c59529e
-def _costs(params: Params, cells: list[Cell]) -> dict[Cell, Cost]:
+def _costs(params: Params, cells: list[Cell], gpu=None) -> dict[Cell, Cost]:
     "Return what each training costs, by this study's records, else by the published ones"
     here, published = recorded_runs("reports/runs"), recorded_runs("reports/studies")
     costs = {}
     for cell in cells:
-        cost = expected_cost(params, cell, here)
-        costs[cell] = cost if cost.source else expected_cost(params, cell, published)
+        cost = expected_cost(params, cell, here, gpu)
+        costs[cell] = cost if cost.source else expected_cost(params, cell, published, gpu)
     return costs
 
 # %% ../nbs/70d_submit.ipynb #a3b06f39
@@ -151,11 +151,12 @@ def submit(
     for cell, number in queued.items(): say(f"{cell}: in the queue already, as job {number}")
     changed = _changed(params, queued)
     cells = missing_cells(params, changed)
-    costs = _costs(params, cells)
+    asks = request and bool(request.gpus or any("gpu" in each for each in request.flags()))
+    costs = _costs(params, cells, asks)
     if request:
-        for cell, cost in costs.items(): check_time(request, cell, cost)
+        for cell, cost in costs.items():
+            if cell.stages[0] in changed: check_time(request, cell, cost)
     for line in plan_lines(costs, request.at_once if request else workers): say(line)
-    asks = request and (request.gpus or any("gpu" in each for each in request.flags()))
     if request and not asks and params.compute.device != "cpu":
         say("no GPU is asked for, so trainings run on CPUs; --gpus 1 asks for one each")
     if dry_run:

@@ -179,6 +179,13 @@ def rewrite(source, target, **changes):
     (dict(num_classes=None), "out of range"),
     (dict(image_size=[1 << 20, 1 << 20]), "out of range"),
     (dict(image_size="224"), "out of range"),
+    (dict(image_size=224), "out of range"),
+    (dict(num_classes="4"), "out of range"),
+    (dict(variant=["128s"]), "out of range"),
+    (dict(encoders="2"), "out of range"),
+    (dict(encoders=3), "out of range"),
+    (dict(channels=5), "out of range"),
+    (dict(network="unet", settings={"widths": [200_000, 200_000, 200_000]}), "out of range"),
     (dict(image_size=[100, 100]), "multiples of 32"),
 ])
 def test_a_card_that_does_not_fit_is_refused_in_one_line(changes, message, tmp_path):

@@ -6,10 +6,11 @@
 __all__ = ['check_dataset', 'elsewhere_folder', 'keep_elsewhere', 'read_elsewhere', 'elsewhere_names', 'elsewhere_note']
 
 # %% ../../nbs/43b_evaluation.elsewhere.ipynb #e0b39e4b
+import json
 from pathlib import Path
 import pandas as pd
 from ..files import StudyError, hash_file, write_json, written_whole
-from ..params import Params
+from ..params import Params, pick_evaluation
 
 # %% ../../nbs/43b_evaluation.elsewhere.ipynb #406d6bdc
 def check_dataset(params: Params, dataset: str):
@@ -67,6 +68,22 @@ def _read_scores(path: Path) -> pd.DataFrame:
     return table
 
 # %% ../../nbs/43b_evaluation.elsewhere.ipynb #a6218e84
+def _at_one_tolerance(params, dataset, path, rows, lines):
+    "The rows without surface Dice where it was measured at another tolerance than the study's"
+    scored = _read_about(path.with_name("score.json")).get("tolerance")
+    usual = pick_evaluation(params, dataset).surface_tolerance
+    if scored in (None, usual) or "nsd" not in rows: return rows, lines
+    line = f"surface Dice at {scored:g} in place of {usual:g} is left out; score it again"
+    return rows.assign(nsd=float("nan")), [*lines, line]
+
+def _read_about(path) -> dict:
+    "What score.json says; `StudyError` if it cannot be read, nothing if there is none"
+    if not path.exists(): return {}
+    try: about = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StudyError(f"{path}: not JSON ({error}); score again") from None
+    return about if isinstance(about, dict) else {}
+
 def read_elsewhere(
     params: Params,
     judged: pd.DataFrame, # the study's cases that judge: dataset, seed, split, case, structure, …
@@ -81,6 +98,7 @@ def read_elsewhere(
             try:
                 elsewhere_folder(params, dataset, name, root)
                 rows, lines = _judged(_read_scores(path), part)
+                rows, lines = _at_one_tolerance(params, dataset, path, rows, lines)
             except StudyError as error: rows, lines = part[:0], [str(error)]
             problems += [f"{name} (from elsewhere), {dataset}: {line}" for line in lines]
             front = {"dataset": dataset, "loss": name, "seed": part.seed.min()}

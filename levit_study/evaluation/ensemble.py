@@ -37,7 +37,7 @@ def weight_files(
 _SHARED = {
     "structures": "structures", "num_classes": "classes", "in_channels": "channels",
     "image_size": "size", "crop": "crop", "intensity": "intensity", "window": "window",
-    "context": "neighbouring slices",
+    "context": "neighbouring slices", "channels": "the channels' names",
 }  # what the cards of an ensemble have in common, and in words
 
 def _check_alike(files, cards):

@@ -77,6 +77,11 @@ def held_out_cases(group: list[Member]) -> dict: # split -> cases
     return {split: cases for split, cases in splits.items() if cases}
 
 # %% ../../nbs/46_evaluation.ensemble_runs.ipynb #1f807fed
+def _held_out_dice(member: Member) -> float:
+    "The mean Dice of a training's held-out cases, by which the report knows it again"
+    table = pd.read_csv(member.cases)
+    return float(table[table.split.isin(("fold", "test"))].dice.mean())
+
 _NO_CASES = ("no case is left that all networks of an ensemble held out; set data.split.test, or "
              "split.nested")
 
@@ -124,7 +129,7 @@ def evaluate_ensembles(
         digests = [hash_file(member.weights) for member in group]
         trainings = [[member.seed, member.fold] for member in group]
         about.append({"ensemble": name, "members": len(group), "trainings": trainings,
-                      "weights": digests})
+                      "weights": digests, "dice": [_held_out_dice(member) for member in group]})
     if not tables: raise StudyError(f"{dataset} {loss}: {_NO_CASES}")
     cases, reliability = (_joined(each) for each in zip(*tables, strict=True))
     metrics = {"over": over, **mean_metrics(cases), "ensembles": about}

@@ -121,17 +121,23 @@ def _few_values(image) -> int:
     part = np.unique(image.ravel()[::max(1, image.size // 100_000)])
     return len(part) if len(part) > 16 else len(np.unique(image))
 
-def _read(scan, data: Data, assume_axes: bool, channels=()):
+def _read(files: ScanFiles, data: Data, assume_axes: bool):
     "A scan as a `Volume`, and its header; `StudyError` if it does not say how the patient lies"
+    scan, channels = files.scan, files.channels
     volume, header = read_scan(scan, reading(data)["intensity"], data.window, channels)
     if 1 < (values := _few_values(volume.image)) < 16:
         problem = f"holds only {values} different values, like a label map"
         raise StudyError(f"{scan}: {problem}; give the scan itself")
     shape, known = header.get_data_shape(), len(channels)
-    if known and channels[0][1] is not None and shape[3] != known:
+    unlisted = known and channels[0][1] is not None and not files.listed
+    if unlisted and shape[3] != known:
         names = ", ".join(data.channels)
         raise StudyError(f"{scan}: has {shape[3]} channels on its fourth axis, the weights know "
                          f"{names}: keep these, in this order")
+    slices, seen = len(volume.image), 2 * data.context + 1
+    if slices < seen:
+        raise StudyError(f"{scan}: has {slices} slice{'s' * (slices > 1)}, the network sees {seen} "
+                         "at a time: leave the scan out")
     if no_orientation in volume.notes and not assume_axes:
         remedy = "correct it, or take NIfTI's default axes with --assume-axes"
         raise StudyError(f"{scan}: its header gives no orientation (no affine); {remedy}")
@@ -187,7 +193,7 @@ def _temperature(network) -> float | None:
 def _segment(network, data: Data, files: ScanFiles, assume_axes=False, progress=False, names=()):
     """Segment one scan and write the result, with the maps of `map_names`; return the volumes in
     ml, the `Volume`, the label map"""
-    volume, header = _read(files.scan, data, assume_axes, files.channels)
+    volume, header = _read(files, data, assume_axes)
     shape = len(volume.image), *volume.image.shape[-2:]
     maps = Maps(names, shape, _temperature(network)) if names else None
     watch = None if maps is None else maps.add
@@ -223,8 +229,9 @@ def _kept_volumes(network, files: ScanFiles) -> dict:
 def _read_kept(data: Data, files: ScanFiles):
     "A scan as a `Volume`, and the label map that is there"
     if files.channels:
-        volume, header = _read(files.scan, data, True, files.channels)
-        scan = volume.image[:, 0], volume.affine, header, []
+        volume, header = _read(files, data, True)
+        first = volume.image[:, 0] if len(files.channels) > 1 else volume.image
+        scan = first, volume.affine, header, []
         return volume, read_nifti_pair(files.scan, files.labels, scan)[1]
     image, labels, affine, notes = read_nifti_pair(files.scan, files.labels)
     image = scale_intensity(image, reading(data)["intensity"], data.window, files.scan)
@@ -242,7 +249,7 @@ def _one_line(scan, problem: Exception) -> str:
 def _first_image(files, assume_axes, data: Data):
     "The image of the first scan that can be read; `StudyError` where none can"
     for place, each in enumerate(files):
-        try: return _read(each.scan, data, assume_axes, each.channels)[0].image
+        try: return _read(each, data, assume_axes)[0].image
         except Exception as problem:
             if place + 1 == len(files): raise StudyError(_one_line(each.scan, problem)) from problem
 
@@ -279,7 +286,7 @@ def _one_scan(network, data, files: ScanFiles, scans: Scans, outputs: Outputs, p
         volumes, *shown = _segment(network, data, files, scans.assume_axes, progress, names)
     if outputs.overlay is not None:
         volume, labels = shown
-        if files.channels: volume = replace(volume, image=volume.image[:, data.shown])
+        if len(files.channels) > 1: volume = replace(volume, image=volume.image[:, data.shown])
         _draw(outputs, files, volume, labels, network.card)
     return volumes
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from collections.abc import Callable
 from ..files import StudyError
-from ..data.folders import refuse_other_formats
+from ..data.folders import read_json, refuse_other_formats, within
+from ..data.modalities import channel_numbers
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #482ef4c3
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class ScanFiles:
     pictured: bool = False
     maps: tuple = ()  # names of the volumes in the folder of maps
     channels: tuple = ()  # ((file, place), …) where the scan has several, see `read_channels`
+    listed: bool = False  # whether a dataset.json says which is which
 
     @property
     def side(self): return self._beside(".json")
@@ -80,29 +82,65 @@ def labels_beside(
     return path.with_name(f"{name}_labels.nii.gz")
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #e4e48760
-def _channels_of(paths, channels):
+def _listed_numbers(source, channels) -> dict | None:
+    "Return {channel: number from 0} as the scans' dataset.json lists several; None without one"
+    folder = source if source.is_dir() else source.parent
+    for place in (folder, folder.resolve().parent) if channels else ():
+        path = within(place, "dataset.json")
+        about = read_json(path)
+        about = about if isinstance(about, dict) else {}
+        listed = about.get("channel_names") or about.get("modality")
+        if not isinstance(listed, dict) or len(listed) < 2: continue
+        try: return channel_numbers(place, channels)
+        except StudyError as error:
+            reason = str(error).rsplit(": ", 1)[0]
+            raise StudyError(f"{reason}: the weights know {', '.join(channels)}; call them so "
+                             "there, or give each scan's files in that order") from None
+    return None
+
+def _places(path, channels, numbers) -> tuple:
+    "Return the ((file, place), …) of a file that holds all channels of a scan on its fourth axis"
+    if numbers is None and len(channels or ()) < 2: return ()
+    if len(channels) < 2 and not _has_channels(path): return ()
+    return tuple((Path(path), (numbers or {}).get(name, k)) for k, name in enumerate(channels))
+
+def _has_channels(path) -> bool:
+    import nibabel as nib
+    try: return len(nib.load(path).shape) > 3
+    except Exception: return False  # what is wrong with it is said when it is read
+
+# %% ../../nbs/42a_evaluation.targets.ipynb #27219f1f
+def _channels_of(paths, channels, numbers):
     "Return the ((file, place), …) of one scan: files, or the places on one file's fourth axis"
-    if len(channels or ()) < 2: return ()
     if len(paths) > 1: return tuple((Path(path), None) for path in paths)
-    return tuple((Path(paths[0]), place) for place in range(len(channels)))
+    return _places(paths[0], channels, numbers)
 
+def _of_number(members, numbers, first):
+    "Return a scan's files in the order of `numbers`; `StudyError` unless each is there once"
+    there = [number for _, number in members]
+    wanted = [*numbers.values()]
+    if any(there.count(number) != 1 for number in wanted):
+        listed = ", ".join(f"_{number:04d} {name}" for name, number in numbers.items())
+        raise StudyError(f"{first}: its channels are {listed}: give each exactly once")
+    return tuple((path, None) for number in wanted for path, n in members if n == number)
 
-def _scans_of_channels(paths, output, more, channels):
+def _scans_of_channels(paths, output, more, channels, numbers):
     "Return the `ScanFiles` of a folder with a file for each channel, NAME_0000, or one for all"
     scans = {}
     for path in paths:
         match = re.fullmatch(r"(.+)_(\d{4})(\.nii(?:\.gz)?)", path.name, re.IGNORECASE)
         name, number = (match[1] + match[3], int(match[2])) if match else (path.name, None)
         scans.setdefault(name, []).append((path, number))
-    files = []
+    files, by_place = [], {name: number for number, name in enumerate(channels)}
     for name, members in scans.items():
-        numbers = [number for _, number in members]
-        if numbers not in ([None], list(range(len(channels)))):
-            wanted = ", ".join(f"_{k:04d} {channel}" for k, channel in enumerate(channels))
-            raise StudyError(f"{members[0][0]}: its channels are {wanted}: give each exactly once")
-        chosen = _channels_of([path for path, _ in members], channels)
+        first = members[0][0]
+        if [number for _, number in members] == [None]: chosen = _places(first, channels, numbers)
+        elif numbers is None and len(members) != len(channels):
+            chosen = _of_number([], by_place, first)  # one too many is as wrong as one too few
+        else: chosen = _of_number(members, numbers or by_place, first)
+        scan = chosen[0][0] if chosen else first
         labels = output / _label_name(Path(name))
-        files.append(ScanFiles(members[0][0], labels, *more, chosen))
+        files.append(ScanFiles(scan, labels, *more, chosen, numbers is not None))
     return files
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #e60c40a3
@@ -130,14 +168,18 @@ def scan_files(scans: Scans, outputs: Outputs, maps=(), channels=None) -> list[S
     if not source.exists(): raise StudyError(f"{source}: no such file or folder")
     refuse_other_formats(source)
     if not source.is_dir():
-        if is_file: return [ScanFiles(source, output, *more, _channels_of(paths, channels))]
+        if is_file:
+            numbers = _listed_numbers(source, channels)
+            chosen = _channels_of(paths, channels, numbers)
+            return [ScanFiles(source, output, *more, chosen, numbers is not None)]
         problem = "the label map of one scan is a file"
         raise StudyError(f"{output}: {problem}; name it .nii.gz or .nii")
     if is_file: raise StudyError(f"{output}: {source} is a folder, so --output must be one, too")
     found = sorted(path for path in source.iterdir() if _is_nifti(path) and path.is_file())
     found = [path for path in found if not _beside_its_scan(path)]
     if not found: raise StudyError(f"{source}: holds no .nii or .nii.gz file that is a scan")
-    if several: return _scans_of_channels(found, output, more, channels)
+    numbers = _listed_numbers(source, channels)
+    if several or numbers: return _scans_of_channels(found, output, more, channels, numbers)
     return [ScanFiles(path, output / _label_name(path), *more) for path in found]
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #a6c62770

@@ -22,16 +22,21 @@ _JUDGED = {
     "test": "test patients, used for no choice",
 }
 
+def _trainings(organs: pd.DataFrame, losses) -> dict: # of one data set and split
+    "Return from how many trainings of each loss the numbers are"
+    return organs[organs.loss.isin(losses)].groupby("loss").trainings.max().to_dict()
+
 def _about(params: Params, dataset: str, organs: pd.DataFrame) -> str:
     "Return what the numbers of one data set and split rest on"
     settings, first = params.datasets[dataset], organs.iloc[0]
-    trainings = len(params.study.seeds) * len(params.study.folds)
+    trainings = sorted({*_trainings(organs, params.study.losses).values()})
+    number = " to ".join(f"{n:.0f}" for n in dict.fromkeys((trainings[0], trainings[-1])))
     epochs = settings.training.epochs
     schedule = "" if (name := settings.training.schedule) == "constant" else f" ({name} schedule)"
     words = [f"{organs.patients.max():.0f} {_JUDGED[first.split]}", network_name(settings.model),
              f"{settings.data.size} × {settings.data.size} pixels",
              f"{epochs} epoch{'s' * (epochs > 1)}{schedule}",
-             f"{trainings} training{'s' * (trainings > 1)} per loss"]
+             f"{number} training{'s' * (number != '1')} per loss"]
     kind = " Synthetic scans, which say nothing about patients." if settings.synthetic else ""
     return f"**{settings.title}**: {'; '.join(words)}.{kind}"
 
@@ -151,11 +156,14 @@ def _table(organs: pd.DataFrame, losses, tolerance, confidence) -> str: # of one
     mean = f"mean Dice [{100 * confidence:g} % interval]"
     titles = ["loss", *few, mean, surface, "missed structures"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    numbers = _trainings(organs, losses)
+    most = max(numbers.values(), default=0)
     for loss in losses:
         rows = organs[organs.loss == loss].set_index("structure")
         if rows.empty: continue
         whole = rows.loc[ALL if ALL in rows.index else structures[0]]
-        cells = [loss_name(loss), *(f"{rows.dice[name]:.3f}" for name in few),
+        part = "" if numbers[loss] == most else f" ({numbers[loss]:.0f} of {most:.0f} trainings)"
+        cells = [loss_name(loss) + part, *(f"{rows.dice[name]:.3f}" for name in few),
                  f"{whole.dice:.3f} {_limits(whole)}",
                  f"{whole.nsd:.3f}", f"{rows.missed.drop(ALL, errors='ignore').sum():.0f}"]
         lines.append("| " + " | ".join(cells) + " |")

@@ -34,6 +34,14 @@ def _rows(about: dict, table, members, sure):
                dice.high, single, gain.estimate, gain.low, gain.high)
 
 # %% ../../nbs/51f_evidence.ensembles.ipynb #460be4a2
+def _same_members(about: dict, ours: pd.DataFrame) -> bool:
+    "Whether an ensemble's trainings are those of these cases: their Dice is what it was"
+    held_out = ours[ours.split.isin(("fold", "test"))]
+    for (seed, fold), dice in zip(about["trainings"], about.get("dice", ()), strict=False):
+        now = held_out[(held_out.seed == seed) & (held_out.fold == (fold or 0))].dice.mean()
+        if not abs(now - dice) < 1e-6: return False
+    return True
+
 def ensemble_table(
     cases: pd.DataFrame, # collected cases.csv
     folder="reports/ensembles", # what `levit-study ensemble` wrote
@@ -51,6 +59,10 @@ def ensemble_table(
         for about in json.loads(path.read_text(encoding="utf-8"))["ensembles"]:
             trainings = {(seed, fold or 0) for seed, fold in about.get("trainings", ())}
             if not trainings or not trainings <= there: continue
+            if not _same_members(about, ours):
+                print(f"left out: {path.parent}: {about['ensemble']} were trained or evaluated "
+                      "again since; run levit-study ensemble again")
+                continue
             members = ours[[pair in trainings for pair in zip(ours.seed, ours.fold, strict=True)]]
             judged = _rows(about, table, members, (confidence, resamples))
             rows += [(dataset, loss, *row) for row in judged]

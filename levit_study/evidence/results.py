@@ -227,7 +227,7 @@ def _listed(path: Path) -> dict | None:
     if epochs.valid_dice.isna().all(): return None
     best, last = best_and_last(epochs)
     record = path.with_name("run.json")
-    record = json.loads(record.read_text()) if record.exists() else {}
+    record = read_record(record) if record.exists() else {}
     changed = "+" if record.get("uncommitted_changes") else ""
     return {
         "epochs": len(epochs),

@@ -204,11 +204,11 @@ def _wilcoxon_p(differences):
     return float(stats.wilcoxon(differences).pvalue) if np.any(differences != 0) else 1.0
 
 # %% ../../nbs/51_evidence.statistics.ipynb #67f68448
-def _small_note(patients, tests=1):
+def _small_note(patients, tests=1, ranks=True):
     "Say what few patients mean for a test; empty where they suffice"
     least = tests * 2 / 2**patients if patients else 1
     if patients < 2: return "fewer than two patients: no test possible"
-    if least > .05:
+    if least > .05 and ranks:  # Student's t has no such bound
         reason = f"give no adjusted p below {min(least, 1):.2g}, significance is out of reach"
         return f"small: {patients} patients and {tests} tests {reason}"
     return f"small: {patients} patients" if patients < 20 else ""
@@ -304,8 +304,8 @@ def _compared(part, value, limits, seed_sd):
     by_target = table.target == ANY
     for name in ("p", "p_holm"):
         table[name] = table[f"any_{name}"].where(by_target, table[f"these_{name}"])
-    notes = [(_small_note(row.patients, row.tests), left_out_note(row.one_sided, value))
-             for row in table.itertuples()]
+    notes = [(_small_note(row.patients, row.tests, row.target == THESE),
+              left_out_note(row.one_sided, value)) for row in table.itertuples()]
     return table.assign(note=["; ".join(filter(None, each)) for each in notes])
 
 # %% ../../nbs/51_evidence.statistics.ipynb #330b58d8

@@ -45,7 +45,9 @@ def _found_by_all(part):
     keys = [name for name in ("seed", "fold", "case", "structure") if name in part]
     found = part[part.hd95.notna()].groupby(keys, dropna=False).loss.nunique()
     counts = pd.MultiIndex.from_frame(part[keys]).map(found.to_dict())
-    return np.asarray(counts == part.loss.nunique())
+    training = [name for name in ("seed", "fold") if name in part]  # not all losses have all seeds
+    if not training: return np.asarray(counts == part.loss.nunique())
+    return counts == part.groupby(training, dropna=False).loss.transform("nunique").to_numpy()
 
 # %% ../../nbs/51a_evidence.tables.ipynb #8fa731e2
 def _with_distances(part):

@@ -28,9 +28,13 @@ def encoder_parts(
 def names_encoder(
     network: str, # dotted path
     settings: dict,
+    *sizes,       # classes, the background counts; channels
 ) -> bool:
     "Whether a custom network says what its encoder is"
-    with torch.device("meta"): model = OtherNetwork(network, settings, 2)
+    with torch.random.fork_rng([]):
+        try:
+            with torch.device("meta"): model = OtherNetwork(network, settings, *sizes)
+        except StudyError: model = OtherNetwork(network, settings, *sizes)  # it may need numbers
     return isinstance(getattr(model.body, "encoder", None), nn.Module)
 
 # %% ../../nbs/22c_model.freezing.ipynb #90cd9f12

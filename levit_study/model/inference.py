@@ -16,17 +16,6 @@ from .weights import read_card, shared_tensors
 from ..networks import network_name
 from torch import nn
 
-# %% ../../nbs/23a_model.inference.ipynb #26dc4e4c
-def _check_card(path, card):
-    "Raise `StudyError` where a card asks for what no network has, before it takes all the memory"
-    size = card["image_size"] if isinstance(card["image_size"], list) else [None]
-    numbers = [card["num_classes"], card["in_channels"], *size]
-    if len(numbers) != 4 or not all(isinstance(n, int) and 1 <= n <= 1024 for n in numbers):
-        raise StudyError(
-            f"{path}: the model card's num_classes, in_channels or image_size "
-            f"is out of range: {numbers}"
-        )
-
 # %% ../../nbs/23a_model.inference.ipynb #360ec4dd
 def load_weights(
     path,          # a file by `save_weights`
@@ -36,7 +25,6 @@ def load_weights(
     from safetensors.torch import load_file
 
     card = read_card(path)
-    _check_card(path, card)
     model, tensors = _rebuilt(path, card), load_file(path)
     second = shared_tensors(model)
     tensors |= {name: tensors[same] for name, same in second.items() if same in tensors}

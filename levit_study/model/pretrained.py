@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..files import StudyError
 from .grids import resize_biases
+from .weights import shared_tensors
 from ..networks import start_file
 
 # %% ../../nbs/22a_model.pretrained.ipynb #88cce41f
@@ -306,6 +307,8 @@ def load_same_names(
 ):           # `LoadReport`, also kept as `model.load_report`
     "Load what has the same name and shape; `StudyError` with counts if more than a head differs"
     tensors, state = _read_tensors(start_file(source)), model.state_dict()
+    second = shared_tensors(model)  # a file has each tensor once
+    tensors |= {name: tensors[same] for name, same in second.items() if same in tensors}
     shared = [name for name in state if name in tensors]
     fitted = {name: tensors[name] for name in shared if tensors[name].shape == state[name].shape}
     heads = [name for name in shared if name not in fitted

@@ -57,6 +57,27 @@ def save_weights(
         save_file(tensors, partial, metadata=metadata)
 
 # %% ../../nbs/22_model.weights.ipynb #31c69cbd
+def _is_number(value, most=1024):
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+def _wrong_value(card: dict) -> str:
+    "Say which value of a card no network can have, before it takes all the memory; else nothing"
+    size, channels, encoders = card["image_size"], card["in_channels"], card.get("encoders", 1)
+    names, widths = card.get("channels"), card.get("settings", {})
+    widths = widths.get("widths", ()) if isinstance(widths, dict) else None
+    right = {
+        "num_classes": _is_number(card["num_classes"]),
+        "in_channels": _is_number(channels),
+        "image_size": isinstance(size, list) and len(size) == 2 and all(map(_is_number, size)),
+        "variant": card["variant"] is None or isinstance(card["variant"], str),
+        "encoders": _is_number(encoders, 32) and _is_number(channels) and channels % encoders == 0,
+        "channels": names is None or isinstance(names, list)
+                    and all(isinstance(name, str) for name in names),
+        "settings": isinstance(widths, list | tuple)
+                    and all(_is_number(width, 4096) for width in widths)}
+    wrong = next((name for name, fits in right.items() if not fits), None)
+    return f"{wrong} is out of range: {str(card.get(wrong))[:80]}" if wrong else ""
+
 def read_card(
     path,   # a weight file of this study
 ):          # dict
@@ -68,7 +89,7 @@ def read_card(
             card = json.loads((file.metadata() or {}).get("card", "{}"))
     except FileNotFoundError:
         raise StudyError(f"{path}: no such weight file") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise StudyError(f"{path}: not this study's weight file ({reason})") from None
     missing = [key for key in NEEDED if not isinstance(card, dict) or key not in card]
@@ -77,4 +98,6 @@ def read_card(
             f"{path}: the model card lacks {', '.join(missing)}; "
             "load it with load_pretrained into a model of your choice"
         )
+    if wrong := _wrong_value(card):
+        raise StudyError(f"{path}: the model card's {wrong}; these weights are not a training's")
     return card
