@@ -115,7 +115,7 @@ def test_a_training_is_evaluated_and_predicts_from_files_or_a_fourth_axis(hearts
 
 
 @pytest.mark.parametrize("wrong, message", [("grid", "0001.nii.gz: lies up to .* beside the grid"), ("one", "3D array .* where 4D is expected"),
-                                            ("thin", "has 2 slices, data.context = 1")])
+                                            ("thin", "has 2 slices, the network sees 3")])
 def test_scans_that_do_not_fit_are_refused(hearts, trained, tmp_path, wrong, message):
     files = [f"{hearts[1].folder}/imagesTr/patient001_{k:04d}.nii.gz" for k in range(2)]
     for k, path in enumerate(files):
