@@ -73,13 +73,15 @@ def recorded_runs(*folders) -> list[dict]:
     "Return what run.json says of all trainings in some folders"
     paths = [path for folder in folders for path in sorted(Path(folder).rglob("run.json"))]
     records = [_read_record(path) for path in paths]
-    return [record for record in records if record.get("seconds") and record.get("parameters")]
+    return [record for record in records if record.get("seconds")]
+
+_NEEDED = {"dataset", "loss", "data", "model", "training"}  # of a record's parameters
 
 def _read_record(path: Path) -> dict:
     "Return a record; none of a file that is damaged, since estimates alone depend on it"
     try: record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError): record = None
-    if isinstance(record, dict): return record
+    if isinstance(record, dict) and _NEEDED <= set(record.get("parameters") or ()): return record
     print(f"{path}: not a training's record, so it is not counted", file=sys.stderr)
     return {}
 

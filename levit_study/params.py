@@ -310,6 +310,13 @@ def _check_losses(losses: dict):
         check_loss({key: value for key, value in settings.items() if key != "training"}, place)
 
 # %% ../nbs/01_params.ipynb #b11ec5b7
+def _deal(data: Data) -> tuple:
+    "Return what decides which patients are in which fold of a data set"
+    split = data.split
+    drawn = isinstance(split.folds, int) or split.test > 0
+    return (data.patient, split.kind, split.test, split.folds,
+            *((split.seed, split.stratify) if drawn else ()))
+
 class Params(Section):
     "All of params.yaml"
     study: Study
@@ -321,9 +328,7 @@ class Params(Section):
     def _deals(self) -> dict:
         "Return what decides the folds of each data set; nothing without folds"
         if self.study.fold_numbers == [None]: return {}
-        keys = {"kind", "valid", "test", "seed", "stratify", "folds"}
-        return {name: self.datasets[name].data.split.model_dump(include=keys)
-                for name in self.study.datasets}
+        return {name: _deal(self.datasets[name].data) for name in self.study.datasets}
 
     @model_validator(mode="after")
     def _fits_together(self):

@@ -37,6 +37,18 @@ def test_figures_without_cases_count_the_patients_that_judge(root, name):
         assert counted and counted <= patients, path.name
 
 
+def test_the_network_in_half_precision_scores_as_in_full(root):
+    study = root / "reports/studies/acdc_model"
+    key = ["case", "structure"]
+    full = pd.read_csv(study / "runs/acdc_best/baseline/seed0/cases.csv").query("split == 'valid'")
+    half = pd.read_csv(study / "model/half_precision.csv")
+    both = full.merge(half, on=key, suffixes=("", "_half"), validate="one_to_one")
+    assert len(both) == len(full) == len(half) == 120
+    volumes = (both.dice_half - both.dice).groupby(both.case).mean()
+    said = re.search(r"mean Dice differs by (\S+), no volume by more than (\S+) \|", (study / "model/README.md").read_text())
+    assert abs(volumes.mean()) <= float(said[1]) and volumes.abs().max() <= float(said[2]) and float(said[2]) < .001
+
+
 def test_a_changed_number_is_named(root, tmp_path, capsys):
     study = tmp_path / "acdc_128_controls"
     shutil.copytree(root / "reports/studies/acdc_128_controls", study)

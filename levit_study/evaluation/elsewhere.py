@@ -72,7 +72,8 @@ def _at_one_tolerance(params, dataset, path, rows, lines):
     "The rows without surface Dice where it was measured at another tolerance than the study's"
     scored = _read_about(path.with_name("score.json")).get("tolerance")
     usual = pick_evaluation(params, dataset).surface_tolerance
-    if scored in (None, usual) or "nsd" not in rows: return rows, lines
+    if not isinstance(scored, int | float) or scored == usual or "nsd" not in rows:
+        return rows, lines
     line = f"surface Dice at {scored:g} in place of {usual:g} is left out; score it again"
     return rows.assign(nsd=float("nan")), [*lines, line]
 

@@ -86,7 +86,8 @@ def _listed_numbers(source, channels) -> dict | None:
     "Return {channel: number from 0} as the scans' dataset.json lists several; None without one"
     folder = source if source.is_dir() else source.parent
     for place in (folder, folder.resolve().parent) if channels else ():
-        path = within(place, "dataset.json")
+        try: path = within(place, "dataset.json")
+        except StudyError: continue  # the folder above may be closed to its reader
         about = read_json(path)
         about = about if isinstance(about, dict) else {}
         listed = about.get("channel_names") or about.get("modality")
@@ -169,7 +170,8 @@ def scan_files(scans: Scans, outputs: Outputs, maps=(), channels=None) -> list[S
     refuse_other_formats(source)
     if not source.is_dir():
         if is_file:
-            numbers = _listed_numbers(source, channels)
+            one = len(paths) == 1 and channels and _has_channels(source)
+            numbers = _listed_numbers(source, channels) if one else None
             chosen = _channels_of(paths, channels, numbers)
             return [ScanFiles(source, output, *more, chosen, numbers is not None)]
         problem = "the label map of one scan is a file"

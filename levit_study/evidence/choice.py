@@ -17,7 +17,7 @@ from ..data.dataset import FOLD, PreparedStore
 from ..data.native import stored_volume
 from ..evaluation.inference import Network, PredictionSettings, largest_regions
 from ..evaluation.inference import load_network, predict_volume
-from .results import runs_of
+from .results import read_record, runs_of
 from ..files import StudyError, run_folders
 from ..params import Params
 from ..training.scores import dice_from_counts, overlap_counts
@@ -96,7 +96,9 @@ def compare_predictions(
     cases = sum(len(store.split("valid")) for _, store, _ in runs)
     with tqdm(total=cases, unit="case", desc=f"choose {dataset}", disable=not progress) as bar:
         for run, store, weights in runs:
-            names = {"loss": run.loss, "seed": run.seed, "fold": run.fold or 0}
+            record = run_folders(dataset, run.loss, run.seed, root, run.fold)[0] / "training.json"
+            best = read_record(record)["best_dice"]  # by which the report knows the training again
+            names = {"loss": run.loss, "seed": run.seed, "fold": run.fold or 0, "best_dice": best}
             settings = PredictionSettings(), compute.device, run.training.precision
             rows += try_candidates(load_network(weights, *settings), store, names, bar)
     return pd.DataFrame(rows)

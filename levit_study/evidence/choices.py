@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .statistics import bootstrap_interval
+from ..files import StudyError
 
 # %% ../../nbs/55b_evidence.choices.ipynb #badf5614
 def choice_table(
@@ -37,10 +38,19 @@ def choice_table(
     return table.assign(chosen=table.prediction == best)
 
 # %% ../../nbs/55b_evidence.choices.ipynb #49d79d21
+def _read_scores(path) -> pd.DataFrame:
+    "What `levit-study choose` wrote; `StudyError` if it is no such table"
+    try: scores = pd.read_csv(path, dtype={"case": str, "patient": str})
+    except ValueError as error: problem = f"not a table ({error})"
+    else:
+        if {"best_dice", "seconds", "prediction"} <= set(scores): return scores
+        problem = "is of another version"
+    raise StudyError(f"{path}: {problem}; run levit-study choose {Path(path).stem} again")
+
 _COLUMNS = ["dataset", "prediction", "dice", "gain", "low", "high", "time", "patients", "chosen"]
 
 def choices_table(
-    cases: pd.DataFrame, # collected cases.csv, which name the study's trainings
+    runs: pd.DataFrame, # the study's trainings: dataset, loss, seed, fold, best_dice
     folder="reports/choices", # what `levit-study choose` wrote
     confidence=.95,
     resamples=2000,
@@ -48,10 +58,9 @@ def choices_table(
     "Return choices.csv: the candidates of each data set; empty where none were tried"
     training, tables = ["loss", "seed", "fold"], [pd.DataFrame(columns=_COLUMNS)]
     for path in sorted(Path(folder).glob("*.csv")):
-        scores = pd.read_csv(path, dtype={"case": str, "patient": str})
-        ours = cases[cases.dataset == path.stem][training].drop_duplicates()
-        if "seconds" not in scores: continue  # a table of an earlier version, without its cases
-        scores = scores.merge(ours, on=training)
+        scores = _read_scores(path).merge(runs[runs.dataset == path.stem][[*training, "best_dice"]],
+                                          on=training, suffixes=("", "_now"))
+        scores = scores[(scores.best_dice - scores.best_dice_now).abs() < 1e-5]  # not another one's
         if scores.empty: continue
         table = choice_table(scores, confidence, resamples)
         tables.append(table.assign(dataset=path.stem)[_COLUMNS])

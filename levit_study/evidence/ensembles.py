@@ -36,8 +36,9 @@ def _rows(about: dict, table, members, sure):
 # %% ../../nbs/51f_evidence.ensembles.ipynb #460be4a2
 def _same_members(about: dict, ours: pd.DataFrame) -> bool:
     "Whether an ensemble's trainings are those of these cases: their Dice is what it was"
+    if len(about.get("dice", ())) != len(about["trainings"]): return False
     held_out = ours[ours.split.isin(("fold", "test"))]
-    for (seed, fold), dice in zip(about["trainings"], about.get("dice", ()), strict=False):
+    for (seed, fold), dice in zip(about["trainings"], about["dice"], strict=True):
         now = held_out[(held_out.seed == seed) & (held_out.fold == (fold or 0))].dice.mean()
         if not abs(now - dice) < 1e-6: return False
     return True

@@ -57,7 +57,7 @@ def study_tables(
         "contrasts": contrast_table(cases, params.evaluation.contrasts, "dice", *sure, assumed),
         "ablation": ablation_table(params, cases),  # empty without evaluation.ablation_of
         "ensembles": ensemble_table(cases, ensembles, *sure),
-        "choices": choices_table(cases, choices, *sure),
+        "choices": choices_table(results.runs, choices, *sure),
         "derived": derived_table(patient_values(cases), *sure),
         "reliability": reliability_table(results.reliability, sure[0]),
         "claims": ledger,

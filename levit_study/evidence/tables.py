@@ -42,12 +42,15 @@ def to_markdown(
 # %% ../../nbs/51a_evidence.tables.ipynb #dd1686de
 def _found_by_all(part):
     "Return which rows of a data set and split are of a case and structure that every loss found"
-    keys = [name for name in ("seed", "fold", "case", "structure") if name in part]
-    found = part[part.hd95.notna()].groupby(keys, dropna=False).loss.nunique()
-    counts = pd.MultiIndex.from_frame(part[keys]).map(found.to_dict())
-    training = [name for name in ("seed", "fold") if name in part]  # not all losses have all seeds
-    if not training: return np.asarray(counts == part.loss.nunique())
-    return counts == part.groupby(training, dropna=False).loss.transform("nunique").to_numpy()
+    training = [name for name in ("seed", "fold") if name in part]
+    place, keys = ["case", "structure"], [*training, "case", "structure"]
+    rows = part[[*keys, "loss"]].fillna(dict.fromkeys(training, -1)).assign(found=part.hd95.notna())
+    always = rows.groupby([*place, "loss"]).found.all().unstack("loss")
+    here = rows.groupby([*keys, "loss"]).found.all().unstack("loss")
+    # a loss without this training, as a method from elsewhere, must have found it in all its own
+    others = always.reindex(here.index.droplevel(training) if training else here.index)
+    by_all = here.where(here.notna(), others.to_numpy()).eq(True).all(axis=1)
+    return by_all.reindex(pd.MultiIndex.from_frame(rows[keys])).to_numpy()
 
 # %% ../../nbs/51a_evidence.tables.ipynb #8fa731e2
 def _with_distances(part):

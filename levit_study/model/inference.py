@@ -45,8 +45,6 @@ def _rebuilt(path, card):
         return levit_unet(card["variant"], *sizes, **rest)
     check_trusted(card["network"], path)
     settings = card.get("settings", {})
-    if not isinstance(settings, dict):
-        raise StudyError(f"{path}: the model card's settings are no mapping: {settings!r}")
     return OtherNetwork(card["network"], settings, *sizes, card["image_size"])
 
 # %% ../../nbs/23a_model.inference.ipynb #ba7ef730

@@ -9,6 +9,7 @@ __all__ = ['NEEDED', 'model_card', 'shared_tensors', 'save_weights', 'read_card'
 import json
 from ..files import StudyError, written_whole
 from ..machine import versions
+from ..networks import UNET, WIDEST
 
 # %% ../../nbs/22_model.weights.ipynb #7646bab4
 NEEDED = ("variant", "num_classes", "in_channels", "image_size")
@@ -63,8 +64,9 @@ def _is_number(value, most=1024):
 def _wrong_value(card: dict) -> str:
     "Say which value of a card no network can have, before it takes all the memory; else nothing"
     size, channels, encoders = card["image_size"], card["in_channels"], card.get("encoders", 1)
-    names, widths = card.get("channels"), card.get("settings", {})
-    widths = widths.get("widths", ()) if isinstance(widths, dict) else None
+    names, settings = card.get("channels"), card.get("settings", {})
+    widths = settings.get("widths") if isinstance(settings, dict) else None
+    unet = card.get("network") == UNET and widths is not None  # other networks take anything
     right = {
         "num_classes": _is_number(card["num_classes"]),
         "in_channels": _is_number(channels),
@@ -73,8 +75,8 @@ def _wrong_value(card: dict) -> str:
         "encoders": _is_number(encoders, 32) and _is_number(channels) and channels % encoders == 0,
         "channels": names is None or isinstance(names, list)
                     and all(isinstance(name, str) for name in names),
-        "settings": isinstance(widths, list | tuple)
-                    and all(_is_number(width, 4096) for width in widths)}
+        "settings": isinstance(settings, dict) and not unet or isinstance(widths, list | tuple)
+                    and all(_is_number(width, WIDEST) for width in widths)}
     wrong = next((name for name, fits in right.items() if not fits), None)
     return f"{wrong} is out of range: {str(card.get(wrong))[:80]}" if wrong else ""
 
