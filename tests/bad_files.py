@@ -370,13 +370,13 @@ def hdf5_without_label(folder): write_h5(ssl(folder), image=hearts()[0])
 @kind("error", "no array 'image' .has: data, seg", "patient002_frame01.h5")
 def hdf5_with_other_keys(folder): write_h5(ssl(folder), data=hearts()[0], seg=hearts()[1])
 
-@kind("error", "no array of numbers", "patient002_frame01.h5")
+@kind("error", "not an array of numbers", "patient002_frame01.h5")
 def hdf5_group_instead_of_array(folder):
     with h5py.File(ssl(folder), "a") as file:
         del file["image"]
         file.create_group("image")
 
-@kind("error", "no array of numbers", "patient002_frame01.h5")
+@kind("error", "not an array of numbers", "patient002_frame01.h5")
 def hdf5_of_text(folder): ssl(folder, image="a picture")
 
 @kind("error", "link to elsewhere", "patient002_frame01.h5")

@@ -10,9 +10,9 @@ import copy
 from ..files import StudyError
 from .build import fast_order, keep_memory, levit_unet
 from .grids import forget_biases
-from .others import OtherNetwork, check_trusted
+from .others import OtherNetwork, check_trusted, shared_tensors
 from .precision import autocast_precision
-from .weights import read_card, shared_tensors
+from .weights import read_card
 from ..networks import network_name
 from torch import nn
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..files import StudyError
 from .grids import resize_biases
-from .weights import shared_tensors
+from .others import shared_tensors
 from ..networks import start_file
 
 # %% ../../nbs/22a_model.pretrained.ipynb #88cce41f
