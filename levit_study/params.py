@@ -17,10 +17,10 @@ from pydantic import model_validator
 from ruamel.yaml import YAML, YAMLError
 
 from .consistency import check_ablation, check_contrasts, check_folds
-from .consistency import check_names
+from .consistency import check_names, check_zooms
 from .files import StudyError
 from .networks import LEVIT, Chosen, Freezing, check_freezing, check_network
-from .inputs import Inputs, young
+from .inputs import Inputs, check_patient, young
 from .recipes import augmentation
 from .settings import check_loss
 
@@ -135,6 +135,7 @@ class Data(Section, Inputs):
     phantom: Phantom | None = None           # synthetic scans to make; None for real ones
 
     _folder = field_validator("folder")(_check_place)
+    _patient = field_validator("patient")(check_patient)
 
     @field_validator("structures")
     @classmethod
@@ -149,17 +150,6 @@ class Data(Section, Inputs):
         if not re.fullmatch("auto|[SI]([PA][LR]|[LR][PA])", code):
             raise ValueError("choose auto, or where slices, rows and columns run to, as SPL or SLP")
         return code
-
-    @field_validator("patient")
-    @classmethod
-    def _has_one_group(cls, pattern):
-        try: groups = 1 if pattern is None else re.compile(pattern).groups
-        except re.error as error: raise ValueError(f"no regular expression ({error})") from None
-        if groups != 1:
-            example = "'(sub-[0-9]+)_'"
-            reason = "put the part that is the patient in parentheses, once"
-            raise ValueError(f"{reason}, as in {example}")
-        return pattern
 
 # %% ../nbs/01_params.ipynb #c3973594
 class Model(Section, Chosen):
@@ -217,6 +207,7 @@ class Measurement(Section):
     # run-to-run standard deviation of mean Dice, assumed beneath what a study's trainings show
     seed_sd: float = Field(0.02, ge=0, le=0.5)
 
+# %% ../nbs/01_params.ipynb #89587731
 class Evaluation(Measurement):
     "The same for all data sets, and how sure the statistics must be"
     confidence: float = Field(0.95, gt=0.5, lt=1)
@@ -317,6 +308,7 @@ def _deal(data: Data) -> tuple:
     return (data.patient, split.kind, split.test, split.folds,
             *((split.seed, split.stratify) if drawn else ()))
 
+# %% ../nbs/01_params.ipynb #215fa249
 class Params(Section):
     "All of params.yaml"
     study: Study
@@ -341,11 +333,7 @@ class Params(Section):
             check_folds(name, self.datasets[name].data.split.folds, self.study.fold_numbers)
             _check_network(name, self.datasets[name])
             check_freezing(pick_run(self, name, loss, 0) for loss in self.study.losses)
-            zooms = pick_evaluation(self, name).zooms
-            if zooms != [1.0] and self.datasets[name].data.crop is None:
-                reason = f"datasets.{name} has no data.crop, so there is no larger part to look at"
-                remedy = "give it one, or leave zooms at [1.0] for it"
-                raise ValueError(f"evaluation.zooms = {zooms}: {reason}; {remedy}")
+            check_zooms(name, pick_evaluation(self, name).zooms, self.datasets[name].data.crop)
         return self
 
 # %% ../nbs/01_params.ipynb #67dde75f

@@ -393,8 +393,7 @@ def find_cases(
         raise StudyError(f"data.channels: scans in the layout {name} have a single channel: "
                          "remove data.channels")
     doubled = [name for name, n in Counter(case.name for case in cases).items() if n > 1]
-    if doubled:
-        raise StudyError(f"{folder}: case {doubled[0]} exists twice: keep one")
+    if doubled: raise StudyError(f"{folder}: case {doubled[0]} exists twice: keep one")
     cases = pick_channels(sorted(cases, key=lambda case: case.name), channels)
     cases = _by_patient(cases, patient)
     check_patients({case.name: case.split for case in cases if case.split}, cases, folder)
