@@ -17,7 +17,8 @@ from pathlib import Path
 
 from .files import StudyError, digest_of_code, hash_file, held_alone, tied
 from .matrix import Cell
-from .pipeline import notebook_code, own_files
+from .pipeline import own_files
+from .stages import notebook_code
 
 # %% ../nbs/70b_job.ipynb #0d2c4470
 def study_digest(root=".") -> str:

@@ -1,4 +1,4 @@
-"""What an edit runs again: each room's code decides the numbers of the stages in this table, and of no other."""
+"""What an edit runs again: each room's code decides the numbers of the stages that `levit_study.stages` names it for, and of no other."""
 import ast
 import json
 import re
@@ -10,32 +10,11 @@ from ruamel.yaml import YAML
 
 from levit_study.data import jobs
 from levit_study.losses import build_loss
+from levit_study.stages import ROOMS
 from levit_study.training import state
 
-# stage -> the rooms that decide its numbers. What is not named here for any stage speaks, measures, describes, checks or starts.
-TABLE = {
-    "prepare": """data.nifti data.channels data.labels data.volumes data.folders data.cases data.modalities data.layouts data.splits
-                  data.folds data.shapes data.abdomen
-                  data.heart data.phantom data.slices data.context
-                  data.dataset data.voxels data.store data.jobs data.manifest data.prepare""",
-    "train": """recipes data.augment data.context data.dataset model.upsampling model.grids model.network model.fusion model.others model.pretrained
-                model.freezing model.precision model.build losses.comparison losses.interface losses.paper losses.more losses.topk losses.boundary
-                losses.adaptive training.state training.checkpoint training.scores training.course training.fit""",
-    "evaluate": """data.slices data.context data.dataset data.native model.upsampling model.grids model.network model.fusion model.others
-                   model.precision model.build
-                   model.inference training.course evaluation.metrics evaluation.inference evaluation.card evaluation.calibration
-                   evaluation.evaluate""",
-    "report": """data.cases data.context data.dataset data.native training.course evaluation.metrics evaluation.calibration evaluation.elsewhere
-                 evidence.results evidence.intervals evidence.statistics evidence.tables evidence.derived evidence.reliability evidence.contrasts evidence.ablation evidence.ensembles evidence.choices evidence.claims
-                 evidence.verdicts evidence.networks evidence.paper evidence.survival evidence.ranking evidence.imbalance evidence.transfer
-                 evidence.answer evidence.published
-                 report.look report.parts report.provenance report.imbalance report.transfer report.contrasts report.ablation report.figures report.differences report.design report.behaviour
-                 report.clinical report.segmentations report.viewer report.charts""",
-    "site": """evaluation.elsewhere evidence.results report.look report.parts report.provenance report.pages report.summary report.contents
-               report.studies report.records report.checklists report.cards report.site""",
-}
-TABLE = {stage: names.split() for stage, names in TABLE.items()}
-NOTHING = """consistency files inputs kinds networks settings params machine pipeline matrix job slurm submit submit_command publish_command bench commands data.fingerprint model.weights model.export model.drawing
+# The rooms that decide no stage's numbers: they speak, measure, describe, check or start.
+NOTHING = """consistency files inputs kinds networks settings params machine stages pipeline matrix job slurm submit submit_command publish_command bench commands data.fingerprint model.weights model.export model.drawing
              training.record training.launch losses.pictures evaluation.engine evaluation.targets evaluation.predict evaluation.sharing evaluation.ensemble evaluation.maps
              evaluation.score evaluation.exchange evaluation.ensemble_runs evidence.simulation evidence.choice evidence.planning evidence.publishing
              report.data_figures report.examples report.overlay""".split()
@@ -92,31 +71,31 @@ def stages(root):
 
 
 def test_every_room_is_in_the_table(root):
-    deciding = {room for names in TABLE.values() for room in names}
+    deciding = {room for names in ROOMS.values() for room in names}
     assert rooms(root) == deciding | set(NOTHING) and not deciding & set(NOTHING)
 
 
-@pytest.mark.parametrize("stage", TABLE)
-def test_a_stage_depends_on_the_rooms_that_decide_its_numbers(stages, stage):
-    found = [m[1].replace("/", ".") for dep in stages[stage]["deps"] if (m := re.fullmatch(r"build/code/rooms/(.+)\.py", dep))]
-    assert sorted(found) == sorted(TABLE[stage])
+@pytest.mark.parametrize("stage", ROOMS)
+def test_a_stage_depends_on_its_code_alone(stages, stage):
+    folder = "build/code"
+    assert [dep for dep in stages[stage]["deps"] if dep.startswith(folder) and "settings" not in dep] == [f"{folder}/{stage}.json"]
     assert not any(dep.startswith(("levit_study", "nbs/")) for dep in stages[stage]["deps"])
 
 
-@pytest.mark.parametrize("stage", TABLE)
+@pytest.mark.parametrize("stage", ROOMS)
 def test_what_a_stage_reaches_decides_its_numbers_or_is_named_as_not(root, stage):
-    rest = reached(root, stage) - set(TABLE[stage])
+    rest = reached(root, stage) - set(ROOMS[stage])
     unnamed = [room for room in rest if not any(room == name or room.startswith(f"{name}.") for name in REACHED[stage])]
     assert unnamed == []
     late = {"losses.paper", "losses.more", "losses.topk", "losses.boundary", "losses.adaptive"}   # imported by the package that registers them
-    assert set(TABLE[stage]) - late <= reached(root, stage)
+    assert set(ROOMS[stage]) - late <= reached(root, stage)
 
 
 def test_prepared_cases_and_trainings_are_known_by_the_same_rooms():
     """A prepared case by what turns its file into slices; a training by its stage's rooms, its data by the prepared pixels, its loss by its classes' rooms."""
-    assert set(jobs.PREPARING) < set(TABLE["prepare"])
+    assert set(jobs.PREPARING) < set(ROOMS["prepare"])
     by_loss = {"losses.paper", "losses.more", "losses.topk", "losses.boundary", "losses.adaptive"}   # of these only those that a loss uses
-    assert set(state.TRAINING) == set(TABLE["train"]) - by_loss
+    assert set(state.TRAINING) == set(ROOMS["train"]) - by_loss
 
 
 def written(folder, environment):
@@ -130,14 +109,29 @@ def written(folder, environment):
 def copy(project): return project("rooms")
 
 
-def test_an_edit_of_what_a_room_does_changes_its_file_alone(copy, environment, root):
-    before = written(copy, environment)
+def test_an_edit_of_what_a_room_does_changes_its_stages_alone(copy, environment, root):
+    before, marked = written(copy, environment), {}
     for room in rooms(root):   # each with a mark of its own
         path = copy / "levit_study" / f"{room.replace('.', '/')}.py"
         path.write_text(path.read_text() + f"\nMARK = {room!r}\n")
     after = written(copy, environment)
-    changed = {name: text.removeprefix(before[name]) for name, text in after.items() if text != before[name]}
-    assert changed == {f"build/code/rooms/{room.replace('.', '/')}.py": f"\nMARK = {room!r}" for room in rooms(root)}
+    for name in (name for name, text in after.items() if text != before[name]):
+        digests, earlier = json.loads(after[name]), json.loads(before[name])
+        assert digests.keys() == earlier.keys()
+        marked[name] = {file for file, digest in digests.items() if digest != earlier[file]}
+    assert marked == {f"build/code/{stage}.json": {f"levit_study/{room.replace('.', '/')}.py" for room in names} for stage, names in ROOMS.items()}
+
+
+def test_an_edit_of_a_notebook_changes_its_stage_alone(copy, environment):
+    before = written(copy, environment)
+    path = copy / "nbs/study/evaluate.ipynb"
+    text = path.read_text()
+    content = json.loads(text)
+    content["cells"][-1] = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None, "source": "print(1)"}
+    path.write_text(json.dumps(content))
+    after = written(copy, environment)
+    path.write_text(text)
+    assert {name for name in after if after[name] != before[name]} == {"build/code/evaluate.json"}
 
 
 def test_words_and_layout_change_nothing(copy, environment):
