@@ -22,23 +22,29 @@ from .params import Params, load_params
 from .slurm import Request, check_shared, check_slurm, check_time, queue, queued_cells
 
 # %% ../nbs/70d_submit.ipynb #e7926416
+def _in_words(cost: Cost | None) -> str:
+    "Return what one training costs; None: its weights are up to date, their evaluation is not"
+    if cost is None: return "evaluation alone"
+    return f"{cost.epochs} epochs of {spoken_time(cost.epoch)}: {spoken_time(cost.seconds)}"
+
+def _number(many: int, what: str) -> str: return f"{many} {what}" + "s" * (many != 1)
+
 def plan_lines(
-    costs: dict[Cell, Cost], # of what is missing
-    at_once: int,            # trainings
+    costs: dict[Cell, Cost | None], # of what is missing; None: of an evaluation alone
+    at_once: int,                   # trainings
 ) -> list[str]:
     "Return a line for each training and its cost, and one for all"
     if not costs: return ["nothing is missing: all trainings and evaluations are up to date"]
-    lines = []
-    for cell, cost in costs.items():
-        how = f"{cost.epochs} epochs of {spoken_time(cost.epoch)}: {spoken_time(cost.seconds)}"
-        lines.append(f"{cell}: {how}")
-    known = [cost.seconds for cost in costs.values() if cost.seconds == cost.seconds]
-    total, rounds = sum(known), ceil(len(costs) / at_once)
+    lines = [f"{cell}: {_in_words(cost)}" for cell, cost in costs.items()]
+    trained = [cost for cost in costs.values() if cost]
+    if not trained: return [*lines, f"{_number(len(costs), 'evaluation')}, no training"]
+    known = [cost.seconds for cost in trained if cost.seconds == cost.seconds]
+    total, rounds = sum(known), ceil(len(trained) / at_once)
     wall = spoken_time(max(total / at_once, rounds and max(known, default=0)))
-    about = f"{len(costs)} trainings"
+    about = _number(len(trained), "training")
     if known: about += f", {spoken_time(total)} in all, {wall} with {at_once} at a time"
-    sources = ", ".join(sorted({cost.source for cost in costs.values()} - {""})) or "none"
-    unknown = len(costs) - len(known)
+    sources = ", ".join(sorted({cost.source for cost in trained} - {""})) or "none"
+    unknown = len(trained) - len(known)
     lines.append(f"{about} (measured on: {sources}; without evaluation)")
     if unknown: lines.append(f"for {unknown} no earlier training shows the cost")
     return lines
@@ -125,11 +131,12 @@ def _changed(params: Params, queued) -> set[str]:
     return changed_stages([name for cell in rest for name in cell.stages]) if rest else set()
 
 # %% ../nbs/70d_submit.ipynb #5c59529e
-def _costs(params: Params, cells: list[Cell], gpu=None) -> dict[Cell, Cost]:
-    "Return what each training costs, by this study's records, else by the published ones"
+def _costs(params: Params, cells: list[Cell], changed: set[str], gpu=None) -> dict:
+    """Return what each training costs, by this study's records, else by the published ones; None
+    where the evaluation alone has changed"""
     here, published = recorded_runs("reports/runs"), recorded_runs("reports/studies")
-    costs = {}
-    for cell in cells:
+    costs = dict.fromkeys(cells)
+    for cell in (cell for cell in cells if cell.stages[0] in changed):
         cost = expected_cost(params, cell, here, gpu)
         costs[cell] = cost if cost.source else expected_cost(params, cell, published, gpu)
     return costs
@@ -152,10 +159,10 @@ def submit(
     changed = _changed(params, queued)
     cells = missing_cells(params, changed)
     asks = request and bool(request.gpus or any("gpu" in each for each in request.flags()))
-    costs = _costs(params, cells, asks)
+    costs = _costs(params, cells, changed, asks)
     if request:
         for cell, cost in costs.items():
-            if cell.stages[0] in changed: check_time(request, cell, cost)
+            if cost: check_time(request, cell, cost)
     for line in plan_lines(costs, request.at_once if request else workers): say(line)
     if request and not asks and params.compute.device != "cpu":
         say("no GPU is asked for, so trainings run on CPUs; --gpus 1 asks for one each")
