@@ -4,7 +4,7 @@ import subprocess
 import pytest
 
 from levit_study.commands import main
-from levit_study.evidence.planning import Design, Spreads, detectable
+from levit_study.evidence.planning import Design, Spreads, detectable, read_trainings
 
 
 @pytest.fixture
@@ -54,3 +54,10 @@ def test_a_study_of_one_training_per_loss_says_what_is_missing(plan):
     status, _, error = plan(single, "--patients", "100", "--seeds", "3")
     assert status == 1 and "give --seed-sd" in error
     assert plan(single, "--patients", "100", "--seeds", "3", "--seed-sd", "0.05")[0] == 0
+
+
+def test_the_cases_of_an_ensemble_are_no_training(root):
+    study = root / "reports/studies/acdc_recipe_seeds"
+    cases, epochs = read_trainings(study)
+    assert list(study.glob("ensembles/**/cases.csv")) and sorted(set(cases.seed)) == sorted(set(epochs.seed)) == [0, 1, 2]
+    assert set(cases.dataset) == set(epochs.dataset)

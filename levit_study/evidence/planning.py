@@ -38,16 +38,16 @@ def read_trainings(
     "Return the cases and the epochs of all trainings in a folder; `StudyError` if there are none"
     root, tables = Path(folder).resolve(), ([], [])
     for path in sorted(root.rglob("cases.csv")):
+        if not path.with_name("epochs.csv").exists(): continue  # an ensemble's
         names = _named_by_folder(path, root)
         for name, gathered in zip(("cases.csv", "epochs.csv"), tables, strict=True):
-            if not path.with_name(name).exists(): continue
             table = read_table(path.with_name(name))
             gathered.append(table.drop(columns=list(names), errors="ignore").assign(**names))
     if not tables[0]:
         remedy = ("train with dvc repro, name a folder with trainings, as "
                   "reports/studies/acdc_100_small, or give --patient-sd and --seed-sd")
         raise StudyError(f"{folder}: no training with a cases.csv; {remedy}")
-    return tuple(pd.concat(each, ignore_index=True) if each else pd.DataFrame() for each in tables)
+    return tuple(pd.concat(each, ignore_index=True) for each in tables)
 
 # %% ../../nbs/54_evidence.planning.ipynb #74530ab7
 def patient_differences(
