@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['LEVIT', 'UNET', 'WIDEST', 'UNetSettings', 'network_name', 'check_settings', 'unet_settings', 'Chosen',
-           'check_network', 'start_file', 'Freezing', 'check_freezing']
+           'check_network', 'check_card_network', 'start_file', 'Freezing', 'check_freezing']
 
 # %% ../nbs/00e_networks.ipynb #d3ff97b6
+import re
 from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML, YAMLError
 from typing import Annotated, Any
 from .files import StudyError
 from .inputs import young
@@ -97,6 +99,30 @@ def check_network(
         return
     from levit_study.model.others import try_network
     try_network(network, settings, num_classes, size, in_channels)
+
+# %% ../nbs/00e_networks.ipynb #993ad955
+def _named_here(network: str) -> bool:
+    "Return whether this folder's params.yaml names a network, as its owner wrote it"
+    try: content = YAML(typ="safe").load(Path("params.yaml").read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError, YAMLError): return False
+    try: models = [about.get("model") or {} for about in content["datasets"].values()]
+    except (AttributeError, KeyError, TypeError): return False
+    return network in [model.get("network") for model in models if isinstance(model, dict)]
+
+def check_card_network(
+    network,      # that a card names
+    settings,     # what the card has it built with
+    source,       # the file, for the message
+):
+    "Raise `StudyError` for a network that a weight file may not choose; nothing is imported"
+    if network == UNET: return
+    if not isinstance(network, str) or "." not in network:
+        raise StudyError(f"{source}: its card names the network {network!r}, which does not exist")
+    fetches = any("pretrained" in str(key) or "://" in str(settings[key]) for key in settings)
+    monai = re.fullmatch(r"monai\.networks\.nets\.[A-Z]\w*", network) and not fetches
+    if monai or re.fullmatch(r"own(\.\w+)+", network) or _named_here(network): return
+    raise StudyError(f"{source}: its card names the network {network}, code that a file may not "
+                     "choose; if you trust it, name it in params.yaml or move it to own/")
 
 # %% ../nbs/00e_networks.ipynb #bf9ed18e
 def start_file(

@@ -12,8 +12,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
-from pydantic import model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import ValidationInfo, field_validator, model_validator
 from ruamel.yaml import YAML, YAMLError
 
 from .consistency import check_ablation, check_contrasts, check_folds
@@ -323,18 +323,23 @@ class Params(Section):
         return {name: _deal(self.datasets[name].data) for name in self.study.datasets}
 
     @model_validator(mode="after")
-    def _fits_together(self):
+    def _fits_together(self, info: ValidationInfo):
         check_names("datasets", self.datasets, self.study.datasets)
         check_names("losses", self.losses, self.study.losses)
-        _check_losses(self.losses)
         check_contrasts(self.evaluation.contrasts, self.study.losses)
         check_ablation(self.evaluation.ablation_of, self.study.datasets, self._deals())
         for name in self.study.datasets:
             check_folds(name, self.datasets[name].data.split.folds, self.study.fold_numbers)
+            check_zooms(name, pick_evaluation(self, name).zooms, self.datasets[name].data.crop)
+        if not (info.context or {}).get("elsewhere"): self._can_be_built()
+        return self
+
+    def _can_be_built(self):
+        "Raise `ValueError` for a loss or network that cannot be built; modules are imported"
+        _check_losses(self.losses)
+        for name in self.study.datasets:
             _check_network(name, self.datasets[name])
             check_freezing(pick_run(self, name, loss, 0) for loss in self.study.losses)
-            check_zooms(name, pick_evaluation(self, name).zooms, self.datasets[name].data.crop)
-        return self
 
 # %% ../nbs/01_params.ipynb #67dde75f
 def _known_keys(place) -> list[str]:
@@ -378,6 +383,7 @@ def as_line(
 # %% ../nbs/01_params.ipynb #dfb3d511
 def load_params(
     path="params.yaml", # the file; a mapping works, too, for trying things out
+    elsewhere=False,    # whether others wrote it: then no code that it names is imported
 ) -> Params:
     "Read and check params.yaml; `StudyError` in one line: the key, its value, what is allowed"
     content, name = path, path
@@ -392,5 +398,5 @@ def load_params(
             raise StudyError(f"{path}: not readable as YAML: {reason}") from None
     if not isinstance(content, dict):
         raise StudyError(f"{path}: holds no sections; study, datasets and losses are needed")
-    try: return Params.model_validate(content)
+    try: return Params.model_validate(content, context={"elsewhere": elsewhere})
     except ValidationError as error: raise StudyError(as_line(error, name)) from None

@@ -108,7 +108,8 @@ def rows_of(
 ): # dict key -> `Prepared`
     "List the cases that a store holds"
     with h5py.File(path, "r") as file:
-        columns = [file[f"cases/{name}"].asstr()[()] for name in ("key", "name", "digest")]
+        texts = (file[f"cases/{name}"].asstr("utf-8") for name in ("key", "name", "digest"))
+        columns = [column[()] for column in texts]
         volumes = set(file.get("volumes", ()))
         return {key: Prepared(path, row, name in volumes, digest)
                 for row, (key, name, digest) in enumerate(zip(*columns, strict=True))}

@@ -9,6 +9,7 @@ __all__ = ['no_orientation', 'sform_wrong', 'affine_wrong', 'pixdim_wrong', 'for
 
 # %% ../../nbs/10_data.nifti.ipynb #4a2032f5
 import gzip
+import os
 import io
 import nibabel as nib
 import numpy as np
@@ -62,6 +63,8 @@ def check_shape(path, shape, dimensions=3):
 # %% ../../nbs/10_data.nifti.ipynb #0088da2e
 def _read_to(path, first, size):
     "Return a file's bytes, gzipped or not, and how many are needed: `size` of the `first` ones"
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would keep it waiting
+        raise StudyError(f"{path}: is not a file: give a file, or correct the name")
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     with (gzip.open if packed else open)(path, "rb") as file:
@@ -322,7 +325,8 @@ def _check_grids(label_path, image_path, shapes, affines):
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shapes[0]) - 1)
     places = [nib.affines.apply_affine(affine, corners) for affine in affines]
     apart, voxel = np.abs(places[0] - places[1]).max(), _lengths(affines[0])
-    if apart > 2*voxel.max():
+    voxels = np.linalg.solve(affines[0][:3, :3], (places[0] - places[1]).T)  # along each axis
+    if np.abs(voxels).max() > 2:
         where = f"lies up to {apart:.0f} mm beside the image's grid ({image_path})"
         raise StudyError(f"{label_path}: {where}: correct the affine, or resample the label map")
     if apart > 0.1*voxel.min():

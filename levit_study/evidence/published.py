@@ -93,7 +93,7 @@ def study_records(
         if not (folder / part).exists():
             raise StudyError(f"{folder}: has no {part}; a published study has params.yaml and "
                              "runs/, as those in reports/studies")
-    params = load_params(folder / "params.yaml")
+    params = load_params(folder / "params.yaml", elsewhere=True)
     return params, collect(params, runs=folder / "runs")
 
 # %% ../../nbs/56_evidence.published.ipynb #afcb55b4

@@ -76,7 +76,7 @@ def _check_place(folder, name, params):
     if (folder / "runs").exists():
         raise StudyError(f"{folder}: holds records already; choose another name, or remove them")
     plan = folder / "params.yaml"
-    if plan.exists() and not _same_study(load_params(plan), params):
+    if plan.exists() and not _same_study(load_params(plan, elsewhere=True), params):
         raise StudyError(f"{plan}: plans another study than params.yaml, which was run")
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #1b48edbc
@@ -85,7 +85,7 @@ def _check_same(params, others):
     for other in others:
         if not (path := Path(other, "params.yaml")).exists():
             raise StudyError(f"--from {other}: no copy of the project; it has no params.yaml")
-        if not _same_study(load_params(path), params):
+        if not _same_study(load_params(path, elsewhere=True), params):
             raise StudyError(f"{path}: belongs to a different study from params.yaml here")
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #112c658d

@@ -24,7 +24,8 @@ def _as_text(value, digits):
     if isinstance(value, (float, np.floating)) and not float(value).is_integer():
         return f"{value:.{digits}f}"
     if isinstance(value, (int, float, np.number)): return f"{value:g}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    text = str(value).replace("|", "\\|").replace("\n", " ")
+    return text.replace("<", "&lt;")  # a page would take it for HTML
 
 # %% ../../nbs/51a_evidence.tables.ipynb #d28764fc
 def to_markdown(

@@ -7,13 +7,16 @@ __all__ = ['load_weights', 'for_inference']
 
 # %% ../../nbs/23a_model.inference.ipynb #9dabda34
 import copy
+import math
+import torch
+from safetensors import safe_open
 from ..files import StudyError
 from .build import fast_order, keep_memory, levit_unet
 from .grids import forget_biases
-from .others import OtherNetwork, check_trusted, shared_tensors
+from .others import OtherNetwork, shared_tensors, unet
 from .precision import autocast_precision
 from .weights import read_card
-from ..networks import network_name
+from ..networks import UNET, check_card_network, network_name
 from torch import nn
 
 # %% ../../nbs/23a_model.inference.ipynb #360ec4dd
@@ -26,6 +29,9 @@ def load_weights(
 
     card = read_card(path)
     model, tensors = _rebuilt(path, card), load_file(path)
+    if broken := [name for name in tensors if not tensors[name].isfinite().all()]:
+        raise StudyError(f"{path}: {broken[0]} holds numbers that are not finite; train again, or "
+                         "take other weights")
     second = shared_tensors(model)
     tensors |= {name: tensors[same] for name, same in second.items() if same in tensors}
     try:
@@ -36,6 +42,17 @@ def load_weights(
         raise StudyError(f"{path}: tensors do not fit a {name} model: {reason}") from None
     return model.to(device).eval(), card
 
+# %% ../../nbs/23a_model.inference.ipynb #44b0acaf
+def _check_size(path, settings, num_classes, in_channels):
+    "Raise `StudyError` if a card describes more weights than its file holds; none is allocated"
+    with torch.device("meta"): body = unet(num_classes, in_channels, **settings)
+    wanted = sum(tensor.numel() for tensor in body.state_dict().values())
+    with safe_open(path, "pt") as file:
+        held = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    if wanted > 2 * held + 1000:  # a tensor that stands twice is stored once
+        raise StudyError(f"{path}: tensors do not fit a U-Net model: its card describes {wanted} "
+                         f"numbers, the file holds {held}")
+
 # %% ../../nbs/23a_model.inference.ipynb #cabe0eb6
 def _rebuilt(path, card):
     "Build the network that a card describes, with weights at random"
@@ -43,8 +60,9 @@ def _rebuilt(path, card):
     if "network" not in card:
         rest = dict(image_size=card["image_size"], encoders=card.get("encoders", 1))
         return levit_unet(card["variant"], *sizes, **rest)
-    check_trusted(card["network"], path)
     settings = card.get("settings", {})
+    check_card_network(card["network"], settings, path)
+    if card["network"] == UNET: _check_size(path, settings, *sizes)
     return OtherNetwork(card["network"], settings, *sizes, card["image_size"])
 
 # %% ../../nbs/23a_model.inference.ipynb #ba7ef730

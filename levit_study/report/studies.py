@@ -54,13 +54,14 @@ class PublishedStudy:
 
     def answer(self):
         "What it found, in Markdown"
-        return (self.folder / "answer.md").read_text(encoding="utf-8")
+        text = (self.folder / "answer.md").read_text(encoding="utf-8")
+        return text.replace("<", "&lt;")  # it may come from elsewhere, with scripts in it
 
 # %% ../../nbs/63c_report.studies.ipynb #bdc4ce1c
 @lru_cache
 def _params_of(path, changed): # changed: when, so that an edited file is read again
     "The settings of a published study"
-    return load_params(path)
+    return load_params(path, elsewhere=True)
 
 def published_studies(root=".") -> list[PublishedStudy]:
     "Return the published studies, real ones with the most trainings first"
@@ -128,7 +129,7 @@ def _caveat(study):
 def _html(markdown):
     "Markdown as HTML, wide tables in a box that scrolls"
     from markdown_it import MarkdownIt
-    html = MarkdownIt("commonmark").enable("table").render(markdown)
+    html = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     box = '<div class="scroll" tabindex="0"><table>'
     return html.replace("<table>", box).replace("</table>", "</table></div>")
 
