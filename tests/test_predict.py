@@ -414,3 +414,37 @@ def test_the_network_that_comes_with_the_project_segments_a_heart_it_never_saw(t
     labels, reference = (np.asarray(nib.load(str(scan).replace(".nii", f"_{name}.nii")).dataobj) for name in ("labels", "gt"))
     dice = [2 * ((labels == k) & (reference == k)).sum() / ((labels == k).sum() + (reference == k).sum()) for k in (1, 2, 3)]
     assert dice[0] > .5 and dice[1] > .75 and dice[2] > .9
+
+
+def test_a_kept_label_map_is_of_the_same_scan(place, capsys):
+    assert predict(capsys, "scans", "--output", "labels")[0] == 0
+    write_scan("scans/b.nii.gz", 9)
+    status, _, err = predict(capsys, "scans", "--output", "labels", "--keep")
+    assert status == 1 and "b.json does not say that it comes from this scan" in err and "1 of 3" in err
+    side = json.loads(open("labels/a.json").read())
+    with open("labels/a.json", "w") as file: json.dump(side | {"volumes_ml": {}}, file)
+    status, _, err = predict(capsys, "scans", "--output", "labels", "--keep")
+    assert status == 1 and "2 of 3" in err and "KeyError" not in err
+
+
+def test_weights_that_are_not_finite_are_refused(place, capsys):
+    model = levit_unet("128s", 3, image_size=32)
+    with torch.no_grad(): next(model.parameters()).view(-1)[0] = float("nan")
+    save_weights("best.safetensors", model, **CARD)
+    status, _, err = predict(capsys, "scan.nii.gz", "--output", "labels.nii.gz")
+    assert status == 1 and "numbers that are not finite" in err and not os.path.exists("labels.nii.gz")
+
+
+@pytest.mark.parametrize("network", ["payload.Net", "torch.hub.load"])
+def test_the_network_that_a_weight_file_names_is_not_imported(place, capsys, network):
+    with open("payload.py", "w") as file: file.write("open('imported', 'w').close()\n")
+    save_weights("best.safetensors", levit_unet("128s", 3, image_size=32), **CARD, network=network, settings={}, variant=None)
+    status, _, err = predict(capsys, "scan.nii.gz", "--output", "labels.nii.gz")
+    assert status == 1 and "code that a file may not choose" in err and not os.path.exists("imported")
+
+
+def test_a_card_of_a_huge_network_allocates_none(place, capsys):
+    huge = {"network": "unet", "settings": {"widths": [4096] * 6}, "variant": None}
+    save_weights("best.safetensors", levit_unet("128s", 3, image_size=32), **CARD, **huge)
+    status, _, err = predict(capsys, "scan.nii.gz", "--output", "labels.nii.gz")
+    assert status == 1 and "tensors do not fit a U-Net model" in err

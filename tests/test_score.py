@@ -167,6 +167,7 @@ def test_a_method_from_elsewhere_stands_beside_the_losses(files, study, capsys):
     (["--dataset", "hearts", "--label-map", "btcv14"], "label_map: 'btcv14' is unknown"),
     (["--dataset", "hearts", "--label-map", "1=liver"], "1 leads to 'liver', which is not a structure"),
     (["--dataset", "hearts", "--output", "params.yaml/x.csv"], "params.yaml/x.csv: cannot be written"),
+    (["--dataset", "hearts", "--output", "references/one.nii.gz"], "references/one.nii.gz: give a name that ends in .csv"),
 ])
 def test_bad_options_are_one_line(files, capsys, options, message):
     status, _, err = run(capsys, "score", "own", "references", *options)
@@ -198,6 +199,21 @@ def test_each_bad_label_map_is_named_and_the_rest_is_scored(files, capsys):
     for name in good: os.remove(f"mixed/{name}")
     status, _, err = run(capsys, "score", "mixed", "references", "--dataset", "hearts")
     assert status == 1 and "none of 4 cases can be scored" in err[-1] and cut in err[-1] and damaged in err[-1]
+
+
+def test_a_label_map_beside_its_reference_is_refused_along_each_axis(tmp_path, capsys):
+    "19 mm are nothing along an axis of 10 mm, and far off along one of 1 mm"
+    labels = np.zeros((32, 32, 4), np.uint8)
+    labels[8:16, 8:16] = 1
+    for folder, shift in (("r", 0), ("near", 0.3), ("far", 19)):
+        (tmp_path / folder).mkdir()
+        affine = np.diag([1., 1, 10, 1])
+        affine[0, 3] = shift
+        nib.save(nib.Nifti1Image(labels, affine), tmp_path / folder / "a.nii.gz")
+    status, _, err = run(capsys, "score", str(tmp_path / "far"), str(tmp_path / "r"), "--structures", "a=1")
+    assert status == 1 and "19 mm beside the image's grid" in err[-1]
+    status, _, err = run(capsys, "score", str(tmp_path / "near"), str(tmp_path / "r"), "--structures", "a=1")
+    assert status == 0 and "affine is off the image's by 0.3 mm" in err[-1]
 
 
 def test_nothing_in_common_is_an_error(files, capsys):

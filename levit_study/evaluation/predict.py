@@ -154,12 +154,19 @@ def _volumes_ml(labels, spacing, structures: dict) -> dict:
 @cache
 def _digest(path, size, modified) -> str: return hash_file(path)
 
+def _file_digest(path) -> str:
+    state = Path(path).stat()
+    return _digest(path, state.st_size, state.st_mtime_ns)
+
+def _scan_digests(files: ScanFiles) -> list[str]:
+    "Identify a scan's files, so that another one of the same name is noticed"
+    return [_file_digest(path) for path in dict(files.channels or [(files.scan, None)])]
+
 def _model(network) -> dict:
     "What a result says of the network that made it"
     card = network.card
     if "members" in card: return {"ensemble": card["members"]}
-    state = Path(network.weights).stat()
-    weights = {"weights": _digest(network.weights, state.st_size, state.st_mtime_ns)}
+    weights = {"weights": _file_digest(network.weights)}
     fold = {"fold": card["fold"]} if card.get("fold") is not None else {}
     names = ("dataset", "loss", "seed", "variant", "synthetic")
     special = {name: card[name] for name in ("network", "engine") if name in card}
@@ -202,6 +209,7 @@ def _segment(network, data: Data, files: ScanFiles, assume_axes=False, progress=
     about = {
         "labels": {"background": 0, **data.structures},
         "volumes_ml": volumes,
+        "scan": _scan_digests(files),
         "model": _model(network),
         "predicted": network.settings.record(),
         "notes": volume.notes,
@@ -218,9 +226,11 @@ def _kept_volumes(network, files: ScanFiles) -> dict:
     except (OSError, ValueError):
         about = None
     about = about if isinstance(about, dict) else {}
-    volumes, maker = about.get("volumes_ml"), (about.get("model"), about.get("predicted"))
-    if not isinstance(volumes, dict) or maker != (_model(network), network.settings.record()):
-        problem = f"{files.side.name} does not say that it comes from these weights"
+    volumes, made = about.get("volumes_ml"), [about.get(k) for k in ("scan", "model", "predicted")]
+    known = isinstance(volumes, dict) and volumes.keys() == network.card["structures"].keys()
+    wanted = [_scan_digests(files), _model(network), network.settings.record()]
+    if not known or made != wanted or not all(type(ml) is float for ml in volumes.values()):
+        problem = f"{files.side.name} does not say that it comes from this scan and these weights"
         remedy = f"predicted with {network.settings}; --overwrite it, or move it away"
         raise StudyError(f"{files.labels}: kept, but {problem}, {remedy}")
     return volumes

@@ -107,14 +107,14 @@ def _whole(labels):
     return whole if np.abs(labels - whole).max() <= 0.03 else labels
 
 # %% ../../nbs/44_evaluation.score.ipynb #277ab9bb
-def score_case(prediction, reference, rules: Rules) -> list[dict]:
-    "Measure one label map: a dict per structure; `StudyError` for other grids or labels"
+def score_case(prediction, reference, rules: Rules) -> tuple[list[dict], list[str]]:
+    "Measure one label map: a dict per structure, and notes; `StudyError` for other grids or labels"
     tables = rules.tables()
-    truth, labels, affine, _ = read_nifti_pair(reference, prediction)
+    truth, labels, affine, notes = read_nifti_pair(reference, prediction)
     labels = map_labels(labels, tables[0], prediction)
     truth = map_labels(_whole(truth), tables[1], reference)
     spacing = tuple(float(mm) for mm in np.linalg.norm(affine[:3, :3], axis=0))
-    return case_metrics(labels, truth, rules.structures, spacing, rules.tolerance)
+    return case_metrics(labels, truth, rules.structures, spacing, rules.tolerance), notes
 
 # %% ../../nbs/44_evaluation.score.ipynb #e9581b6f
 def score(
@@ -128,8 +128,11 @@ def score(
     rows = []
     for case, files in pairs.items():
         about = {"split": "test", "case": case, "patient": patient_of(case)}
-        try: rows += [about | row for row in score_case(*files, rules)]
+        try: measured, notes = score_case(*files, rules)
         except StudyError as problem: problems.append(str(problem))
+        else:
+            rows += [about | row for row in measured]
+            problems += [f"{files[0]}: {note}" for note in notes]
     if not rows:
         nothing = f"{predictions}: none of {len(pairs)} cases can be scored"
         raise StudyError("; ".join([nothing, *problems]))
