@@ -25,8 +25,13 @@ def matching(folder, pattern):
     except OSError as problem:
         raise StudyError(f"{folder}: cannot be listed ({problem.strerror}): "
                          "correct its permissions or links") from None
-    matches = {name: re.fullmatch(pattern, name, re.IGNORECASE) for name in names}
-    return {name: match for name, match in matches.items() if match}
+    matches = {name: re.fullmatch(pattern, name, re.IGNORECASE | re.DOTALL) for name in names}
+    matches = {name: match for name, match in matches.items() if match}
+    for name in matches:
+        if not name.isprintable():  # a line break, or bytes that are no UTF-8
+            raise StudyError(f"{folder}: the file {name!a} has an unusual character in its name: "
+                             "rename it")
+    return matches
 
 # %% ../../nbs/12a_data.folders.ipynb #32d875d1
 def within(folder, *names):

@@ -114,10 +114,14 @@ def _read_prepared(path, dimensions, wanted):
 # %% ../../nbs/12_data.volumes.ipynb #82804bc5
 def _read_slices(parts, wanted):
     "Return the `wanted` arrays of a volume from files of one slice each"
-    planes = [_read_prepared(part, 2, wanted) for part in parts]
-    size = planes[0][0].shape
-    for part, arrays in zip(parts, planes, strict=True):
-        for name, array in zip(wanted, arrays, strict=True):
+    planes, size = [], None
+    for part in parts:
+        planes.append(_read_prepared(part, 2, wanted))
+        size = size or planes[0][0].shape
+        if len(parts) * size[0] * size[1] > 2**29:  # as of a NIfTI file
+            volume = text_shape((len(parts), *size))
+            raise StudyError(f"{part}: one of {volume}, more than a scan has: fetch it again")
+        for name, array in zip(wanted, planes[-1], strict=True):
             if array.shape != size:
                 what = {"image": "slice", "label": "label map"}[name]
                 sizes = f"{text_shape(array.shape)} pixels in a volume of {text_shape(size)}"
