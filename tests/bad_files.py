@@ -588,6 +588,11 @@ def list_that_is_packed(folder):
 @kind("error", "nested too deeply", "dataset.json")
 def bottomless_json(folder): decathlon(folder).write_text("[" * 100_000)
 
+@kind("error", "an unusual character in its name: rename it", "labelsTr")
+def a_line_break_in_a_name(folder):
+    labels = decathlon(folder).parent/"labelsTr"
+    (labels/"heart_2.nii.gz").rename(labels/"heart\n2.nii.gz")
+
 @kind("error", "holds data sets in .*: set data.folder", "")
 def two_data_sets(folder):
     for name in ("first", "second"): ct(folder/name)

@@ -9,13 +9,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from bad_files import CT, MR, corpus, ct, ct_arrays, ssl, trans
+from bad_files import CT, MR, corpus, ct, ct_arrays, decathlon, ssl, trans
 from levit_study.files import StudyError
 from levit_study.data.nifti import write_label_map
 from levit_study.data.labels import label_table, map_labels
 from levit_study.data.volumes import check_volume, read_scan, read_volume, scale_intensity
 from levit_study.data.layouts import find_cases
+from levit_study.data.prepare import prepare
 from levit_study.data.splits import split_cases
+from levit_study.params import Data
 
 MARK = Path("/tmp/levit-study-was-run")
 
@@ -158,3 +160,11 @@ def test_memory_stays_bounded_whatever_a_header_says(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(StudyError, match="incomplete"): read_scan(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+def test_a_case_may_have_any_letters_in_its_name(tmp_path):
+    decathlon(tmp_path / "raw")
+    for path in (tmp_path / "raw").rglob("heart_2*"): path.rename(path.with_name(path.name.replace("heart_2", "müller")))
+    data = {"folder": str(tmp_path / "raw"), "structures": {"right ventricle": 1}, "size": 32, "split": {"kind": "fraction", "valid": .5}}
+    manifest = prepare(Data.model_validate(data), tmp_path / "store.h5", tmp_path / "manifest.json", progress=False)
+    assert set(manifest["cases"]) == {"heart_1", "müller"}
