@@ -10,6 +10,7 @@ __all__ = ['no_orientation', 'sform_wrong', 'affine_wrong', 'pixdim_wrong', 'for
 # %% ../../nbs/10_data.nifti.ipynb #4a2032f5
 import gzip
 import os
+import stat
 import io
 import nibabel as nib
 import numpy as np
@@ -63,8 +64,8 @@ def check_shape(path, shape, dimensions=3):
 # %% ../../nbs/10_data.nifti.ipynb #0088da2e
 def _read_to(path, first, size):
     "Return a file's bytes, gzipped or not, and how many are needed: `size` of the `first` ones"
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would keep it waiting
-        raise StudyError(f"{path}: is not a file: give a file, or correct the name")
+    if stat.S_ISFIFO(os.stat(path).st_mode):  # reading it could wait forever
+        raise StudyError(f"{path}: is a pipe: give a file")
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     with (gzip.open if packed else open)(path, "rb") as file:
