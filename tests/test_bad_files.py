@@ -165,6 +165,9 @@ def test_memory_stays_bounded_whatever_a_header_says(tmp_path):
 def test_a_case_may_have_any_letters_in_its_name(tmp_path):
     decathlon(tmp_path / "raw")
     for path in (tmp_path / "raw").rglob("heart_2*"): path.rename(path.with_name(path.name.replace("heart_2", "müller")))
+    path = tmp_path / "raw/imagesTr/müller_0000.nii.gz"   # another patient's image
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(image.get_fdata()[::-1].astype(np.float32), image.affine), path)
     data = {"folder": str(tmp_path / "raw"), "structures": {"a": 1, "b": 2, "c": 3}, "size": 32, "split": {"kind": "fraction", "valid": .5}}
     manifest = prepare(Data.model_validate(data), tmp_path / "store.h5", tmp_path / "manifest.json", progress=False)
     assert set(manifest["cases"]) == {"heart_1", "müller"}
