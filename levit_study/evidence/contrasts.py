@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from .intervals import patients_of
 from .statistics import ALL, ANY, allowing_for_spread, by_structure, holm
-from .statistics import judged_parts, pooled_spread, training_means, with_folds
+from .statistics import judged_parts, pooled_spread, training_means
 
 # %% ../../nbs/51d_evidence.contrasts.ipynb #aecf1f4c
 def weighted_differences(
@@ -19,7 +19,7 @@ def weighted_differences(
     value="dice",        # column
 ) -> pd.DataFrame:
     "Return a row per case, structure and training: the weighted sum of the losses as `difference`"
-    cases = with_folds(cases[cases.loss.isin(list(weights))])
+    cases = cases[cases.loss.isin(list(weights))]
     patient = dict(zip(cases["case"], patients_of(cases), strict=True))
     key = ["case", "structure", "seed", "fold"]
     table = cases.pivot(index=key, columns="loss", values=value).astype(float)

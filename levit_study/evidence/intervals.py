@@ -297,14 +297,14 @@ def fold_interval(
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #f5252712
 def mean_interval(
-    rows: pd.DataFrame, # columns patient, seed, perhaps fold and structure
+    rows: pd.DataFrame, # columns patient, seed, fold, perhaps structure
     values: pd.Series,  # one for each row
     confidence=.95,
     resamples=2000,
 ) -> Interval:
     "Return the mean of values with its interval over patients and trainings, folds where there are"
     strata = rows.structure if "structure" in rows else np.zeros(len(rows))
-    if "fold" not in rows or rows.fold.nunique() < 2:
+    if rows.fold.nunique() < 2:
         return bootstrap_interval(values, rows.patient, rows.seed, strata, confidence, resamples)
     table, folds = tabulate_trainings(values, rows.patient, rows.seed, rows.fold, strata)
     if not table.sums.size: return Interval(np.nan, np.nan, np.nan, 0, 0, 0, "none")

@@ -59,7 +59,6 @@ def patient_differences(
     "Return `first` - `second`: a row per training (fold, seed), a column per patient"
     judged = judging_cases(cases)
     judged = judged.assign(patient=patients_of(judged))
-    if "fold" not in judged: judged = judged.assign(fold=0)
     keys = ["fold", "seed", "patient", "structure", "case"]
     sides = judged.pivot_table(index=keys, columns="loss", values=value)
     paired = sides.reindex(columns=[first, second]).dropna()

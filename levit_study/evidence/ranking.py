@@ -59,7 +59,6 @@ def drawn_means(
     random, losses = np.random.default_rng(random_state), list(dict.fromkeys(part.loss))
     part = part.assign(patient=patients_of(part)).dropna(subset=[value])
     part = part.assign(patient=pd.factorize(part.patient, sort=True)[0])
-    if "fold" not in part: part = part.assign(fold=0)
     patients = _within_folds(random, part.groupby("patient").fold.first().to_numpy(), draws)
     chosen, means, drawn = _drawn_folds(random, part, draws), [], []
     for loss in losses:
@@ -90,7 +89,7 @@ def ranking(
             for k, loss in enumerate(losses):
                 row = {"dataset": dataset, "structure": structure, "loss": loss}
                 row |= {"patients": patients, "seeds": seeds[loss]}
-                if "fold" in part and part.fold.nunique() > 1: row["folds"] = part.fold.nunique()
+                if part.fold.nunique() > 1: row["folds"] = part.fold.nunique()
                 row |= {value: means[k], "rank": int(place[k])}
                 rows.append(row | {f"rank{r}": share for r, share in enumerate(shares[k], 1)})
     return pd.DataFrame(rows)
