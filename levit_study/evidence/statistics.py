@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from .intervals import Interval, bootstrap_interval, corrected_t
-from .intervals import fold_interval, patients_of, tabulate_trainings
+from .intervals import mean_interval, patients_of
 from .results import PROTOCOLS
 
 # %% ../../nbs/51_evidence.statistics.ipynb #f05de1fd
@@ -57,12 +57,8 @@ def difference_interval(
     resamples=2000,
 ) -> Interval:
     "Return the interval of the mean paired difference, over patients and the available trainings"
-    units = pairs.patient, pairs.seed
-    folds = pairs.fold
-    if len(set(folds[pairs.difference.notna()])) < 2:
-        return bootstrap_interval(pairs.difference, *units, pairs.structure, confidence, resamples)
-    table, folds = tabulate_trainings(pairs.difference, *units, folds, pairs.structure)
-    return fold_interval(table, folds, confidence, resamples)
+    known = pairs.dropna(subset=["difference"])
+    return mean_interval(known, known.difference, confidence, resamples)
 
 # %% ../../nbs/51_evidence.statistics.ipynb #4495fd3f
 SEED_SD = .02  # standard deviation between trainings' mean Dice that is assumed
