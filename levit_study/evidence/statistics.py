@@ -282,12 +282,12 @@ def _adjusted(table):
         table[f"{target}_p_holm"] = table.groupby(primary)[f"{target}_p"].transform(holm)
     return table.assign(tests=table.groupby(primary).these_p.transform("count"))
 
-def _compared(part, value, limits, seed_sd):
+def _compared(part, limits, seed_sd):
     "Return the rows of all that is tested on the cases of one data set and split"
     rows, pairs_of = [], combinations(dict.fromkeys(part.loss), 2)
     for (structure, rows_of), (second, first) in product(by_structure(part), pairs_of):
-        pairs = paired_differences(rows_of, first, second, value)
-        spread = pooled_spread(training_means(rows_of, value), seed_sd)
+        pairs = paired_differences(rows_of, first, second)
+        spread = pooled_spread(training_means(rows_of), seed_sd)
         names = {"structure": structure, "first": first, "second": second}
         rows.append(names | _paired_test(pairs, spread, *limits))
     table = _adjusted(pd.DataFrame(rows))
@@ -295,34 +295,32 @@ def _compared(part, value, limits, seed_sd):
     for name in ("p", "p_holm"):
         table[name] = table[f"any_{name}"].where(by_target, table[f"these_{name}"])
     notes = [(_small_note(row.patients, row.tests, row.target == THESE),
-              left_out_note(row.one_sided, value)) for row in table.itertuples()]
+              left_out_note(row.one_sided, "dice")) for row in table.itertuples()]
     return table.assign(note=["; ".join(filter(None, each)) for each in notes])
 
 # %% ../../nbs/51_evidence.statistics.ipynb #330b58d8
 def judged_parts(
     cases: pd.DataFrame, # collected cases.csv of any number of data sets
-    value,               # column that is judged
     seed_sd,             # standard deviation assumed between trainings; or {data set: sd}
 ):
     "Yield, per data set and split, the columns that name it, its rows, and the sd assumed for it"
     judged = cases[cases.split.isin(PROTOCOLS)]
     for (dataset, split), part in judged.groupby(["dataset", "split"], sort=False):
         assumed = seed_sd.get(dataset, 0) if isinstance(seed_sd, dict) else seed_sd
-        head = dict(dataset=dataset, split=split, protocol=PROTOCOLS[split], metric=value)
+        head = dict(dataset=dataset, split=split, protocol=PROTOCOLS[split], metric="dice")
         yield head, part, assumed
 
 def paired_tests(
     cases: pd.DataFrame, # collected cases.csv of any number of data sets, losses, seeds, folds
-    value="dice",        # column to compare
     confidence=.95,
     resamples=2000,
     seed_sd=0.0,         # standard deviation assumed between trainings; or {data set: sd}
 ) -> pd.DataFrame:
     "Return differences with intervals and tests per data set, split, structure and pair of losses"
     tables = [pd.DataFrame(columns=_TESTED)]
-    for head, part, assumed in judged_parts(cases, value, seed_sd):
+    for head, part, assumed in judged_parts(cases, seed_sd):
         if part.loss.nunique() < 2: continue
-        compared = _compared(part, value, (confidence, resamples), assumed)
+        compared = _compared(part, (confidence, resamples), assumed)
         tables.append(compared.assign(**head)[_TESTED])
     table = pd.concat(tables[1:] or tables, ignore_index=True)
     return table if (table.folds > 1).any() else table.drop(columns="folds")

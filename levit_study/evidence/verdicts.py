@@ -61,9 +61,9 @@ class Reach(NamedTuple):
         quantile = stats.t.ppf((1 + self.confidence) / 2, np.maximum(freedom, 1))
         return np.where(freedom < 1, np.inf, quantile * self.sd * (1 / n + self.overlap) ** .5)
 
-    def needed(self, bound: float, most=1000) -> int | None:
-        "Return the least number of trainings with half a width below `bound`; None: above `most`"
-        numbers = np.arange(2, most + 1)
+    def needed(self, bound: float) -> int | None:
+        "Return the least number of trainings with half a width below `bound`; None: above 1000"
+        numbers = np.arange(2, 1001)
         return next(map(int, numbers[self.half_width(numbers) < bound]), None)
 
 def out_of_reach(reach: Reach, bound: float) -> str:
