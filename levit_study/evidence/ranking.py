@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .intervals import patients_of, tabulate_trainings, weighted_means
+from .intervals import _draw, patients_of, tabulate_trainings, weighted_means
 from .results import judging_cases
 from .statistics import by_structure
 
@@ -25,18 +25,13 @@ def rank_shares(
     has = (best <= ranks) & (ranks <= worst)
     return (has / (worst - best + 1)).mean(0)
 
-# %% ../../nbs/54a_evidence.ranking.ipynb #050ed2dd
-def _weights(random, size, draws):
-    "Return how often each of `size` units comes up in each draw"
-    return random.multinomial(size, np.full(size, 1 / size), draws)
-
 # %% ../../nbs/54a_evidence.ranking.ipynb #e19dfd3f
 def _within_folds(random, folds, draws):
     "Return draws of the units of each fold: (draws, units)"
     weights = np.empty((draws, len(folds)))
     for fold in np.unique(folds):
         inside = folds == fold
-        weights[:, inside] = _weights(random, inside.sum(), draws)
+        weights[:, inside] = _draw(random, inside.sum(), draws)
     return weights
 
 def _drawn_folds(random, part, draws):
@@ -44,7 +39,7 @@ def _drawn_folds(random, part, draws):
     by_loss = [set(rows.fold) for _, rows in part.groupby("loss")]
     shared = sorted(set.intersection(*by_loss))
     if len(shared) < 2: return {fold: np.ones((draws, 1)) for fold in set.union(*by_loss)}
-    weights = _weights(random, len(shared), draws)
+    weights = _draw(random, len(shared), draws)
     absent = {fold: np.zeros((draws, 1)) for fold in set.union(*by_loss)}
     return absent | {fold: weights[:, [k]] for k, fold in enumerate(shared)}
 
