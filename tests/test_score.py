@@ -153,7 +153,7 @@ def test_a_method_from_elsewhere_stands_beside_the_losses(files, study, capsys):
     pd.testing.assert_series_equal(rows.set_index(["case", "structure"]).dice.loc[same.index], same)
     from levit_study.evidence.statistics import paired_tests
     from levit_study.evidence.tables import organ_table
-    tests, organs = paired_tests(results.cases, "dice", 0.95, 100), organ_table(results.cases, 0.95, 100)
+    tests, organs = paired_tests(results.cases, 0.95, 100), organ_table(results.cases, 0.95, 100)
     assert set(tests.difference.dropna()) == {0.0} and {"dice", "nnunet"} == set(organs.loss)
     shutil.rmtree("reports/elsewhere")
 

@@ -22,7 +22,7 @@ LOSSES, VERDICTS = ["baseline", "focal", "focal_tversky"], {"supported", "contra
 
 def study(random, datasets=("acdc",), losses=LOSSES, seeds=(0, 1), patients=4, epochs=5):
     "Return (epochs, cases) of a made-up study"
-    runs = pd.MultiIndex.from_product([datasets, losses, seeds], names=["dataset", "loss", "seed"]).to_frame(index=False)
+    runs = pd.MultiIndex.from_product([datasets, losses, seeds], names=["dataset", "loss", "seed"]).to_frame(index=False).assign(fold=0)
     curve = runs.merge(pd.DataFrame({"epoch": range(1, epochs + 1)}), how="cross")
     for name in ("train_loss", "valid_loss", "train_dice", "valid_dice", "valid_jaccard"): curve[name] = random.random(len(curve))
     units = pd.MultiIndex.from_product([["valid", "test"], [f"patient{n:03}_frame{f:02}" for n in range(patients) for f in (1, 9)], ["aorta", "liver"]],

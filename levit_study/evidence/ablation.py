@@ -88,7 +88,7 @@ def ablation_table(
         arms = both.assign(arm=both.dataset, dataset=name)
         for loss, of_loss in arms.groupby("loss", sort=False):
             of_loss = of_loss.assign(loss=of_loss.arm)  # a data set is compared as a loss is
-            for head, part, _ in judged_parts(of_loss, "dice", 0):
+            for head, part, _ in judged_parts(of_loss, 0):
                 assumed = pick_evaluation(params, reference).seed_sd
                 for structure, rows_of in by_structure(part):
                     row = _row(rows_of, pair, sure, assumed)

@@ -10,19 +10,18 @@ import numpy as np
 import pandas as pd
 from .intervals import patients_of
 from .statistics import ALL, ANY, allowing_for_spread, by_structure, holm
-from .statistics import judged_parts, pooled_spread, training_means, with_folds
+from .statistics import judged_parts, pooled_spread, training_means
 
 # %% ../../nbs/51d_evidence.contrasts.ipynb #aecf1f4c
 def weighted_differences(
     cases: pd.DataFrame, # of one data set and split: columns loss, seed, case, structure
     weights: dict[str, float], # loss -> weight; they add up to 0
-    value="dice",        # column
 ) -> pd.DataFrame:
     "Return a row per case, structure and training: the weighted sum of the losses as `difference`"
-    cases = with_folds(cases[cases.loss.isin(list(weights))])
+    cases = cases[cases.loss.isin(list(weights))]
     patient = dict(zip(cases["case"], patients_of(cases), strict=True))
     key = ["case", "structure", "seed", "fold"]
-    table = cases.pivot(index=key, columns="loss", values=value).astype(float)
+    table = cases.pivot(index=key, columns="loss", values="dice").astype(float)
     table = table.reindex(columns=list(weights))
     rows = (table * pd.Series(weights)).sum(axis=1, skipna=False).rename("difference").reset_index()
     return rows.assign(patient=rows.case.map(patient))
@@ -37,10 +36,10 @@ def weights_in_words(weights: dict[str, float]) -> str:
                      for loss, weight in weights.items())
     return words.removeprefix("+ ")
 
-def _contrast_row(rows_of, weights, value, limits, seed_sd):
+def _contrast_row(rows_of, weights, limits, seed_sd):
     "Return one contrast of the cases of one structure, or of all"
-    rows = weighted_differences(rows_of, weights, value)
-    spread = pooled_spread(training_means(rows_of, value), seed_sd)
+    rows = weighted_differences(rows_of, weights)
+    spread = pooled_spread(training_means(rows_of), seed_sd)
     scale = (sum(weight**2 for weight in weights.values()) / 2) ** .5
     target, interval = allowing_for_spread(rows, spread._replace(sd=spread.sd * scale), *limits)
     return {
@@ -54,16 +53,15 @@ def _contrast_row(rows_of, weights, value, limits, seed_sd):
 def contrast_table(
     cases: pd.DataFrame, # collected cases.csv
     contrasts: dict[str, dict[str, float]], # name -> loss -> weight
-    value="dice",        # column
     confidence=.95,
     resamples=2000,
     seed_sd=0.0,         # standard deviation assumed between trainings; or {data set: sd}
 ) -> pd.DataFrame:
     "Return contrasts.csv: each contrast per data set, split and structure, with interval and p"
     tables = [pd.DataFrame(columns=_COLUMNS)]
-    for head, part, assumed in judged_parts(cases, value, seed_sd):
+    for head, part, assumed in judged_parts(cases, seed_sd):
         rows = [head | {"contrast": name, "structure": structure}
-                | _contrast_row(rows_of, weights, value, (confidence, resamples), assumed)
+                | _contrast_row(rows_of, weights, (confidence, resamples), assumed)
                 for name, weights in contrasts.items() if set(weights) <= set(part.loss)
                 for structure, rows_of in by_structure(part)]
         if not rows: continue

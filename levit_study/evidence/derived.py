@@ -106,8 +106,7 @@ def patient_values(
     cases: pd.DataFrame, # collected cases.csv with predicted_voxels
 ) -> pd.DataFrame:
     "Return reference and predicted value per data set, split, training, patient and measure"
-    keys = [name for name in _KEYS if name in cases]
-    columns = [*keys, "patient", "measure", "unit", "reference", "predicted", "error"]
+    columns = [*_KEYS, "patient", "measure", "unit", "reference", "predicted", "error"]
     rows, cases = [], cases.assign(patient=patients_of(cases))
     if "volume_ml" not in cases: cases = cases.assign(volume_ml=np.nan)
     if "predicted_voxels" not in cases: return pd.DataFrame(columns=columns)
@@ -116,8 +115,8 @@ def patient_values(
         phases = cardiac_phases(part) if measures else {}
         if not phases: continue
         part = part.assign(phase=part.case.map(phases), heart=_hearts(part))
-        for key, of_heart in part.groupby([*keys, "patient", "heart"], sort=False):
-            head = dict(zip([*keys, "patient"], key[:-1], strict=True))
+        for key, of_heart in part.groupby([*_KEYS, "patient", "heart"], sort=False):
+            head = dict(zip([*_KEYS, "patient"], key[:-1], strict=True))
             rows += [head | value for value in _of_heart(of_heart, measures)]
     values = pd.DataFrame(rows, columns=columns)
     units = [name for name in columns if name not in ("reference", "predicted", "error")]

@@ -20,7 +20,7 @@ def _beside_members(part, members) -> pd.DataFrame:
     key = ["case", "structure"]
     single = members[members.split == part.split.iloc[0]].groupby(key).dice.mean()
     part = part.merge(single.rename("single").reset_index(), on=key)
-    part = part.assign(gain=part.dice - part.single, seed=0).dropna(subset=["gain"])
+    part = part.assign(gain=part.dice - part.single, seed=0, fold=0).dropna(subset=["gain"])
     return part.assign(patient=patients_of(part))
 
 def _rows(about: dict, table, members, sure):

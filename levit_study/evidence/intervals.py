@@ -146,14 +146,13 @@ def interval_of(
     tables: list,    # one `Tabulated`, or two that share their seeds, not their patients
     confidence=.95,
     resamples=2000,
-    random_state=0,  # the same numbers give the same interval
 ) -> Interval:
     "Return the interval of the mean of a table, or of the difference of two"
     patients, seeds = [table.sums.shape[1] for table in tables], tables[0].sums.shape[2]
     estimate = float(_difference(tables)[0])
     rests_on = int(sum(table.counts.sum() for table in tables)), min(patients), seeds
     if min(patients) < 2: return Interval(estimate, np.nan, np.nan, *rests_on, "none")
-    random = np.random.default_rng(random_state)
+    random = np.random.default_rng(0)  # the same numbers give the same interval
 
     def draw():
         weights = [_draw(random, size, resamples) for size in patients]
@@ -240,14 +239,13 @@ def nested_interval(
     folds: np.ndarray, # the fold of each training
     confidence=.95,
     resamples=2000,
-    random_state=0,
 ) -> Interval:
     "Return the interval of the mean by a bootstrap over folds, seeds and patients in folds"
     folds = np.unique(folds, return_inverse=True)[1]
     patient_folds = _patient_folds(table, folds)
     if patient_folds is None or len(patient_folds) < 2:
-        return interval_of([table], confidence, resamples, random_state)
-    estimate, random = float(weighted_means(table)[0]), np.random.default_rng(random_state)
+        return interval_of([table], confidence, resamples)
+    estimate, random = float(weighted_means(table)[0]), np.random.default_rng(0)
     draw = lambda: weighted_means(table, *_draw_nested(random, folds, patient_folds, resamples))
     rests_on = dict(n=int(table.counts.sum()), patients=len(patient_folds), trainings=len(folds))
     reach = _reach(estimate, _nested(table, folds, patient_folds), confidence, draw)
@@ -259,7 +257,6 @@ def corrected_t(
     folds,         # the fold of each
     confidence=.95,
     estimate=None, # the middle; None: the mean of the means
-    overlap=None,  # test patients per training patient; None: 1 / (folds - 1)
     at_least=0.0,  # least standard deviation between trainings that is believed
 ) -> Interval:
     "Return Student's interval over trainings, corrected for training sets that overlap"
@@ -267,7 +264,7 @@ def corrected_t(
     n = len(means)
     estimate = float(means.mean()) if estimate is None and n else estimate
     if n < 2: return Interval(np.nan if n == 0 else estimate, np.nan, np.nan, n, 0, n, "none")
-    if overlap is None: overlap = 1 / (number - 1) if number > 1 else 0
+    overlap = 1 / (number - 1) if number > 1 else 0  # test patients per training patient
     error = float((1 / n + overlap) ** .5 * max(means.std(ddof=1), at_least))
     reach = stats.t.ppf((1 + confidence) / 2, n - 1) * error
     rests_on = n, 0, n, "corrected t" if overlap else "Student t"
@@ -297,14 +294,14 @@ def fold_interval(
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #f5252712
 def mean_interval(
-    rows: pd.DataFrame, # columns patient, seed, perhaps fold and structure
+    rows: pd.DataFrame, # columns patient, seed, fold, perhaps structure
     values: pd.Series,  # one for each row
     confidence=.95,
     resamples=2000,
 ) -> Interval:
     "Return the mean of values with its interval over patients and trainings, folds where there are"
     strata = rows.structure if "structure" in rows else np.zeros(len(rows))
-    if "fold" not in rows or rows.fold.nunique() < 2:
+    if rows.fold.nunique() < 2:
         return bootstrap_interval(values, rows.patient, rows.seed, strata, confidence, resamples)
     table, folds = tabulate_trainings(values, rows.patient, rows.seed, rows.fold, strata)
     if not table.sums.size: return Interval(np.nan, np.nan, np.nan, 0, 0, 0, "none")

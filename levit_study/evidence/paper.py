@@ -34,6 +34,7 @@ def least_spread(
 
 # %% ../../nbs/53_evidence.paper.ipynb #e8970d54
 _LOSSES = (BASELINE, FOCAL, TVERSKY)
+_EPOCHS, _CLASSES = 30, 8  # of each training; foreground classes
 
 class _PaperTable:
     "The paper's numbers by metric and loss"
@@ -104,7 +105,7 @@ def _bounds_checks(paper):
         statement = "Mean Jaccard lies in the range that mean Dice permits"
         yield f"{when} Jaccard", statement, possible, "; ".join(lines)
 
-def _order_checks(paper, epochs):
+def _order_checks(paper):
     "Yield checks of what must be above what"
     def pairs(first, second):
         return {loss: (paper.value(first, loss), paper.value(second, loss)) for loss in _LOSSES}
@@ -115,8 +116,8 @@ def _order_checks(paper, epochs):
     evidence = each(dice, "Dice {:g} and {:g}")
     yield "best and last", "The best epoch is no worse than the last", holds, evidence
     best = pairs("best_epoch", "best_epoch")
-    holds = all(1 <= epoch <= epochs for epoch, _ in best.values())
-    statement = f"The best epoch lies within the {epochs} epochs"
+    holds = all(1 <= epoch <= _EPOCHS for epoch, _ in best.values())
+    statement = f"The best epoch lies within the {_EPOCHS} epochs"
     yield "best epoch", statement, holds, each(best, "{:g}")
     losses = pairs("valid_loss", "train_loss")
     below = [loss for loss, (valid, train) in losses.items() if valid < train]
@@ -130,28 +131,26 @@ def _order_checks(paper, epochs):
     yield "repeated figure", statement, different[1] >= different[0], evidence
 
 # %% ../../nbs/53_evidence.paper.ipynb #e317a5ae
-def _scale_check(paper, classes):
+def _scale_check(paper):
     "Return whether the focal Tversky loss can be the sum over classes that its formula prints"
     dice, printed = paper.value("valid_dice", TVERSKY), paper.value("valid_loss", TVERSKY)
     # The errors are 2 (1 - D) / D times the overlap. All of them at 0.3, the smaller weight, give
     # the least Tversky loss; an exponent up to 1 only raises it.
     errors = .3 * 2 * (1 - dice) / dice
     least = errors / (1 + errors)
-    sums = f"a sum over {classes} classes is about {classes * least:.1f} or more"
+    sums = f"a sum over {_CLASSES} classes is about {_CLASSES * least:.1f} or more"
     evidence = f"at this Dice {sums} and a mean {least:.2f} or more; printed is {printed:g}"
     statement = "The loss is a sum over classes, as its formula is printed"
-    return "focal Tversky scale", statement, printed >= classes * least, evidence
+    return "focal Tversky scale", statement, printed >= _CLASSES * least, evidence
 
 # %% ../../nbs/53_evidence.paper.ipynb #84e2e4b9
 def paper_consistency(
     table: pd.DataFrame, # data/paper/table1.csv: metric, one column per loss
-    epochs=30,           # of each training
-    classes=8,           # foreground classes, for the scale of the focal Tversky loss
 ) -> pd.DataFrame:
     "Return check, statement, verdict and evidence: what the paper's own numbers support"
     paper = _PaperTable(table)
     rows = [(name, CLAIMS[name].statement, *rest) for name, *rest in _paper_claims(paper)]
-    rows += [*_bounds_checks(paper), *_order_checks(paper, epochs), _scale_check(paper, classes)]
+    rows += [*_bounds_checks(paper), *_order_checks(paper), _scale_check(paper)]
     verdicts = {None: "not shown", True: "consistent", False: "inconsistent"}
     columns = ["check", "statement", "verdict", "evidence"]
     table = pd.DataFrame(rows, columns=columns)

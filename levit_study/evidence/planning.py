@@ -54,14 +54,12 @@ def patient_differences(
     cases: pd.DataFrame, # of one data set
     first: str,          # loss
     second: str,         # loss that is subtracted
-    value="dice",        # column
 ) -> pd.DataFrame:
     "Return `first` - `second`: a row per training (fold, seed), a column per patient"
     judged = judging_cases(cases)
     judged = judged.assign(patient=patients_of(judged))
-    if "fold" not in judged: judged = judged.assign(fold=0)
     keys = ["fold", "seed", "patient", "structure", "case"]
-    sides = judged.pivot_table(index=keys, columns="loss", values=value)
+    sides = judged.pivot_table(index=keys, columns="loss", values="dice")
     paired = sides.reindex(columns=[first, second]).dropna()
     difference = (paired[first] - paired[second]).groupby(keys[:4]).mean()
     return difference.groupby(keys[:3]).mean().unstack("patient")
@@ -236,9 +234,9 @@ def recorded_spreads(cases: pd.DataFrame, patient_sd=None, seed_sd=None) -> dict
     return spreads
 
 # %% ../../nbs/54_evidence.planning.ipynb #86fbe5d9
-def least_seeds(patients, folds, spreads: Spreads, question: Question, most=20) -> int | None:
-    "Return the fewest seeds that decide `question.difference`; None: more than `most`"
-    for seeds in range(1, most + 1):
+def least_seeds(patients, folds, spreads: Spreads, question: Question) -> int | None:
+    "Return the fewest seeds that decide `question.difference`; None: more than 20"
+    for seeds in range(1, 21):
         design = Design(patients, folds, seeds)
         if design.trainings == 1 and spreads.training: continue  # its spread would be assumed
         power = power_of(question.difference, design, spreads, question.level)

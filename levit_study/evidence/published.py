@@ -33,7 +33,6 @@ from ..params import Params, load_params, pick_evaluation
 def study_tables(
     params: Params,
     results: Results,
-    data="data/paper", # what the paper and others published
     manifests="reports/data", # folder that holds <dataset>/manifest.json, where there are any
     ensembles="reports/ensembles", # what `levit-study ensemble` wrote, if it was run
     choices="reports/choices", # what `levit-study choose` wrote, if it was run
@@ -44,7 +43,7 @@ def study_tables(
     assumed = {name: pick_evaluation(params, name).seed_sd for name in datasets}
     synthetic = [name for name in datasets if params.datasets[name].synthetic]
     grids = {name: training_grid(params, name) for name in datasets}
-    paper, literature = (pd.read_csv(Path(data, f"{n}.csv")) for n in ("table1", "literature"))
+    paper, literature = (pd.read_csv(f"data/paper/{n}.csv") for n in ("table1", "literature"))
     epochs, cases = results.epochs, results.cases
     ledger = claims_ledger(epochs, cases, datasets, *sure, assumed, synthetic=synthetic)
     networks = network_claims(params, epochs, cases)
@@ -53,8 +52,8 @@ def study_tables(
     return {
         "table1": table1(epochs, results.runs, paper, grids),
         "organs": organ_table(cases, *sure),
-        "tests": paired_tests(cases, "dice", *sure, assumed),
-        "contrasts": contrast_table(cases, params.evaluation.contrasts, "dice", *sure, assumed),
+        "tests": paired_tests(cases, *sure, assumed),
+        "contrasts": contrast_table(cases, params.evaluation.contrasts, *sure, assumed),
         "ablation": ablation_table(params, cases),  # empty without evaluation.ablation_of
         "ensembles": ensemble_table(cases, ensembles, *sure),
         "choices": choices_table(results.runs, choices, *sure),

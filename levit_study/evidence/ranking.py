@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .intervals import patients_of, tabulate_trainings, weighted_means
+from .intervals import _draw, patients_of, tabulate_trainings, weighted_means
 from .results import judging_cases
 from .statistics import by_structure
 
@@ -25,18 +25,13 @@ def rank_shares(
     has = (best <= ranks) & (ranks <= worst)
     return (has / (worst - best + 1)).mean(0)
 
-# %% ../../nbs/54a_evidence.ranking.ipynb #050ed2dd
-def _weights(random, size, draws):
-    "Return how often each of `size` units comes up in each draw"
-    return random.multinomial(size, np.full(size, 1 / size), draws)
-
 # %% ../../nbs/54a_evidence.ranking.ipynb #e19dfd3f
 def _within_folds(random, folds, draws):
     "Return draws of the units of each fold: (draws, units)"
     weights = np.empty((draws, len(folds)))
     for fold in np.unique(folds):
         inside = folds == fold
-        weights[:, inside] = _weights(random, inside.sum(), draws)
+        weights[:, inside] = _draw(random, inside.sum(), draws)
     return weights
 
 def _drawn_folds(random, part, draws):
@@ -44,27 +39,24 @@ def _drawn_folds(random, part, draws):
     by_loss = [set(rows.fold) for _, rows in part.groupby("loss")]
     shared = sorted(set.intersection(*by_loss))
     if len(shared) < 2: return {fold: np.ones((draws, 1)) for fold in set.union(*by_loss)}
-    weights = _weights(random, len(shared), draws)
+    weights = _draw(random, len(shared), draws)
     absent = {fold: np.zeros((draws, 1)) for fold in set.union(*by_loss)}
     return absent | {fold: weights[:, [k]] for k, fold in enumerate(shared)}
 
 # %% ../../nbs/54a_evidence.ranking.ipynb #8dcb40e8
 def drawn_means(
     part: pd.DataFrame, # judging cases of one data set: all structures, or one
-    value="dice",
     draws=2000,
-    random_state=0,
 ) -> tuple[list, np.ndarray, np.ndarray]:
     "Return losses, their means, and their means in each draw: (losses,), (draws, losses)"
-    random, losses = np.random.default_rng(random_state), list(dict.fromkeys(part.loss))
-    part = part.assign(patient=patients_of(part)).dropna(subset=[value])
+    random, losses = np.random.default_rng(0), list(dict.fromkeys(part.loss))
+    part = part.assign(patient=patients_of(part)).dropna(subset=["dice"])
     part = part.assign(patient=pd.factorize(part.patient, sort=True)[0])
-    if "fold" not in part: part = part.assign(fold=0)
     patients = _within_folds(random, part.groupby("patient").fold.first().to_numpy(), draws)
     chosen, means, drawn = _drawn_folds(random, part, draws), [], []
     for loss in losses:
         rows = part[part.loss == loss]
-        columns = (rows[name] for name in (value, "patient", "seed", "fold", "structure"))
+        columns = (rows[name] for name in ("dice", "patient", "seed", "fold", "structure"))
         table, places = tabulate_trainings(*columns)
         folds = np.unique(rows.fold)[places]  # of each training
         trainings = _within_folds(random, folds, draws)
@@ -76,21 +68,20 @@ def drawn_means(
 # %% ../../nbs/54a_evidence.ranking.ipynb #10b4d100
 def ranking(
     cases: pd.DataFrame, # collected cases.csv
-    value="dice",
     draws=2000,
 ) -> pd.DataFrame:
     "Return ranking.csv: per data set, structure and loss its mean, rank, and share of each rank"
     rows = []
     for dataset, judged in judging_cases(cases).groupby("dataset", sort=False):
         for structure, part in by_structure(judged):
-            if part[value].isna().all(): continue
-            losses, means, drawn = drawn_means(part, value, draws)
+            if part.dice.isna().all(): continue
+            losses, means, drawn = drawn_means(part, draws)
             shares, place = rank_shares(drawn), stats.rankdata(-means, "min")
             patients, seeds = patients_of(part).nunique(), part.groupby("loss").seed.nunique()
             for k, loss in enumerate(losses):
                 row = {"dataset": dataset, "structure": structure, "loss": loss}
                 row |= {"patients": patients, "seeds": seeds[loss]}
-                if "fold" in part and part.fold.nunique() > 1: row["folds"] = part.fold.nunique()
-                row |= {value: means[k], "rank": int(place[k])}
+                if part.fold.nunique() > 1: row["folds"] = part.fold.nunique()
+                row |= {"dice": means[k], "rank": int(place[k])}
                 rows.append(row | {f"rank{r}": share for r, share in enumerate(shares[k], 1)})
     return pd.DataFrame(rows)

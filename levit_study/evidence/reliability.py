@@ -41,8 +41,8 @@ def reliability_table(
     rows = []
     if len(bins): bins = calibration_errors(judging_cases(bins)).dropna(subset=["ece"])
     for key, part in bins.groupby(["dataset", "loss", "split"], sort=False):
-        folds = part.fold if "fold" in part else np.zeros(len(part))
-        ece, signed = (corrected_t(part[name], folds, confidence) for name in ("ece", "signed"))
+        measures = part.ece, part.signed
+        ece, signed = (corrected_t(each, part.fold, confidence) for each in measures)
         rows.append((*key, len(part), part.pixels.sum(), ece.estimate, np.maximum(ece.low, 0),
                      ece.high, signed.estimate, signed.low, signed.high))
     return pd.DataFrame(rows, columns=_COLUMNS)

@@ -35,6 +35,7 @@ def made_up_cases(
                             rows.append((loss, seed, split, case, structure, np.clip(value, 0, 1)))
     cases = pd.DataFrame(rows, columns=["loss", "seed", "split", "case", "structure", "dice"])
     cases.insert(0, "dataset", "acdc")
+    cases.insert(3, "fold", 0)
     dice = cases.dice
     cases = cases.assign(jaccard=dice / (2 - dice), hd95=10 * (1 - dice), sensitivity=dice)
     return cases.assign(specificity=.999, voxels=1000, unit="mm")
@@ -59,9 +60,7 @@ def in_folds(
 ) -> pd.DataFrame:
     "Return cases in which every patient is judged by the networks of one fold alone"
     patients = cases["case"].str.rsplit("_", n=1).str[0]
-    cases = cases.assign(fold=pd.factorize(patients, sort=True)[0] % folds)
-    front = ["dataset", "loss", "seed", "fold"]
-    return cases[front + [name for name in cases if name not in front]]
+    return cases.assign(fold=pd.factorize(patients, sort=True)[0] % folds)
 
 # %% ../../nbs/50a_evidence.simulation.ipynb #8917e181
 def made_up_epochs(
@@ -82,9 +81,9 @@ def made_up_epochs(
             for epoch in range(1, epochs + 1):
                 overtrained = .0006 * max(0, epoch - 5 * speed)
                 dice = limit * (1 - np.exp(-epoch / speed)) - overtrained + random.normal(0, noise)
-                rows.append((loss, seed, epoch, dice))
-    table = pd.DataFrame(rows, columns=["loss", "seed", "epoch", "valid_dice"])
-    table.insert(0, "dataset", dataset)
+                rows.append((dataset, loss, seed, 0, epoch, dice))
+    names = ["dataset", "loss", "seed", "fold", "epoch", "valid_dice"]
+    table = pd.DataFrame(rows, columns=names)
     dice = table.valid_dice
     table = table.assign(train_loss=1 / table.epoch, valid_loss=1.2 / table.epoch)
     return table.assign(train_dice=dice + .05, train_case_dice=dice + .04,

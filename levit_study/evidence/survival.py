@@ -28,10 +28,10 @@ def false_winner(difference: float, n: int, sd: float, correlation: float) -> fl
     return float(stats.t.cdf(-abs(difference) / difference_error(n, sd, correlation), n - 1))
 
 # %% ../../nbs/53a_evidence.survival.ipynb #a9fd6ae3
-def patients_needed(difference, sd, correlation, probability=.05) -> float:
-    "Return the patients with which such a difference would be false with that probability"
+def patients_needed(difference, sd, correlation) -> float:
+    "Return the patients with which such a difference would be false with probability 0.05"
     if not difference: return np.inf
-    reach = sd * stats.norm.ppf(probability) / difference
+    reach = sd * stats.norm.ppf(.05) / difference
     return max(2.0, float(np.ceil(2 * (1 - correlation) * reach**2)))
 
 # %% ../../nbs/53a_evidence.survival.ipynb #4f39d687
@@ -40,25 +40,23 @@ def false_ranking(
     n: int,             # patients
     sd: float,          # between patients, Dice
     correlation: float, # of two methods over patients
-    draws=20000,
 ) -> tuple[float, float]:
     "Return the probabilities that the printed first is not the best, and that the order is wrong"
     means, random = np.sort(means)[::-1], np.random.default_rng(0)
     error = difference_error(n, sd, correlation) / 2**.5  # what is not shared
-    scale = (random.chisquare(n - 1, (draws, 1)) / (n - 1)) ** .5
-    truth = means + error * random.standard_normal((draws, len(means))) / scale
+    scale = (random.chisquare(n - 1, (20000, 1)) / (n - 1)) ** .5
+    truth = means + error * random.standard_normal((len(scale), len(means))) / scale
     first = (truth[:, 1:].max(1) >= truth[:, 0]).mean()
     return float(first), float((np.diff(truth) >= 0).any(1).mean())
 
 # %% ../../nbs/53a_evidence.survival.ipynb #7dd47b37
 def spread_and_correlation(
     cases: pd.DataFrame, # of one data set
-    value="dice",
 ) -> pd.DataFrame:
     "Return per loss and seed: mean and spread over patients, and correlation with the other losses"
     judged = judging_cases(cases)
     keys = ["loss", "seed", judged["structure"], patients_of(judged).rename("patient")]
-    means = judged.groupby(keys)[value].mean().groupby(["loss", "seed", "patient"]).mean()
+    means = judged.groupby(keys).dice.mean().groupby(["loss", "seed", "patient"]).mean()
     table, rows = means.unstack(["loss", "seed"]), []
     for loss, seed in table:
         others = table.loc[:, [pair for pair in table if pair[0] != loss and pair[1] == seed]]
@@ -96,12 +94,11 @@ def printed_floors(table: pd.DataFrame) -> dict[str, float]:
 def published_tables(
     paper: pd.DataFrame,      # data/paper/table1.csv
     literature: pd.DataFrame, # data/paper/literature.csv
-    patients=12,              # that judged in the paper
 ) -> dict[str, tuple[int, pd.Series]]:
     "Return {table: (patients, mean Dice 0 to 1 by method, best first)}"
     numbers = paper.set_index("metric")[[BASELINE, FOCAL, TVERSKY]].astype(float)
-    tables = {"the paper, best Dice": (patients, numbers.loc["best_dice"]),
-              "the paper, final Dice": (patients, numbers.loc["valid_dice"])}
+    tables = {"the paper, best Dice": (12, numbers.loc["best_dice"]),  # 12 patients judged there
+              "the paper, final Dice": (12, numbers.loc["valid_dice"])}
     groups = ["dataset", "protocol", "patients"]
     for (dataset, protocol, count), part in literature.groupby(groups, sort=False):
         means = part.set_index("model").mean_dice / 100
@@ -110,20 +107,19 @@ def published_tables(
             for name, (count, means) in tables.items()}
 
 # %% ../../nbs/53a_evidence.survival.ipynb #ed48cf6a
-SPREADS, CORRELATIONS = (.03, .05, .1, .2), (.5, .7, .9)  # that are assumed
+# that are assumed: standard deviations between patients, Dice; correlations of two methods
+SPREADS, CORRELATIONS = (.03, .05, .1, .2), (.5, .7, .9)
 
 def survival(
-    tables: dict,           # of `published_tables`
-    spreads=SPREADS,        # standard deviations between patients, Dice
-    correlations=CORRELATIONS,
+    tables: dict, # of `published_tables`
 ) -> pd.DataFrame:
     "Return per table and assumption how probable it is that its first, its order is false"
     rows = []
     for name, (count, means) in tables.items():
         head = {"table": name, "patients": count, "first": means.index[0], "second": means.index[1]}
         head["difference"] = means.iloc[0] - means.iloc[1]
-        for sd in spreads:
-            for correlation in correlations:
+        for sd in SPREADS:
+            for correlation in CORRELATIONS:
                 first, order = false_ranking(means, count, sd, correlation)
                 pair = false_winner(head["difference"], count, sd, correlation)
                 needed = patients_needed(head["difference"], sd, correlation)

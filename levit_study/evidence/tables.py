@@ -43,13 +43,13 @@ def to_markdown(
 # %% ../../nbs/51a_evidence.tables.ipynb #dd1686de
 def _found_by_all(part):
     "Return which rows of a data set and split are of a case and structure that every loss found"
-    training = [name for name in ("seed", "fold") if name in part]
-    place, keys = ["case", "structure"], [*training, "case", "structure"]
-    rows = part[[*keys, "loss"]].fillna(dict.fromkeys(training, -1)).assign(found=part.hd95.notna())
+    training, place = ["seed", "fold"], ["case", "structure"]
+    keys = [*training, *place]
+    rows = part[[*keys, "loss"]].assign(found=part.hd95.notna())
     always = rows.groupby([*place, "loss"]).found.all().unstack("loss")
     here = rows.groupby([*keys, "loss"]).found.all().unstack("loss")
     # a loss without this training, as a method from elsewhere, must have found it in all its own
-    others = always.reindex(here.index.droplevel(training) if training else here.index)
+    others = always.reindex(here.index.droplevel(training))
     by_all = here.where(here.notna(), others.to_numpy()).eq(True).all(axis=1)
     return by_all.reindex(pd.MultiIndex.from_frame(rows[keys])).to_numpy()
 
@@ -159,7 +159,7 @@ def _optimism_row(part, confidence, resamples):
         tables.append(tabulate_values(side.dice, patients_of(side), side.seed, side.structure))
     interval = interval_of(tables, confidence, resamples)
     note = f"small: {interval.patients} patients in the smaller set"
-    if "fold" in part and part.fold.nunique() > 1:
+    if part.fold.nunique() > 1:
         interval = interval._replace(low=np.nan, high=np.nan)
         note = "no interval: with folds the same patients choose epochs and judge"
     elif interval.patients >= 20: note = ""
@@ -237,7 +237,7 @@ def convergence(
 ) -> pd.DataFrame:
     "Return per training how fast it learned, how it ended, and how far validation lags behind"
     keys, rows = ["dataset", "loss", "seed"], []
-    if "fold" in epochs and epochs.fold.any(): keys.append("fold")
+    if epochs.fold.any(): keys.append("fold")
     for key, run in epochs.sort_values("epoch", kind="stable").groupby(keys, sort=False):
         rows.append(dict(zip(keys, key, strict=True)) | _convergence(run))
     order = epochs[keys].drop_duplicates()
@@ -253,7 +253,6 @@ def run_summary(
 ) -> pd.DataFrame:
     "Return per training the figures of Table 1, of the last epoch and of the best"
     keys, rows = RUN_KEYS, []
-    epochs = epochs if "fold" in epochs else epochs.assign(fold=0)
     for key, run in epochs.groupby(keys, sort=False):
         best, last = best_and_last(run)
         of_best = best.valid_dice, best.get("valid_jaccard"), best.epoch
@@ -275,8 +274,6 @@ def table1(
 ) -> pd.DataFrame:
     "Return Table 1: per data set and metric a column per loss, <loss>_sd, paper_<loss>"
     keys = RUN_KEYS
-    if "fold" not in epochs: epochs = epochs.assign(fold=0)
-    if metrics is not None and "fold" not in metrics: metrics = metrics.assign(fold=0)
     runs = run_summary(epochs).set_index(keys).astype(float)
     if metrics is not None and len(metrics):
         kept = metrics.set_index(keys).reindex(columns=TABLE1).astype(float)

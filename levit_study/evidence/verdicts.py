@@ -18,7 +18,7 @@ from .intervals import patients_of
 from .results import PROTOCOLS, judging_cases
 from .statistics import SEED_SD, UNKNOWN, count_one_sided, judged_interval
 from .statistics import left_out_note, paired_differences, pooled_spread
-from .statistics import seed_interval, training_means, with_folds
+from .statistics import seed_interval, training_means
 from .tables import convergence
 
 # %% ../../nbs/52a_evidence.verdicts.ipynb #1868d825
@@ -61,9 +61,9 @@ class Reach(NamedTuple):
         quantile = stats.t.ppf((1 + self.confidence) / 2, np.maximum(freedom, 1))
         return np.where(freedom < 1, np.inf, quantile * self.sd * (1 / n + self.overlap) ** .5)
 
-    def needed(self, bound: float, most=1000) -> int | None:
-        "Return the least number of trainings with half a width below `bound`; None: above `most`"
-        numbers = np.arange(2, most + 1)
+    def needed(self, bound: float) -> int | None:
+        "Return the least number of trainings with half a width below `bound`; None: above 1000"
+        numbers = np.arange(2, 1001)
         return next(map(int, numbers[self.half_width(numbers) < bound]), None)
 
 def out_of_reach(reach: Reach, bound: float) -> str:
@@ -227,8 +227,9 @@ def _gather(claim, study):
 
 def _study(epochs, cases, sure, synthetic=False):
     "Return the `_Study` of one data set's tables; sure: confidence, resamples, seed_sd"
-    runs = with_folds(convergence(epochs))
-    return _Study(runs, claim_cases(with_folds(judging_cases(cases))), synthetic, *sure)
+    runs = convergence(epochs)
+    if "fold" not in runs: runs = runs.assign(fold=0)
+    return _Study(runs, claim_cases(judging_cases(cases)), synthetic, *sure)
 
 # %% ../../nbs/52a_evidence.verdicts.ipynb #184ed5a5
 _DIGITS = {"best_epoch": 1, "epochs_to_95": 1, "roughness": 4, "late_spread": 4, "missed": 0}

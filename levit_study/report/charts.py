@@ -10,6 +10,7 @@ import json
 from html import escape
 import numpy as np
 import pandas as pd
+from ..evidence.claims import BASELINE
 from ..evidence.statistics import ALL
 from .behaviour import SIZE, mean_sizes
 from .clinical import limits_of
@@ -100,10 +101,10 @@ def _size_chart(dataset, points, about):
     return _chart(title, dataset, [point, line], data=data, height=300)
 
 # %% ../../nbs/62g_report.charts.ipynb #a68e73f9
-def _case_differences(cases, losses, baseline): # of one data set -> case, structure, loss, value
+def _case_differences(cases, losses): # of one data set -> case, structure, loss, value
     "Each case's Dice less the baseline's, by structure and as their mean"
     dice = cases.groupby(["case", "structure", "loss"], sort=False)["dice"].mean().unstack("loss")
-    apart = dice[losses].sub(dice[baseline], axis=0)
+    apart = dice[losses].sub(dice[BASELINE], axis=0)
     overall = apart.groupby("case", sort=False).mean()
     overall.index = pd.MultiIndex.from_product([overall.index, [ALL]], names=apart.index.names)
     tall = pd.concat([apart, overall]).melt(ignore_index=False, var_name="loss", value_name="value")
@@ -117,17 +118,16 @@ def forest_charts(
     tests, # dataset, split, structure, first, second, difference, low, high, patients
     cases, # dataset, loss, case, structure, dice; of the same split
     about=About(), # names, and the split that is drawn
-    baseline="baseline", # the loss that the others are compared with
 ) -> list[dict]: # a chart for each data set
     "The forest plot as a chart, with each case's difference as a dot"
     columns = ["dataset", "structure", "first", "second", "difference", "low", "high", "patients"]
-    table = against(checked(tests, "forest_charts", columns, about), baseline)
+    table = against(checked(tests, "forest_charts", columns, about))
     cases = checked(cases, "forest_charts", ["dataset", "loss", "case", "structure", "dice"], about)
     charts = []
     for dataset, rows in table.groupby("dataset", sort=False):
         losses = list(rows["loss"].unique())
-        points = _case_differences(cases[cases["dataset"] == dataset], losses, baseline)
-        charts.append(_forest_chart(dataset, rows, points, about, about.name(baseline)))
+        points = _case_differences(cases[cases["dataset"] == dataset], losses)
+        charts.append(_forest_chart(dataset, rows, points, about))
     return charts
 
 # %% ../../nbs/62g_report.charts.ipynb #b81c1cdd
@@ -140,11 +140,11 @@ def _forest_rows(rows, points, about): # -> records of intervals, of cases
     return _records(rows.assign(words=words), about), _records(points.assign(words=dots), about)
 
 # %% ../../nbs/62g_report.charts.ipynb #df815850
-def _forest_chart(dataset, rows, points, about, baseline):
+def _forest_chart(dataset, rows, points, about):
     "One data set's chart of differences"
     losses, names = list(rows["loss"].unique()), structures_of(rows)[dataset]
     intervals, dots = _forest_rows(rows, points, about)
-    x = _axis("value", f"Difference in Dice against {baseline}")
+    x = _axis("value", f"Difference in Dice against {about.name(BASELINE)}")
     x["axis"], marks = {"tickCount": 7, "format": "+.2~f"}, _loss_marks(losses, about)
     reach = [rows["low"].min(), points["value"].min(), rows["high"].max(), points["value"].max()]
     x["scale"] = {"domain": [float(np.nanmin(reach)), float(np.nanmax(reach))], "nice": True}

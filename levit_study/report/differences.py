@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 from ..evaluation.metrics import with_worst_case
+from ..evidence.claims import BASELINE
 from ..evidence.results import judging_splits
 from .look import About, DOUBLE, checked, study_style
 from .parts import bands, finished, label_rows, legend_below, loss_handles, number
@@ -21,13 +22,12 @@ from .parts import structures_of
 def forest(
     tests, # dataset, split, structure, first, second, difference, low, high, patients
     about=About(), # what the caption must say
-    baseline="baseline", # the loss that the others are compared with
     interval_name="95 % interval",
 ): # -> Picture
     "Draw per-structure paired differences in Dice against the baseline with their intervals"
     columns = ["dataset", "structure", "first", "second", "difference", "low", "high", "patients"]
     tests = checked(tests, "forest", columns, about)
-    table = checked(against(tests, baseline), f"forest against {baseline}", [])
+    table = checked(against(tests), f"forest against {BASELINE}", [])
     losses, structures = list(table["loss"].unique()), structures_of(table)
     looks = {loss: about.looks(losses)[loss] for loss in losses}
     heights = [band_height(names, losses) for names in structures.values()]
@@ -37,20 +37,20 @@ def forest(
         ax.axvline(0, color="#222222", lw=.8)
         draw_intervals(ax, rows, names, looks)
         print_right(ax, [_n_in_words(rows.loc[rows["structure"] == s, "patients"]) for s in names])
-        ax.set_xlabel(f"Difference in Dice against {about.name(baseline)} (right of 0: larger)")
+        ax.set_xlabel(f"Difference in Dice against {about.name(BASELINE)} (right of 0: larger)")
     marks = pair_handles("interval excludes 0", "interval includes 0")
     legend_below(figure, [*loss_handles(losses, about, ls="none"), *marks])
     body = ("Marks: mean paired difference; on the right: number of patients;"
             f" lines: {interval_name}, each by itself, not corrected for the number of"
             " comparisons; filled: the interval excludes 0.")
-    title = f"Dice: paired differences against {about.name(baseline)}"
+    title = f"Dice: paired differences against {about.name(BASELINE)}"
     alt = f"Forest plot. {_differences_in_words(table, about)}"
     return finished(figure, title, body, alt, table, about)
 
 # %% ../../nbs/62_report.differences.ipynb #cd0dde1d
-def against(tests, baseline): # -> the rows with `baseline`, with loss, value, low, high, clear
-    "Bring the comparisons with one loss to one sign: loss minus baseline"
-    ahead, behind = tests[tests["second"] == baseline], tests[tests["first"] == baseline]
+def against(tests): # -> the rows with the baseline, with loss, value, low, high, clear
+    "Bring the comparisons with the baseline to one sign: loss minus baseline"
+    ahead, behind = tests[tests["second"] == BASELINE], tests[tests["first"] == BASELINE]
     ahead = ahead.assign(loss=ahead["first"], value=ahead["difference"])
     limits = {"low": -behind["high"], "high": -behind["low"]}
     behind = behind.assign(loss=behind["second"], value=-behind["difference"], **limits)
