@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUARTILES', 'wrapped', 'number', 'score', 'standing_in_words', 'per_training', 'has_spread', 'means_in_words',
-           'row_height', 'bands', 'label_rows', 'shade_rows', 'print_right', 'log_axis', 'structures_of',
-           'loss_handles', 'pair_handles', 'legend_below', 'settle', 'finished']
+           'row_height', 'bands', 'label_rows', 'shade_rows', 'print_right', 'log_axis', 'lines_with_bars',
+           'structures_of', 'loss_handles', 'pair_handles', 'legend_below', 'settle', 'finished']
 
 # %% ../../nbs/60a_report.parts.ipynb #e25366d0
 import re
@@ -176,6 +176,16 @@ def _power_of_ten(value):
     factor = value/10**exponent
     power = f"10^{{{exponent}}}"
     return f"${power}$" if abs(factor - 1) < .01 else rf"${factor:.2g}\cdot {power}$"
+
+# %% ../../nbs/60a_report.parts.ipynb #3719a59c
+def lines_with_bars(ax, column, lines):
+    "Draw Dice over a column for each (rows, look), a few percent apart so that none hides another"
+    for place, (rows, look) in enumerate(lines):
+        rows = rows.sort_values(column)
+        along = rows[column]*1.03**(place - (len(lines) - 1)/2)
+        reach = [(rows.dice - rows.dice_low).clip(0), (rows.dice_high - rows.dice).clip(0)]
+        ax.plot(along, rows.dice, **look)
+        ax.errorbar(along, rows.dice, yerr=reach, fmt="none", ecolor=look["color"], lw=.9)
 
 # %% ../../nbs/60a_report.parts.ipynb #4559709c
 def structures_of(table): # -> dict data set: list of names
