@@ -38,7 +38,7 @@ def claim_intervals(
         claim = CLAIMS.get(row.claim)
         sign, margin = getattr(claim, "sign", 1), getattr(claim, "margin", None)
         unit = _UNITS.get(getattr(claim, "measure", ""), "Dice")
-        standing = standing_in_words(row.verdict, row.standing)
+        standing = standing_in_words(row.standing)
         matches = map(_INTERVAL.match, str(row.interval).split(";"))
         for match in filter(None, matches):
             numbers = [_as_number(match[name]) for name in ("estimate", "low", "high")]

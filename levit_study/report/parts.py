@@ -31,9 +31,8 @@ def score(value, metric):
     return f"{value:#.3g}"
 
 # %% ../../nbs/60a_report.parts.ipynb #a89e1ba9
-def standing_in_words(verdict, standing=""):
+def standing_in_words(standing):
     "A verdict, or in a few words what an undecided one stands on"
-    if verdict != "inconclusive" or not isinstance(standing, str) or not standing: return verdict
     return re.split(r":| with | \(", standing)[0]
 
 # %% ../../nbs/60a_report.parts.ipynb #d697dec4

@@ -190,15 +190,10 @@ def _key(params: Params):
 # %% ../../nbs/63a_report.summary.ipynb #e0eaadef
 _VERDICTS = {"supported": "supported", "contradicted": "contradicted", "inconclusive": "undecided"}
 
-def _standing(row): # row: of claims.csv
-    "A verdict, or in a few words what an undecided one stands on"
-    return standing_in_words(row["verdict"], row.get("standing"))
-
 # %% ../../nbs/63a_report.summary.ipynb #3b40f3a9
 def _touched(claims): # -> claims, the others' numbers
     "Leave out the claims that no loss of the study touches"
-    if "standing" not in claims: return claims, []
-    open_ones = claims.standing.astype(str).str.startswith("not tested")
+    open_ones = claims.standing.str.startswith("not tested")
     others = open_ones.groupby(claims.claim, sort=False).all()
     others = list(others.index[others])
     return claims[~claims.claim.isin(others)], others
@@ -206,8 +201,7 @@ def _touched(claims): # -> claims, the others' numbers
 # %% ../../nbs/63a_report.summary.ipynb #4eedcecd
 def _judgeable(claims): # -> claims, the number of the others
     "Leave out the claims without a verdict on any data set, as on synthetic ones"
-    if "standing" not in claims: return claims, 0
-    without = claims.standing.astype(str).str.startswith("no verdict")
+    without = claims.standing.str.startswith("no verdict")
     without = without.groupby(claims.claim, sort=False).all()
     return claims[~claims.claim.isin(without.index[without])], int(without.sum())
 
@@ -217,7 +211,7 @@ def _claims(claims, datasets): # -> rows of claim, statement, interval, verdict 
     shown = []
     for claim, rows in claims.groupby("claim", sort=False):
         first = rows.iloc[0]
-        verdicts = {row["dataset"]: _standing(row) for row in rows.to_dict("records")}
+        verdicts = {row.dataset: standing_in_words(row.standing) for row in rows.itertuples()}
         interval = first.interval if len(datasets) == 1 and isinstance(first.interval, str) else ""
         cells = [verdicts.get(dataset, "–") for dataset in datasets]
         shown.append((claim, first.statement, _typeset(interval), cells))
@@ -281,7 +275,7 @@ def _points(organs, claims, params: Params, about: About): # organs, claims: tab
 # %% ../../nbs/63a_report.summary.ipynb #9b5a0197
 _NEEDED = {
     "organs.csv": ["dataset", "structure", "loss", "split", "patients", "dice"],
-    "claims.csv": ["claim", "dataset", "statement", "verdict", "interval"]}
+    "claims.csv": ["claim", "dataset", "statement", "verdict", "standing", "interval"]}
 
 # %% ../../nbs/63a_report.summary.ipynb #84744b37
 def _read_table(name, root, datasets, notes): # -> DataFrame or None
