@@ -17,7 +17,7 @@ from ..params import Params
 from ..evidence.results import special_trainings
 from ..evidence.statistics import ALL
 from .look import About, about_study
-from .parts import standing_in_words
+from .parts import counted, standing_in_words
 
 # %% ../../nbs/63a_report.summary.ipynb #1475921a
 _TEMPLATE = """<div class="answer">
@@ -64,10 +64,6 @@ _TEMPLATE = """<div class="answer">
 """
 
 # %% ../../nbs/63a_report.summary.ipynb #1176278b
-def _count(number, word):
-    return f"{number} {word}{'' if number == 1 else 's'}"
-
-
 def _bold(text):
     return Markup("<b>{}</b>").format(text)
 
@@ -78,7 +74,7 @@ def _listed(words): # texts or Markup -> Markup, as in 'a, b and c'
     return Markup("{} and {}").format(Markup(", ").join(words[:-1]), words[-1])
 
 _JINJA = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-_JINJA.filters["count"] = _count
+_JINJA.filters["count"] = counted
 
 # %% ../../nbs/63a_report.summary.ipynb #b97dde90
 def _question(params: Params, about: About):
@@ -97,12 +93,12 @@ def _effort(params: Params, about: About):
     study, data = params.study, []
     for name in study.datasets:
         settings = params.datasets[name]
-        network, epochs = network_name(settings.model), _count(settings.training.epochs, "epoch")
+        network, epochs = network_name(settings.model), counted(settings.training.epochs, "epoch")
         data.append(Markup("{} ({}, {})").format(_bold(about.dataset(name)), network, epochs))
     sizes = [len(study.datasets), len(study.losses), len(study.seeds), len(study.folds)]
-    parts = list(map(_count, sizes, ("data set", "loss function", "seed", "fold")))
+    parts = list(map(counted, sizes, ("data set", "loss function", "seed", "fold")))
     if study.fold_numbers == [None]: parts.pop()
-    trainings = _count(prod(sizes), "training")
+    trainings = counted(prod(sizes), "training")
     text = Markup("Data: {}. {}: {}.").format(_listed(data), trainings, " × ".join(parts))
     for terms in special_trainings(params):
         text += f" Trained with its own settings: {terms}."
@@ -231,7 +227,7 @@ def _tally(claims, synthetic):
     for judged, where in parts:
         counts = judged.verdict.value_counts()
         words = [_bold(f"{counts.get(verdict, 0)} {word}") for verdict, word in _VERDICTS.items()]
-        tests = _count(len(judged), "test")
+        tests = counted(len(judged), "test")
         if len(judged):
             text = Markup("{} of the paper's claims{}: {}.")
             yield text.format(tests, where, Markup(", ").join(words))
@@ -245,7 +241,7 @@ def _left_out(untouched):
 def _without_verdict(number, report, has_report):
     "One line for the claims without a verdict, with a link to their numbers"
     if not number: return
-    words = f"{_count(number, 'claim')} of the paper"
+    words = f"{counted(number, 'claim')} of the paper"
     link = Markup('<a href="{}#the-paper-s-claims-one-by-one">{}</a>').format(report, words)
     verb = "has" if number == 1 else "have"
     yield Markup("{} {} no verdict here: synthetic scans decide none.").format(
