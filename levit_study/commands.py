@@ -12,7 +12,7 @@ import os
 import sys
 
 from . import __version__
-from .files import StudyError, enter_project, written_whole
+from .files import StudyError, enter_project, write_csv
 from .publish_command import add_publish, add_report, add_verify
 from .submit_command import add_submit
 
@@ -215,8 +215,7 @@ def _choose(a):
     if a.dataset not in params.study.datasets:
         raise StudyError(f"params.yaml: study.datasets does not name '{a.dataset}'")
     scores = compare_predictions(params, a.dataset, a.losses)
-    with written_whole(f"reports/choices/{a.dataset}.csv") as partial:
-        scores.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+    write_csv(f"reports/choices/{a.dataset}.csv", scores)
     table = choice_table(scores, params.evaluation.confidence, params.evaluation.bootstrap)
     print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
@@ -267,7 +266,7 @@ def _add_bench(commands):
     command.set_defaults(run=_bench)
 
 def _bench(a):
-    from levit_study.bench import bench_epoch, bench_losses, bench_model, machine
+    from levit_study.bench import bench_epoch, bench_losses, bench_model, machine, write_bench
     from levit_study.evaluation.inference import pick_device
     device = pick_device(a.device).type
     if a.losses: table = bench_losses(repeats=a.repeats, device=device)
@@ -281,10 +280,7 @@ def _bench(a):
     here = machine(device)
     print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
     print(", ".join(f"{key} {value}" for key, value in here.items()))
-    if a.output:
-        with written_whole(a.output) as partial:
-            table = table.assign(**here)
-            table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+    if a.output: write_bench(table, a.output, device)
 
 # %% ../nbs/72_commands.ipynb #a3a59c69
 def _add_notebook(commands):

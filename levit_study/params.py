@@ -291,14 +291,12 @@ def _check_network(dataset: str, about):
 def _check_losses(losses: dict):
     "Raise `ValueError` unless every loss can be built and its `training` is one"
     for name, settings in losses.items():
-        if not isinstance(settings.get("kind"), str):
-            raise ValueError(f"losses.{name}.kind is missing: name the loss, as in kind: focal")
         place = f"losses.{name}"
         try: Training.model_validate(settings.get("training", {}))
         except ValidationError as error:
             keys = ("datasets", name, "training")
             raise ValueError(as_line(error, f"{place}.training", keys)) from None
-        check_loss({key: value for key, value in settings.items() if key != "training"}, place)
+        check_loss(settings, place)
 
 # %% ../nbs/01_params.ipynb #b11ec5b7
 def _deal(data: Data) -> tuple:

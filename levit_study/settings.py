@@ -110,7 +110,7 @@ def check_loss(
 ) -> dict: # kind and every setting, inner losses included
     """Check a loss without building it; `StudyError` for an unknown kind or setting, or a value
     out of range"""
-    if not isinstance(settings, Mapping) or "kind" not in settings:
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("kind"), str):
         raise StudyError(f"{where}: kind is missing: name the loss, as in kind: focal")
     try:
         return _checked_entry({key: value for key, value in settings.items() if key != "training"})

@@ -506,15 +506,10 @@ def test_graphics_card_agrees():
     assert (here[0] - there[0].cpu()).abs().max() < 1e-3 and (here[1] == there[1].cpu()).double().mean() > 0.999
 
 
-def test_real_scans():
-    """The public ACDC subset, where it is on this machine: slices and patients as its lists say."""
+def test_a_real_case_can_be_planned():
+    """Of the public ACDC subset, where it is on this machine."""
     folder = Path(os.environ.get("LEVIT_STUDY_ACDC", Path(__file__).parents[2] / "shared/data/acdc"))
     if not (folder / "train_slices.list").exists(): pytest.skip(f"no ACDC data at LEVIT_STUDY_ACDC or {folder}")
     from levit_study.data.layouts import find_cases
-    from levit_study.data.splits import split_cases
-    cases = find_cases(folder)
-    splits = split_cases(cases, "lists")
-    listed = len((folder / "train_slices.list").read_text().split())
-    assert sum(len(case.parts) for case in cases if splits[case.name] == "train") == listed
     data = Data(folder=str(folder), structures={"right ventricle": 1, "myocardium": 2, "left ventricle": 3}, intensity="unit")
-    assert planning.plan_case(cases[0], data).problem == ""
+    assert planning.plan_case(find_cases(folder)[0], data).problem == ""

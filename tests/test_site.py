@@ -102,7 +102,7 @@ def write_tables(reports):
             for split in ("valid", "test") for structure in ("a", "b", ALL)]
     pd.DataFrame(rows).to_csv(reports / "organs.csv", index=False)
     verdicts = ["inconclusive", "supported", "contradicted"]
-    rows = [{"claim": f"C{k}", "dataset": dataset, "verdict": verdicts[k % 3],
+    rows = [{"claim": f"C{k}", "dataset": dataset, "verdict": verdicts[k % 3], "standing": verdicts[k % 3],
              "statement": f"Claim {k} about focal_tversky & <others>",
              "interval": "focal - baseline: +0.0100 [-0.0200, +0.0400]"}
             for dataset in DATASETS for k in range(1, 10)]

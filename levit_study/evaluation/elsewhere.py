@@ -9,7 +9,7 @@ __all__ = ['check_dataset', 'elsewhere_folder', 'keep_elsewhere', 'read_elsewher
 import json
 from pathlib import Path
 import pandas as pd
-from ..files import StudyError, hash_file, write_json, written_whole
+from ..files import StudyError, hash_file, write_csv, write_json
 from ..params import Params, pick_evaluation
 
 # %% ../../nbs/43b_evaluation.elsewhere.ipynb #406d6bdc
@@ -34,8 +34,7 @@ def elsewhere_folder(params: Params, dataset: str, name: str, root=".") -> Path:
 def keep_elsewhere(folder: Path, table: pd.DataFrame, about: dict, files: dict):
     "Write cases.csv and score.json: how it was scored, and a digest of each of {case: files}"
     digests = {case: [hash_file(path) for path in paths] for case, paths in files.items()}
-    with written_whole(folder / "cases.csv") as partial:
-        table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+    write_csv(folder / "cases.csv", table)
     write_json(folder / "score.json", about | {"digests": digests})
 
 # %% ../../nbs/43b_evaluation.elsewhere.ipynb #6ec2d24f

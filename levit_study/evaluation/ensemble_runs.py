@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from ..data.dataset import PreparedStore
-from ..files import StudyError, hash_file, run_folders, write_json, written_whole
+from ..files import StudyError, hash_file, run_folders, write_csv, write_json
 from ..params import Params, pick_evaluation
 from .card import is_evaluated
 from .ensemble import load_ensemble
@@ -104,8 +104,7 @@ def _joined(tables) -> pd.DataFrame:
 def _keep(folder: Path, cases, reliability, metrics: dict):
     "Write what was judged"
     for name, table in (("cases.csv", cases), ("reliability.csv", reliability)):
-        with written_whole(folder / name) as partial:
-            table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+        write_csv(folder / name, table)
     write_json(folder / "metrics.json", metrics)
 
 # %% ../../nbs/46_evaluation.ensemble_runs.ipynb #2a3effff

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from ..files import StudyError, hash_file, write_json, written_whole
 from ..params import Data, as_line
 from ..data.nifti import no_orientation, read_nifti_pair, write_label_map
-from ..data.volumes import Volume, read_scan, scale_intensity
+from ..data.volumes import read_scan
 from ..data.voxels import reading
 from ..model.weights import read_card
 from .card import card_file, settings_for, temperature_for
@@ -238,15 +238,10 @@ def _kept_volumes(network, files: ScanFiles) -> dict:
 # %% ../../nbs/43_evaluation.predict.ipynb #57c8303f
 def _read_kept(data: Data, files: ScanFiles):
     "A scan as a `Volume`, and the label map that is there"
-    if files.channels:
-        volume, header = _read(files, data, True)
-        first = volume.image[:, 0] if len(files.channels) > 1 else volume.image
-        scan = first, volume.affine, header, []
-        return volume, read_nifti_pair(files.scan, files.labels, scan)[1]
-    image, labels, affine, notes = read_nifti_pair(files.scan, files.labels)
-    image = scale_intensity(image, reading(data)["intensity"], data.window, files.scan)
-    spacing = tuple(float(mm) for mm in np.linalg.norm(affine[:3, :3], axis=0))
-    return Volume(image, None, spacing, affine, files.scan.name, notes), labels
+    volume, header = _read(files, data, True)
+    first = volume.image[:, 0] if volume.image.ndim == 4 else volume.image
+    scan = first, volume.affine, header, []
+    return volume, read_nifti_pair(files.scan, files.labels, scan)[1]
 
 # %% ../../nbs/43_evaluation.predict.ipynb #13007fe5
 def _one_line(scan, problem: Exception) -> str:

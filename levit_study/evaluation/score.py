@@ -17,7 +17,7 @@ from ..data.cases import patient_of
 from ..data.labels import label_table, map_labels
 from ..data.nifti import read_nifti_pair
 from .elsewhere import check_dataset, elsewhere_folder, keep_elsewhere
-from ..files import StudyError, project_folder, written_whole
+from ..files import StudyError, project_folder, write_csv
 from ..params import Params, load_params, pick_evaluation
 from .metrics import case_metrics, with_worst_case
 
@@ -148,9 +148,7 @@ def mean_scores(table: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/44_evaluation.score.ipynb #efb2c9bb
 def write_scores(table: pd.DataFrame, path):
     "Write scores as cases.csv is written; `StudyError` where they cannot be"
-    try:
-        with written_whole(path) as partial:
-            table.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+    try: write_csv(path, table)
     except OSError as error:
         problem = f"cannot be written ({error.strerror or error})"
         raise StudyError(f"{path}: {problem}; check the name and the folder's rights") from None

@@ -9,7 +9,6 @@ __all__ = ['RECORDS', 'publish_records']
 import json
 import re
 import shutil
-from itertools import product
 from pathlib import Path
 from .results import collect, runs_of
 from ..files import StudyError, run_tail
@@ -103,9 +102,7 @@ def publish_records(
     partial = folder.with_name(f".{name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for tail, place in places.items(): _copy_run(place / tail, partial / "runs" / tail)
-    _copy_data(params, [root, *others], partial)
-    _copy_ensembles(params, [root, *others], partial)
-    _copy_choices(params, [root, *others], partial)
+    _copy_beside(params, [root, *others], partial)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "params.yaml").exists():
         shutil.copyfile(root / "params.yaml", folder / "params.yaml")
@@ -117,31 +114,22 @@ def publish_records(
     return folder, _remarks(folder)
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #42d82876
-def _copy_ensembles(params, projects, partial):
-    "Copy the scores of ensembles, where the study's were judged; the first project's go first"
-    for dataset, loss in product(params.study.datasets, params.study.losses):
-        places = [Path(project, "reports/ensembles", dataset, loss) for project in projects]
-        source = next((place for place in places if (place / "metrics.json").exists()), None)
-        if source is not None: shutil.copytree(source, partial / "ensembles" / dataset / loss)
+def _copy_first(projects, partial, place, inside=""):
+    "Copy a file, or a folder that holds `inside`, of the first project's reports that have it"
+    for project in projects:
+        source, target = Path(project, "reports", place), partial / place
+        if not (source / inside).exists(): continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
 
-def _copy_choices(params, projects, partial):
-    "Copy the scores of ways to predict, where they were tried; the first project's go first"
-    for dataset in params.study.datasets:
-        places = [Path(project, "reports/choices", f"{dataset}.csv") for project in projects]
-        source = next((place for place in places if place.exists()), None)
-        if source is None: continue
-        (partial / "choices").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, partial / "choices" / source.name)
-
-def _copy_data(params, projects, partial):
-    "Copy what the preparation recorded of each data set, and each one's split"
+def _copy_beside(params, projects, partial):
+    "Copy each data set's preparation, and where they were tried its ensembles, ways to predict"
     for dataset in params.study.datasets:
         for name in ("manifest.json", "splits.csv"):
-            places = [Path(project, "reports/data", dataset, name) for project in projects]
-            source = next((place for place in places if place.exists()), None)
-            if source is None: continue
-            (partial / "data" / dataset).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, partial / "data" / dataset / name)
+            _copy_first(projects, partial, f"data/{dataset}/{name}")
+        for loss in params.study.losses:
+            _copy_first(projects, partial, f"ensembles/{dataset}/{loss}", "metrics.json")
+        _copy_first(projects, partial, f"choices/{dataset}.csv")
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #e783c9cf
 def _remarks(folder) -> list:

@@ -10,10 +10,10 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
+from ..evidence.results import runs_of
 from ..files import StudyError, run_folders
-from ..params import Params
+from ..params import Params, Run
 from .look import About, about_study
 from .pages import escaped, figure_words, library_cells, read_notebook
 from .pages import study_cells, with_words
@@ -81,31 +81,15 @@ def _joined(title, notebooks, figures):
     return [new_markdown_cell(f"# {escaped(title)}"), *with_words(cells, figures)]
 
 # %% ../../nbs/63b_report.contents.ipynb #2ab5b04d
-@dataclass(frozen=True)
-class _Run:
-    "One training of the study, as its page names it"
-    dataset: str
-    loss: str
-    seed: int
-    fold: int | None = None  # None: the one split of a study without folds
+def _page_of(run: Run) -> str:
+    fold = "" if run.fold is None else f"-fold{run.fold}"
+    return f"runs/{run.dataset}-{run.loss}-seed{run.seed}{fold}"
 
-    @property
-    def page(self):
-        fold = "" if self.fold is None else f"-fold{self.fold}"
-        return f"runs/{self.dataset}-{self.loss}-seed{self.seed}{fold}"
+def _chance_of(run: Run) -> str: # what tells a loss's runs apart
+    return f"seed {run.seed}" + ("" if run.fold is None else f", fold {run.fold}")
 
-    @property
-    def chance(self):
-        return f"seed {self.seed}" + ("" if self.fold is None else f", fold {self.fold}")
-
-    def folder(self, root="."):
-        return run_folders(self.dataset, self.loss, self.seed, root, self.fold)[0]
-
-# %% ../../nbs/63b_report.contents.ipynb #fc6ed7ba
-def _runs_of(params: Params):
-    study = params.study
-    names = product(study.datasets, study.losses, study.seeds, study.fold_numbers)
-    return [_Run(*each) for each in names]
+def _folder_of(run: Run, root=".") -> Path:
+    return run_folders(run.dataset, run.loss, run.seed, root, run.fold)[0]
 
 # %% ../../nbs/63b_report.contents.ipynb #2aab3d8c
 def _readable(sources, root, notes):
@@ -122,7 +106,7 @@ def _readable(sources, root, notes):
 def study_pages(params: Params, root=".") -> tuple[list[Page], list[str]]: # pages, notes
     "The report, a page per data set, an overview of the runs and a page per run"
     figures = figure_words(Path(root, "reports", "figures"))
-    about, pages, notes, there = about_study(params), [], [], {}
+    about, pages, notes, there = about_study(params), [], [], []
     for report in _readable(["reports/report.ipynb"], root, notes):
         cells = with_words(study_cells(report.cells), figures)
         pages.append(Page("report", "The report", cells, "Evidence", "", "reports/report.ipynb"))
@@ -137,19 +121,19 @@ def study_pages(params: Params, root=".") -> tuple[list[Page], list[str]]: # pag
         sources = [f"reports/data/{dataset}/prepare.ipynb"]
         add("Data", f"data/{dataset}", title, title, sources)
     pages.append(overview := Page("runs/index", "All runs", "", "Runs"))
-    for run in _runs_of(params):
-        short = f"{about.name(run.loss)}, {run.chance} ({run.dataset})"
-        title = f"{about.dataset(run.dataset)}: {about.name(run.loss)}, {run.chance}"
-        sources = [f"{run.folder().as_posix()}/{name}.ipynb" for name in ("train", "evaluate")]
-        there[run] = add("Runs", run.page, short, title, sources, above="runs/index")
+    for run in runs_of(params):
+        name = f"{about.name(run.loss)}, {_chance_of(run)}"
+        short, title = f"{name} ({run.dataset})", f"{about.dataset(run.dataset)}: {name}"
+        sources = [f"{_folder_of(run).as_posix()}/{each}.ipynb" for each in ("train", "evaluate")]
+        there.append((run, add("Runs", _page_of(run), short, title, sources, above="runs/index")))
     overview.content = _overview(about, there, root)
     return pages, notes
 
 # %% ../../nbs/63b_report.contents.ipynb #84705cfd
-def _row(about: About, run: _Run, has_page, root):
+def _row(about: About, run: Run, has_page, root):
     "One run as a row of a table: loss with link, seed, best epoch, Dice on both splits"
     try:
-        text = (run.folder(root) / "metrics.json").read_text(encoding="utf-8")
+        text = (_folder_of(run, root) / "metrics.json").read_text(encoding="utf-8")
         numbers = json.loads(text)
     except (OSError, ValueError):
         numbers = {}
@@ -158,20 +142,20 @@ def _row(about: About, run: _Run, has_page, root):
     shown = [f"{numbers[key]:{form}}" if isinstance(numbers.get(key), (int, float)) else "–"
              for key, form in forms.items()]
     loss = about.name(run.loss)
-    name = f"[{loss}](/{run.page})" if has_page else f"{loss} (not there yet)"
-    return f"| {name} | {run.chance.removeprefix('seed ')} | {' | '.join(shown)} |"
+    name = f"[{loss}](/{_page_of(run)})" if has_page else f"{loss} (not there yet)"
+    return f"| {name} | {_chance_of(run).removeprefix('seed ')} | {' | '.join(shown)} |"
 
 _HEAD = ("| loss | seed | best epoch | Dice, validation | Dice, held out |\n"
          "|---|--:|--:|--:|--:|")
 
 # %% ../../nbs/63b_report.contents.ipynb #982a4da8
-def _overview(about: About, there: dict, root) -> str: # Markdown
+def _overview(about: About, there: list, root) -> str: # Markdown
     "A page that lists all runs of the study with their main numbers"
     text = ("# All runs\n\nOne row per training. The best epoch is the one with the highest Dice on"
             " the validation patients; test patients, if any, were used for no choice.\n")
-    for dataset in dict.fromkeys(run.dataset for run in there):
+    for dataset in dict.fromkeys(run.dataset for run, _ in there):
         rows = [_row(about, run, has_page, root)
-                for run, has_page in there.items() if run.dataset == dataset]
+                for run, has_page in there if run.dataset == dataset]
         lines = ["", f"## {escaped(about.dataset(dataset))}", "", _HEAD, *rows]
         text += "\n".join(lines) + "\n"
     return text

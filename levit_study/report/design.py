@@ -31,15 +31,14 @@ def claim_intervals(
     claims: pd.DataFrame, # the ledger: claim, dataset, interval, verdict
 ) -> pd.DataFrame:
     "Return claim, dataset, comparison, estimate, low, high, sign, margin, verdict, standing, unit"
-    if {"comparison", "estimate", "low", "high"} <= set(claims): return claims
     columns = ["claim", "dataset", "comparison", "estimate", "low", "high", "sign", "margin",
                "verdict", "standing", "unit"]
     rows = []
     for row in claims.itertuples():
         claim = CLAIMS.get(row.claim)
         sign, margin = getattr(claim, "sign", 1), getattr(claim, "margin", None)
-        unit = getattr(claim, "unit", "") or _UNITS.get(getattr(claim, "measure", ""), "Dice")
-        standing = standing_in_words(row.verdict, getattr(row, "standing", ""))
+        unit = _UNITS.get(getattr(claim, "measure", ""), "Dice")
+        standing = standing_in_words(row.standing)
         matches = map(_INTERVAL.match, str(row.interval).split(";"))
         for match in filter(None, matches):
             numbers = [_as_number(match[name]) for name in ("estimate", "low", "high")]
@@ -83,7 +82,7 @@ def _comparison(text, about):
 # %% ../../nbs/62d_report.design.ipynb #9b86e35c
 @study_style()
 def claims_forest(
-    claims, # the ledger, or what `claim_intervals` makes of it
+    claims, # the ledger
     about=About(), # what the caption must say
 ): # -> Picture
     "Draw every comparison of every claim with its interval and what the claim's verdict stands on"

@@ -8,7 +8,7 @@ __all__ = ['dice_against_share']
 # %% ../../nbs/62e_report.imbalance.ipynb #e9830b88
 from matplotlib.figure import Figure
 from .look import About, DOUBLE, MM, checked, study_style
-from .parts import finished, legend_below, log_axis, loss_handles
+from .parts import finished, legend_below, lines_with_bars, log_axis, loss_handles
 
 # %% ../../nbs/62e_report.imbalance.ipynb #840c5d29
 @study_style()
@@ -23,8 +23,11 @@ def dice_against_share(
     losses, structures = list(table.loss.unique()), list(table.structure.unique())
     figure = Figure(figsize=(DOUBLE*MM, 74*MM), layout="constrained")
     axes = figure.subplots(1, len(structures), sharey=True, squeeze=False)[0]
+    looks = about.looks(losses)
     for axis, structure in zip(axes, structures, strict=True):
-        _draw_structure(axis, table[table.structure == structure], losses, about)
+        part = table[table.structure == structure].assign(share=lambda rows: 100*rows.share)
+        lines_with_bars(axis, "share", [(part[part.loss == loss], looks[loss]) for loss in losses])
+        log_axis(axis, part.share.min(), part.share.max())
         axis.set(title=structure, xlabel="Share of the training voxels (%, log)", ylim=(0, 1))
     axes[0].set_ylabel("Dice (0 to 1), mean over cases")
     legend_below(figure, loss_handles(losses, about))
@@ -33,18 +36,6 @@ def dice_against_share(
             " along a line, the same patients with different shares.")
     title = "Dice against the share of the voxels"
     return finished(figure, title, body, _in_words(table, about), table, about)
-
-# %% ../../nbs/62e_report.imbalance.ipynb #a541c856
-def _draw_structure(axis, part, losses, about):
-    "Draw one structure's lines, moved apart by a few percent where they would hide each other"
-    looks = about.looks(losses)
-    for place, loss in enumerate(losses):
-        rows, look = part[part.loss == loss].sort_values("share"), looks[loss]
-        percent = 100*rows.share*1.03**(place - (len(losses) - 1)/2)
-        reach = [(rows.dice - rows.dice_low).clip(0), (rows.dice_high - rows.dice).clip(0)]
-        axis.plot(percent, rows.dice, **look)
-        axis.errorbar(percent, rows.dice, yerr=reach, fmt="none", ecolor=look["color"], lw=.9)
-    log_axis(axis, 100*part.share.min(), 100*part.share.max())
 
 # %% ../../nbs/62e_report.imbalance.ipynb #818447a3
 def _in_words(table, about):

@@ -87,13 +87,16 @@ def _scores(study): # Markdown
     return "; ".join(words)
 
 # %% ../../nbs/63c_report.studies.ipynb #a9c3d269
+def _tested(study):
+    "The rows of claims.csv that the study's losses touch; empty where the file is missing"
+    claims = study.table("claims")
+    return claims if claims.empty else claims[~claims.standing.str.startswith("not tested")]
+
 def _verdicts(study):
     "How many of the paper's claims are supported and contradicted"
-    claims = study.table("claims")
+    claims = _tested(study)
     if claims.empty: return "none tested"
-    claims = claims[~claims.standing.astype(str).str.startswith("not tested")]
     counts = claims.verdict.value_counts()
-    if claims.empty: return "none tested"
     words = [f"{counts.get(name, 0)} {name}" for name in ("supported", "contradicted")]
     return f"{', '.join(words)} of {len(claims)}"
 
@@ -194,16 +197,14 @@ levit-study verify reports/studies/{name}    # says whether each published numbe
 def _study_page(study) -> Page:
     "One published study as a page: answer, claims, figures, records"
     from nbformat.v4 import new_markdown_cell
-    claims = study.table("claims")
+    tested = _tested(study)
     text = [f"# {escaped(study.name)}: {escaped(study.params.study.title)}", f"{_setting(study)}.",
             study.answer(), _caveat(study)]
     cells = [new_markdown_cell("\n\n".join(text))]
-    if len(claims):
-        tested = claims[~claims.standing.astype(str).str.startswith("not tested")]
+    if len(tested):
         several = ["dataset"] * (len(study.params.study.datasets) > 1)
         tested = tested[[*several, "claim", "statement", "standing", "interval"]]
-        if len(tested):
-            cells.append(new_markdown_cell(f"## The paper's claims\n\n{to_markdown(tested)}"))
+        cells.append(new_markdown_cell(f"## The paper's claims\n\n{to_markdown(tested)}"))
     cells += [new_markdown_cell("## Figures"), *_shown_figures(study),
               new_markdown_cell(_RECORDS.format(name=study.name))]
     cells = with_words(cells, figure_words(study.folder / "figures"), f"/{study.page}")

@@ -17,7 +17,7 @@ from ..params import Params
 from ..evidence.results import special_trainings
 from ..evidence.statistics import ALL
 from .look import About, about_study
-from .parts import standing_in_words
+from .parts import counted, standing_in_words
 
 # %% ../../nbs/63a_report.summary.ipynb #1475921a
 _TEMPLATE = """<div class="answer">
@@ -64,10 +64,6 @@ _TEMPLATE = """<div class="answer">
 """
 
 # %% ../../nbs/63a_report.summary.ipynb #1176278b
-def _count(number, word):
-    return f"{number} {word}{'' if number == 1 else 's'}"
-
-
 def _bold(text):
     return Markup("<b>{}</b>").format(text)
 
@@ -78,7 +74,7 @@ def _listed(words): # texts or Markup -> Markup, as in 'a, b and c'
     return Markup("{} and {}").format(Markup(", ").join(words[:-1]), words[-1])
 
 _JINJA = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-_JINJA.filters["count"] = _count
+_JINJA.filters["count"] = counted
 
 # %% ../../nbs/63a_report.summary.ipynb #b97dde90
 def _question(params: Params, about: About):
@@ -97,12 +93,12 @@ def _effort(params: Params, about: About):
     study, data = params.study, []
     for name in study.datasets:
         settings = params.datasets[name]
-        network, epochs = network_name(settings.model), _count(settings.training.epochs, "epoch")
+        network, epochs = network_name(settings.model), counted(settings.training.epochs, "epoch")
         data.append(Markup("{} ({}, {})").format(_bold(about.dataset(name)), network, epochs))
     sizes = [len(study.datasets), len(study.losses), len(study.seeds), len(study.folds)]
-    parts = list(map(_count, sizes, ("data set", "loss function", "seed", "fold")))
+    parts = list(map(counted, sizes, ("data set", "loss function", "seed", "fold")))
     if study.fold_numbers == [None]: parts.pop()
-    trainings = _count(prod(sizes), "training")
+    trainings = counted(prod(sizes), "training")
     text = Markup("Data: {}. {}: {}.").format(_listed(data), trainings, " × ".join(parts))
     for terms in special_trainings(params):
         text += f" Trained with its own settings: {terms}."
@@ -190,15 +186,10 @@ def _key(params: Params):
 # %% ../../nbs/63a_report.summary.ipynb #e0eaadef
 _VERDICTS = {"supported": "supported", "contradicted": "contradicted", "inconclusive": "undecided"}
 
-def _standing(row): # row: of claims.csv
-    "A verdict, or in a few words what an undecided one stands on"
-    return standing_in_words(row["verdict"], row.get("standing"))
-
 # %% ../../nbs/63a_report.summary.ipynb #3b40f3a9
 def _touched(claims): # -> claims, the others' numbers
     "Leave out the claims that no loss of the study touches"
-    if "standing" not in claims: return claims, []
-    open_ones = claims.standing.astype(str).str.startswith("not tested")
+    open_ones = claims.standing.str.startswith("not tested")
     others = open_ones.groupby(claims.claim, sort=False).all()
     others = list(others.index[others])
     return claims[~claims.claim.isin(others)], others
@@ -206,8 +197,7 @@ def _touched(claims): # -> claims, the others' numbers
 # %% ../../nbs/63a_report.summary.ipynb #4eedcecd
 def _judgeable(claims): # -> claims, the number of the others
     "Leave out the claims without a verdict on any data set, as on synthetic ones"
-    if "standing" not in claims: return claims, 0
-    without = claims.standing.astype(str).str.startswith("no verdict")
+    without = claims.standing.str.startswith("no verdict")
     without = without.groupby(claims.claim, sort=False).all()
     return claims[~claims.claim.isin(without.index[without])], int(without.sum())
 
@@ -217,7 +207,7 @@ def _claims(claims, datasets): # -> rows of claim, statement, interval, verdict 
     shown = []
     for claim, rows in claims.groupby("claim", sort=False):
         first = rows.iloc[0]
-        verdicts = {row["dataset"]: _standing(row) for row in rows.to_dict("records")}
+        verdicts = {row.dataset: standing_in_words(row.standing) for row in rows.itertuples()}
         interval = first.interval if len(datasets) == 1 and isinstance(first.interval, str) else ""
         cells = [verdicts.get(dataset, "–") for dataset in datasets]
         shown.append((claim, first.statement, _typeset(interval), cells))
@@ -237,7 +227,7 @@ def _tally(claims, synthetic):
     for judged, where in parts:
         counts = judged.verdict.value_counts()
         words = [_bold(f"{counts.get(verdict, 0)} {word}") for verdict, word in _VERDICTS.items()]
-        tests = _count(len(judged), "test")
+        tests = counted(len(judged), "test")
         if len(judged):
             text = Markup("{} of the paper's claims{}: {}.")
             yield text.format(tests, where, Markup(", ").join(words))
@@ -251,7 +241,7 @@ def _left_out(untouched):
 def _without_verdict(number, report, has_report):
     "One line for the claims without a verdict, with a link to their numbers"
     if not number: return
-    words = f"{_count(number, 'claim')} of the paper"
+    words = f"{counted(number, 'claim')} of the paper"
     link = Markup('<a href="{}#the-paper-s-claims-one-by-one">{}</a>').format(report, words)
     verb = "has" if number == 1 else "have"
     yield Markup("{} {} no verdict here: synthetic scans decide none.").format(
@@ -281,7 +271,7 @@ def _points(organs, claims, params: Params, about: About): # organs, claims: tab
 # %% ../../nbs/63a_report.summary.ipynb #9b5a0197
 _NEEDED = {
     "organs.csv": ["dataset", "structure", "loss", "split", "patients", "dice"],
-    "claims.csv": ["claim", "dataset", "statement", "verdict", "interval"]}
+    "claims.csv": ["claim", "dataset", "statement", "verdict", "standing", "interval"]}
 
 # %% ../../nbs/63a_report.summary.ipynb #84744b37
 def _read_table(name, root, datasets, notes): # -> DataFrame or None

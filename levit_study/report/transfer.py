@@ -9,7 +9,7 @@ __all__ = ['dice_against_patients']
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from .look import About, DOUBLE, LOOKS, MM, checked, study_style
-from .parts import finished, legend_below, log_axis
+from .parts import finished, legend_below, lines_with_bars, log_axis
 
 # %% ../../nbs/62f_report.transfer.ipynb #3f021a9d
 @study_style()
@@ -27,7 +27,10 @@ def dice_against_patients(
     figure = Figure(figsize=(DOUBLE*MM, 74*MM), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, ((task, loss), part) in zip(axes, panels, strict=True):
-        _draw_starts(axis, part, looks)
+        starts = part.groupby("start", sort=False)
+        lines_with_bars(axis, "patients", [(rows, looks[start]) for start, rows in starts])
+        log_axis(axis, part.patients.min(), part.patients.max())
+        axis.set_xticks(sorted(set(part.patients)), labels=sorted(set(part.patients.astype(int))))
         title = about.name(loss) if table.task.nunique() == 1 else f"{task}, {about.name(loss)}"
         axis.set(title=title, xlabel="Training patients (log)", ylim=(0, 1))
     axes[0].set_ylabel("Dice (0 to 1), mean over structures")
@@ -38,18 +41,6 @@ def dice_against_patients(
     of_task = table.assign(dataset=table.task)
     title = "Dice against the number of training patients"
     return finished(figure, title, body, _in_words(table, about), of_task, about)
-
-# %% ../../nbs/62f_report.transfer.ipynb #01f0bff9
-def _draw_starts(axis, part, looks):
-    "Draw one panel's lines, moved apart by a few percent where they would hide each other"
-    for place, (start, rows) in enumerate(part.groupby("start", sort=False)):
-        rows, look = rows.sort_values("patients"), looks[start]
-        number = rows.patients*1.03**(place - (part.start.nunique() - 1)/2)
-        reach = [(rows.dice - rows.dice_low).clip(0), (rows.dice_high - rows.dice).clip(0)]
-        axis.plot(number, rows.dice, **look)
-        axis.errorbar(number, rows.dice, yerr=reach, fmt="none", ecolor=look["color"], lw=.9)
-    log_axis(axis, part.patients.min(), part.patients.max())
-    axis.set_xticks(sorted(set(part.patients)), labels=sorted(set(part.patients.astype(int))))
 
 # %% ../../nbs/62f_report.transfer.ipynb #64de85a1
 def _in_words(table, about):
