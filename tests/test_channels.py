@@ -159,6 +159,8 @@ def test_params_say_what_is_wrong_with_channels(root, change, message):
     ({"labels": {"background": 0, "Myocardium": [1, 2]}}, "'myocardium' is a region of the labels 1, 2"),
     ({"file_ending": ".png"}, "file_ending '.png': scans are read as NIfTI"),
     ({"channel_names": {"0": "cine", "1": "late", "2": "LATE"}}, "names channel 'late' twice"),
+    ({"channel_names": {"²": "cine", "1": "late"}}, "numbers no channel 0, 1"),
+    ({"channel_names": {"1" * 5000: "cine", "1": "late"}}, "numbers no channel 0, 1"),
 ])
 def test_a_form_that_is_not_read_is_one_line(tmp_path, form, message):
     folder = two_channels(tmp_path)

@@ -85,6 +85,9 @@ def test_holm_never_lowers_a_p_value_and_keeps_their_order(values):
     ("cases.csv", b"split,case,structure,dice,jaccard,hd95,sensitivity,specificity,voxels\nvalid,a,liver,high,1,1,1,1,1\n", "not a number"),
     ("metrics.json", b"{", "not JSON"),
     ("metrics.json", b"[1]", "not a mapping"),
+    ("metrics.json", b"[" * 100_000, "not JSON"),
+    ("metrics.json", b'{"parameters": [1]}', "parameters is not a mapping"),
+    ("metrics.json", b'{"parameters": "x"}', "parameters is not a mapping"),
 ])
 def test_a_broken_file_is_one_line_and_the_rest_is_reported(tmp_path, file, content, said):
     epochs, cases = study(np.random.default_rng(0))

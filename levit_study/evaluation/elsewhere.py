@@ -68,11 +68,13 @@ def _gaps(rows, study) -> list:
 _NEEDED = ["case", "structure", "dice", "jaccard", "hd95", "sensitivity", "specificity", "voxels"]
 _WORDS = ["split", "case", "patient", "structure", "unit"]  # columns of text
 _SHARES = {"dice", "jaccard", "nsd", "sensitivity", "specificity", "precision", "transunet_dice"}
+_SIZES = {"hd95", "asd", "voxels", "predicted_voxels", "volume_ml", "predicted_volume_ml",
+          "diagonal", "transunet_hd95"}
 
 def _fault(table: pd.DataFrame) -> str:
     "What no scores are: text, a number that cannot be measured, a row given twice; else empty"
     if table.empty: return "no rows"
-    for name in table.columns.difference(_WORDS, sort=False):
+    for name in table.columns.intersection([*_SHARES, *_SIZES], sort=False):
         values, most = table[name], 1 if name in _SHARES else np.inf
         if values.dtype.kind not in "iuf":
             return f"column {name} holds something that is not a number"

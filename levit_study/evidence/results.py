@@ -115,10 +115,12 @@ def read_record(path: Path) -> dict:
     "Read one of a run's JSON files; `StudyError` if it is not a mapping"
     again = "run dvc repro to make it again"
     try: record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StudyError(f"{path}: not JSON ({error}); {again}") from None
     if not isinstance(record, dict):
         raise StudyError(f"{path}: not a mapping of names to numbers; {again}")
+    if not isinstance(record.get("parameters", {}), dict):
+        raise StudyError(f"{path}: parameters is not a mapping of names to values; {again}")
     return record
 
 # %% ../../nbs/50_evidence.results.ipynb #3fd7efa5
