@@ -10,7 +10,7 @@ __all__ = ['LEVIT', 'UNET', 'WIDEST', 'UNetSettings', 'network_name', 'check_set
 from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing import Annotated, Any
-from .files import StudyError
+from .files import StudyError, brief
 from .inputs import young
 
 # %% ../nbs/00e_networks.ipynb #230ecca3
@@ -58,7 +58,7 @@ def unet_settings(settings: dict) -> dict:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         known = ", ".join(UNetSettings.model_fields)
-        raise StudyError(f"settings.{key} = {first['input']!r}: {first['msg']}; "
+        raise StudyError(f"settings.{key} = {brief(first['input'])}: {first['msg']}; "
                          f"unet has {known}") from None
 
 # %% ../nbs/00e_networks.ipynb #c3336973
