@@ -27,9 +27,10 @@ def elsewhere_folder(params: Params, dataset: str, name: str, root=".") -> Path:
     check_dataset(params, dataset)
     if name in params.losses:
         raise StudyError(f"--as {name}: is a loss of params.yaml; give the method another name")
-    if not name.replace("_", "").isalnum() or not name.isascii() or name.isdigit():
-        allowed = "letters, digits and underscores, and not digits alone"
-        raise StudyError(f"--as {name}: a name may hold {allowed}")
+    plain = name.replace("_", "").isalnum() and name.isascii() and not name.isdigit()
+    if not plain or len(name) > 100:
+        allowed = "letters, digits and underscores, 100 at most, and not digits alone"
+        raise StudyError(f"--as {name[:100]}: a name may hold {allowed}")
     return Path(root, "reports", "elsewhere", dataset, name)
 
 # %% ../../nbs/43b_evaluation.elsewhere.ipynb #71377fa8
