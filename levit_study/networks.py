@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML, YAMLError
 from typing import Annotated, Any
-from .files import StudyError
+from .files import StudyError, brief
 from .inputs import young
 
 # %% ../nbs/00e_networks.ipynb #230ecca3
@@ -60,7 +60,7 @@ def unet_settings(settings: dict) -> dict:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         known = ", ".join(UNetSettings.model_fields)
-        raise StudyError(f"settings.{key} = {first['input']!r}: {first['msg']}; "
+        raise StudyError(f"settings.{key} = {brief(first['input'])}: {first['msg']}; "
                          f"unet has {known}") from None
 
 # %% ../nbs/00e_networks.ipynb #c3336973

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML, YAMLError
 
 from .consistency import check_ablation, check_contrasts, check_folds
 from .consistency import check_names, check_zooms
-from .files import StudyError
+from .files import StudyError, brief
 from .networks import LEVIT, Chosen, Freezing, check_freezing, check_network
 from .inputs import Inputs, check_patient, young
 from .recipes import augmentation
@@ -375,7 +375,7 @@ def as_line(
         hint = f" did you mean {near[0]}?" if near else ""
         message = f"unknown key;{hint} known here: {', '.join(known)}{also}"
     plain = isinstance(value, (str, int, float, bool, list, type(None)))
-    shown = f"{key} = {value!r}: " if key and plain else f"{key}: " if key else ""
+    shown = f"{key} = {brief(value)}: " if key and plain else f"{key}: " if key else ""
     return f"{path}: {shown}{message}"
 
 # %% ../nbs/01_params.ipynb #dfb3d511
@@ -391,7 +391,11 @@ def load_params(
         except FileNotFoundError:
             advice = "run from the project's folder, or name the file"
             raise StudyError(f"{path}: not found; {advice}") from None
-        except (YAMLError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise StudyError(f"{path}: cannot be read ({error.strerror}); name a file") from None
+        except RecursionError:
+            raise StudyError(f"{path}: not readable as YAML: nested too deeply") from None
+        except (YAMLError, ValueError) as error:  # such as a date that no calendar has
             reason = " ".join(str(error).split())[:200]
             raise StudyError(f"{path}: not readable as YAML: {reason}") from None
     if not isinstance(content, dict):

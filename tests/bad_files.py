@@ -568,6 +568,15 @@ def json_lists_what_is_absent(folder): decathlon(folder, {"training": [{"image":
 @kind("error", "no list of folds", "splits_final.json")
 def damaged_splits(folder): (decathlon(folder).parent/"splits_final.json").write_text('[{"train": ["heart_1"]}]')
 
+@kind("error", "no list of folds", "splits_final.json")
+def splits_of_letters(folder): (decathlon(folder).parent/"splits_final.json").write_text('[{"train": "heart_1", "val": ["heart_2"]}]')
+
+@kind("error", "case heart_1 is in train and in val", "splits_final.json")
+def case_in_train_and_val(folder): (decathlon(folder).parent/"splits_final.json").write_text('[{"train": ["heart_1"], "val": ["heart_1", "heart_2"]}]')
+
+@kind("error", "not a JSON file", "dataset.json")
+def number_without_end(folder): decathlon(folder).write_text('{"numTraining": ' + "1" * 5000 + "}")
+
 @kind("error", "several channels", "heart_2_0001.nii.gz")
 def several_channels(folder): save(decathlon(folder).parent/"imagesTr/heart_2_0001.nii.gz", hearts()[0].transpose(2, 1, 0))
 

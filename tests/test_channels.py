@@ -155,10 +155,25 @@ def test_params_say_what_is_wrong_with_channels(root, change, message):
     with pytest.raises(StudyError, match=message): load_params(content)
 
 
+@pytest.mark.parametrize("text, message", [
+    ("study: {title: 2020-13-45}", "month must be in 1..12"), ("study: !!int x", "not readable as YAML"),
+    ("study: " + "1" * 5000, "not readable as YAML"), ("[" * 20_000, "nested too deeply"), (None, "cannot be read .Is a directory"),
+    ("study: {title: &a [" + "x, " * 9 + "x]}\nlosses: {b: {kind: &b [" + "*a, " * 9 + "*a]}, c: {kind: &c [" + "*b, " * 9 + "*b]}, d: {kind: &d ["
+     + "*c, " * 9 + "*c]}}\ndatasets: {e: {title: [*d, *d, *d, *d, *d, *d]}}\n", r"title = \[.*"),
+], ids=["date", "int", "digits", "nested", "folder", "aliases"])
+def test_a_file_that_is_no_params_is_one_line(tmp_path, text, message):
+    path = tmp_path/"params.yaml"
+    path.write_text(text) if text else path.mkdir()
+    with pytest.raises(StudyError, match=message) as caught: load_params(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600 and str(path) in str(caught.value)
+
+
 @pytest.mark.parametrize("form, message", [
     ({"labels": {"background": 0, "Myocardium": [1, 2]}}, "'myocardium' is a region of the labels 1, 2"),
     ({"file_ending": ".png"}, "file_ending '.png': scans are read as NIfTI"),
     ({"channel_names": {"0": "cine", "1": "late", "2": "LATE"}}, "names channel 'late' twice"),
+    ({"channel_names": {"²": "cine", "1": "late"}}, "numbers no channel 0, 1"),
+    ({"channel_names": {"1" * 5000: "cine", "1": "late"}}, "numbers no channel 0, 1"),
 ])
 def test_a_form_that_is_not_read_is_one_line(tmp_path, form, message):
     folder = two_channels(tmp_path)

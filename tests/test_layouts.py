@@ -168,7 +168,7 @@ def test_a_list_that_is_none_is_named(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 50_000, "{\u201clabels\u201d: 1}".encode("utf-16")])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 50_000, b"1" * 5000, "{\u201clabels\u201d: 1}".encode("utf-16")])
 @pytest.mark.parametrize("name", ["dataset.json", "splits_final.json"])
 def test_json_that_is_none_is_named(tmp_path, name, content):
     names_only(tmp_path, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz")

@@ -206,6 +206,20 @@ def test_weights_of_this_study_start_another_one(tmp_path):
     assert torch.equal(model.decoder[2].conv2[0].weight, source.decoder[2].conv2[0].weight)
 
 
+@pytest.mark.parametrize("name, shape, message", [
+    ("head.weight", (), r"first head.weight: \(\) instead of"),
+    ("stages.0.blocks.0.attn.attention_biases", (4, 0), r"attention_biases: \(4, 0\) instead of"),
+    ("stages.0.blocks.0.attn.attention_biases", (25,), r"attention_biases: \(25,\) instead of"),
+    ("stages.0.blocks.0.attn.attention_biases", (), r"attention_biases: \(\) instead of"),
+    ("stem.conv1.linear.weight", (16, 0, 3, 3), r"weight: \(16, 0, 3, 3\) instead of"),
+])
+def test_a_tensor_of_an_odd_shape_is_named(name, shape, message, tmp_path):
+    model = levit_unet("128s", 4)
+    torch.save(model.state_dict() | {name: torch.zeros(shape)}, tmp_path / "odd.pth")
+    with pytest.raises(StudyError, match=message) as error: load_pretrained(model, tmp_path / "odd.pth")
+    assert "\n" not in str(error.value)
+
+
 def test_inference_in_bf16_agrees_with_float32():
     model, images = seeded_model("128s", 64).eval(), torch.randn(2, 1, 64, 64)
     with torch.inference_mode():

@@ -119,6 +119,8 @@ def test_older_weights_carry_their_settings_in_the_header(place, capsys):
 
 @pytest.mark.parametrize("content, message", [
     ("{", "card.json: cannot be read"),
+    ("[" * 100_000, "card.json: cannot be read"),
+    ("1" * 5000, "card.json: cannot be read"),
     ("[1]", "card.json: is not a card of an evaluation"),
     ('{"weights": null}', "card.json: is not a card of an evaluation"),
 ])

@@ -1,4 +1,5 @@
 """Other methods' label maps: this study's own, written out and scored again; nnU-Net's form of a split; what is wrong is named."""
+import io
 import json
 import os
 import shutil
@@ -158,12 +159,46 @@ def test_a_method_from_elsewhere_stands_beside_the_losses(files, study, capsys):
     shutil.rmtree("reports/elsewhere")
 
 
+@pytest.mark.parametrize("file, change, message", [
+    ("cases.csv", lambda text: text + text.partition("\n")[2], "listed twice; score again"),
+    ("cases.csv", lambda text: columns(text, dice=7.0), "dice = 7 is not a number from 0 to 1; score again"),
+    ("cases.csv", lambda text: columns(text, sensitivity="inf"), "sensitivity = inf is not a number from 0 to 1"),
+    ("cases.csv", lambda text: columns(text, hd95=-1), "hd95 = -1 is not a number of 0 or more"),
+    ("cases.csv", lambda text: columns(text, dice="high"), "column dice holds something that is not a number"),
+    ("cases.csv", lambda text: columns(text, diagonal="wide"), "column diagonal holds something that is not a number"),
+    ("cases.csv", lambda text: text.partition("\n")[0], "no rows"),
+    ("cases.csv", lambda text: "\n".join(line for line in text.splitlines() if "myocardium" not in line), "myocardium is missing in 4 of 4 cases"),
+    ("score.json", lambda text: "[" * 100_000, "score.json: not JSON"),
+    ("score.json", lambda text: "{", "score.json: not JSON"),
+])
+def test_scores_that_cannot_be_are_named(files, study, capsys, file, change, message):
+    assert run(capsys, "score", "own", "references", "--dataset", "hearts", "--as", "nnunet")[0] == 0
+    path = f"reports/elsewhere/hearts/nnunet/{file}"
+    text = open(path).read()
+    open(path, "w").write(change(text))
+    problems = collect(study).problems
+    shutil.rmtree("reports/elsewhere")
+    assert len(problems) == 1 and message in problems[0] and "\n" not in problems[0], problems
+
+
+def columns(text, **values):
+    "A table's text with one value throughout some of its columns"
+    return pd.read_csv(io.StringIO(text)).assign(**values).to_csv(index=False)
+
+
 @pytest.mark.parametrize("options, message", [
     (["--as", "dice", "--dataset", "hearts"], "--as dice: is a loss of params.yaml"),
     (["--as", "a/../b", "--dataset", "hearts"], "a name may hold letters"),
     (["--as", "nnunet", "--structures", "a=1"], "--as needs --dataset"),
     (["--dataset", "tyop"], "datasets has no 'tyop'"),
+    (["--as", "a" * 300, "--dataset", "hearts"], "letters, digits and underscores, 100 at most"),
     (["--structures", "a"], "--structures a: is not a pair"),
+    (["--structures", "a=²"], "--structures a=²: values are whole numbers"),
+    (["--structures", "a=" + "1" * 5000], "values are whole numbers, 1 to 254"),
+    (["--dataset", "hearts", "--label-map", "²=myocardium"], "'²' is not a label value"),
+    (["--dataset", "hearts", "--label-map", "1=²"], "1 leads to '²', which is not a structure"),
+    (["--dataset", "hearts", "--label-map", "1" * 5000 + "=myocardium"], "is not a label value"),
+    (["--dataset", "hearts", "--label-map", "1=" + "1" * 5000], "which is not a structure"),
     (["--dataset", "hearts", "--label-map", "btcv14"], "label_map: 'btcv14' is unknown"),
     (["--dataset", "hearts", "--label-map", "1=liver"], "1 leads to 'liver', which is not a structure"),
     (["--dataset", "hearts", "--output", "params.yaml/x.csv"], "params.yaml/x.csv: cannot be written"),

@@ -17,6 +17,7 @@ from levit_study.evidence.tables import convergence, optimism, organ_table, tabl
 from levit_study.evidence.claims import CLAIMS
 from levit_study.evidence.verdicts import claims_ledger
 
+HEAD = b"split,case,structure,dice,jaccard,hd95,sensitivity,specificity,voxels\n"
 LOSSES, VERDICTS = ["baseline", "focal", "focal_tversky"], {"supported", "contradicted", "inconclusive"}
 
 
@@ -83,8 +84,16 @@ def test_holm_never_lowers_a_p_value_and_keeps_their_order(values):
     ("cases.csv", b"\xff\xfe\x00\x01" * 50, "not a table"),
     ("cases.csv", b"split,case\nvalid,a\n", "no column structure"),
     ("cases.csv", b"split,case,structure,dice,jaccard,hd95,sensitivity,specificity,voxels\nvalid,a,liver,high,1,1,1,1,1\n", "not a number"),
+    ("epochs.csv", b"epoch,train_loss,valid_loss,valid_dice,valid_jaccard\n,1,1,.5,.4\n", "an epoch has no number"),
+    ("cases.csv", HEAD + b"valid,,liver,1,1,1,1,1,1\n", "a row names no case"),
+    ("cases.csv", HEAD + b"valid,a,,1,1,1,1,1,1\n", "a row names no structure"),
+    ("cases.csv", HEAD + b"valid,a,liver,1,1,1,1,1,inf\n", "column voxels holds an infinite number"),
+    ("cases.csv", HEAD + b"valid,a,liver,1,1,1,1,1,1\n" * 2, "a, liver is listed twice"),
     ("metrics.json", b"{", "not JSON"),
     ("metrics.json", b"[1]", "not a mapping"),
+    ("metrics.json", b"[" * 100_000, "not JSON"),
+    ("metrics.json", b'{"parameters": [1]}', "parameters is not a mapping"),
+    ("metrics.json", b'{"parameters": "x"}', "parameters is not a mapping"),
 ])
 def test_a_broken_file_is_one_line_and_the_rest_is_reported(tmp_path, file, content, said):
     epochs, cases = study(np.random.default_rng(0))

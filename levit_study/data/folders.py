@@ -88,9 +88,10 @@ def read_list(path):
 def read_json(path):
     "Return what a JSON file holds, None if there is none; `StudyError` if it is damaged"
     if not path.is_file(): return None
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as problem:
+        return json.loads(text)
+    except ValueError as problem:   # a number of thousands of digits is one, too
         raise StudyError(f"{path}: not a JSON file ({problem}): fetch it again") from None
     except RecursionError:
         raise StudyError(f"{path}: nested too deeply for a JSON file: fetch it again") from None

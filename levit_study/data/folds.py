@@ -49,7 +49,8 @@ def _fold_lists(path):
     except OSError as error:
         raise StudyError(f"{path}: cannot be read ({error.strerror}); put it into the data set's "
                          "folder, or set split.folds to a number") from None
-    except ValueError as error: raise StudyError(f"{path}: is not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise StudyError(f"{path}: is not JSON ({error}): fetch it again") from None
     form = "a list of {train: [names], val: [names]}, as nnU-Net writes it, is needed"
     def names(values):
         return isinstance(values, list) and all(isinstance(name, str) for name in values)

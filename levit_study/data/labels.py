@@ -8,7 +8,7 @@ __all__ = ['synapse_structures', 'acdc_structures', 'numberings', 'label_table',
 
 # %% ../../nbs/11_data.labels.ipynb #fbe33ef0
 import numpy as np
-from ..files import StudyError
+from ..files import StudyError, brief
 
 # %% ../../nbs/11_data.labels.ipynb #fe11dbaf
 synapse_structures = {
@@ -52,11 +52,11 @@ def label_table(
         value = (structures or {}).get(value, value)
         if value not in allowed | {0}:
             remedy = f"use 0 or {', '.join(map(str, sorted(allowed)[:20]))}"
-            what = f"{raw} leads to {value!r}, which is not a structure"
+            what = f"{raw} leads to {brief(value, 60)}, which is not a structure"
             raise StudyError(f"label_map: {what}: {remedy}")
-        if not str(raw).isdigit() or int(raw) >= 2**16:
+        if not str(raw).isdecimal() or len(str(raw)) > 9 or int(raw) >= 2**16:
             remedy = "use whole numbers from 0 to 65535"
-            raise StudyError(f"label_map: {raw!r} is not a label value: {remedy}")
+            raise StudyError(f"label_map: {brief(raw, 60)} is not a label value: {remedy}")
         table[int(raw)] = value
     return table
 

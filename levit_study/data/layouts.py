@@ -267,12 +267,14 @@ def _first_fold(folder):
     path = within(folder, "splits_final.json")
     folds = read_json(path)
     if not folds: return {}
-    try:
-        return {str(name): split for key, split in (("train", "train"), ("val", "valid"))
-                for name in folds[0][key]}
-    except (KeyError, IndexError, TypeError):
-        raise StudyError(f"{path}: no list of folds with 'train' and 'val': "
-                         "correct or remove it") from None
+    try: train, valid = folds[0]["train"], folds[0]["val"]
+    except (KeyError, IndexError, TypeError): train = valid = None
+    if not isinstance(train, list) or not isinstance(valid, list):
+        raise StudyError(f"{path}: no list of folds with 'train' and 'val': correct or remove it")
+    splits = dict.fromkeys(map(str, train), "train") | dict.fromkeys(map(str, valid), "valid")
+    both = [str(name) for name in train if splits[str(name)] == "valid"]
+    if both: raise StudyError(f"{path}: case {both[0]} is in train and in val: take it out of one")
+    return splits
 
 # %% ../../nbs/13_data.layouts.ipynb #d898dc1e
 def _decathlon_part(folder, part, splits):

@@ -41,7 +41,7 @@ def channel_numbers(folder, names):
         raise StudyError(f"{path}: {problem}: correct data.channels")
     texts = [str(text).lower() for text in listed.values()]
     doubled = [name for name in names if texts.count(name.lower()) > 1]
-    if doubled or not all(known[name.lower()].isdigit() for name in names):
+    if doubled or not all(re.fullmatch(r"\d{1,4}", known[name.lower()]) for name in names):
         problem = f"names channel '{doubled[0]}' twice" if doubled else "numbers no channel 0, 1 …"
         raise StudyError(f"{path}: {problem}: give each channel one number and a name of its own")
     return {name: int(known[name.lower()]) for name in names}
@@ -88,7 +88,8 @@ def pick_channels(
                 if case.channels else case for case in cases]
     folder = cases[0].image.parent.parent
     numbers, about = channel_numbers(folder, names), read_json(within(folder, "dataset.json")) or {}
-    every = about.get("channel_names") or about.get("modality") or names
+    every = about.get("channel_names") or about.get("modality")
+    every = every if isinstance(every, dict | list) else names
     alone = len(names) == len(every) == 1
     return [_with_channels(case, numbers, alone) for case in cases]
 

@@ -42,7 +42,7 @@ def _read_card_file(weights):
         content = json.loads(beside.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None, f"no {beside.name} beside the weights"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problem = str(error).splitlines()[0]
         remedy = "evaluate again, or remove it"
         raise StudyError(f"{beside}: cannot be read ({problem}); {remedy}") from None

@@ -7,7 +7,9 @@ __all__ = ['check_dataset', 'elsewhere_folder', 'keep_elsewhere', 'read_elsewher
 
 # %% ../../nbs/43b_evaluation.elsewhere.ipynb #e0b39e4b
 import json
+from collections import Counter
 from pathlib import Path
+import numpy as np
 import pandas as pd
 from ..files import StudyError, hash_file, write_csv, write_json
 from ..params import Params, pick_evaluation
@@ -25,9 +27,10 @@ def elsewhere_folder(params: Params, dataset: str, name: str, root=".") -> Path:
     check_dataset(params, dataset)
     if name in params.losses:
         raise StudyError(f"--as {name}: is a loss of params.yaml; give the method another name")
-    if not name.replace("_", "").isalnum() or not name.isascii() or name.isdigit():
-        allowed = "letters, digits and underscores, and not digits alone"
-        raise StudyError(f"--as {name}: a name may hold {allowed}")
+    plain = name.replace("_", "").isalnum() and name.isascii() and not name.isdigit()
+    if not plain or len(name) > 100:
+        allowed = "letters, digits and underscores, 100 at most, and not digits alone"
+        raise StudyError(f"--as {name[:100]}: a name may hold {allowed}")
     return Path(root, "reports", "elsewhere", dataset, name)
 
 # %% ../../nbs/43b_evaluation.elsewhere.ipynb #71377fa8
@@ -51,19 +54,46 @@ def _judged(table: pd.DataFrame, judged: pd.DataFrame) -> tuple:
     lines = [f"{len(absent)} of {study.case.nunique()} judged cases are missing "
              f"({', '.join(absent[:3])})"] if absent else []
     lines += [f"{case}: its reference is not the study's, so it is left out" for case in other]
-    return rows, lines
+    return rows, lines + _gaps(rows, study)
+
+def _gaps(rows, study) -> list:
+    "The structures that some of a method's cases lack, a line each"
+    cases, there = {*rows.case}, {*zip(rows.case, rows.structure)}
+    wanted = zip(study.case, study.structure)
+    gaps = Counter(pair[1] for pair in wanted if pair[0] in cases and pair not in there)
+    return [f"{structure} is missing in {number} of {len(cases)} cases"
+            for structure, number in gaps.items()]
 
 # %% ../../nbs/43b_evaluation.elsewhere.ipynb #92aed136
 _NEEDED = ["case", "structure", "dice", "jaccard", "hd95", "sensitivity", "specificity", "voxels"]
+_WORDS = ["split", "case", "patient", "structure", "unit"]  # columns of text
+_SHARES = {"dice", "jaccard", "nsd", "sensitivity", "specificity", "precision", "transunet_dice"}
+_SIZES = {"hd95", "asd", "voxels", "predicted_voxels", "volume_ml", "predicted_volume_ml",
+          "diagonal", "transunet_hd95"}
+
+def _fault(table: pd.DataFrame) -> str:
+    "What no scores are: text, a number that cannot be measured, a row given twice; else empty"
+    if table.empty: return "no rows"
+    for name in table.columns.intersection([*_SHARES, *_SIZES], sort=False):
+        values, most = table[name], 1 if name in _SHARES else np.inf
+        if values.dtype.kind not in "iuf":
+            return f"column {name} holds something that is not a number"
+        bad = values[(values < 0) | (values > most) | np.isinf(values)]
+        allowed = "from 0 to 1" if name in _SHARES else "of 0 or more, and finite"
+        if len(bad): return f"{name} = {bad.iloc[0]:g} is not a number {allowed}"
+    twice = table[table.duplicated(["case", "structure"])]
+    if len(twice): return f"case {twice.case.iloc[0]}, {twice.structure.iloc[0]}: listed twice"
+    return ""
 
 def _read_scores(path: Path) -> pd.DataFrame:
     "The scores of a method; `StudyError` if they are no table of them"
     again = "score again, or remove its folder"
-    try: table = pd.read_csv(path, dtype=dict.fromkeys(("split", "case", "patient"), str))
+    try: table = pd.read_csv(path, dtype=dict.fromkeys(_WORDS, str))
     except (OSError, ValueError) as error:
         raise StudyError(f"{path}: not a table ({str(error).splitlines()[0]}); {again}") from None
     absent = [name for name in _NEEDED if name not in table]
     if absent: raise StudyError(f"{path}: no column {', '.join(absent)}; {again}")
+    if fault := _fault(table): raise StudyError(f"{path}: {fault}; {again}")
     return table
 
 # %% ../../nbs/43b_evaluation.elsewhere.ipynb #a6218e84
@@ -79,8 +109,8 @@ def _at_one_tolerance(params, dataset, path, rows, lines):
 def _read_about(path) -> dict:
     "What score.json says; `StudyError` if it cannot be read, nothing if there is none"
     if not path.exists(): return {}
-    try: about = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    try: about = json.loads(path.read_text(encoding="utf-8"), parse_int=float)
+    except (OSError, ValueError, RecursionError) as error:
         raise StudyError(f"{path}: not JSON ({error}); score again") from None
     return about if isinstance(about, dict) else {}
 

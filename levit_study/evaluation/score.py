@@ -49,8 +49,9 @@ def parse_structures(texts) -> dict: # name -> value
     "Read structures as `name=value`; `StudyError` unless the values are whole numbers from 1"
     pairs = parse_pairs(texts, "--structures")
     for name, value in pairs.items():
-        if not value.isdigit() or not 1 <= int(value) <= 254:
-            raise StudyError(f"--structures {name}={value}: values are whole numbers, 1 to 254")
+        if not re.fullmatch(r"\d{1,9}", value) or not 1 <= int(value) <= 254:
+            shown = f"{name}={value}"[:100]
+            raise StudyError(f"--structures {shown}: values are whole numbers, 1 to 254")
     structures = {name: int(value) for name, value in pairs.items()}
     if len({*structures.values()}) < len(texts):
         raise StudyError("--structures: a name or a value is given twice; give each its own")
@@ -62,7 +63,8 @@ def parse_label_map(texts, option="--label-map"):
     if not texts: return None
     if len(texts) == 1 and "=" not in texts[0]: return texts[0]
     values = parse_pairs(texts, option)
-    return {key: int(value) if value.isdigit() else value for key, value in values.items()}
+    number = re.compile(r"\d{1,9}").fullmatch
+    return {key: int(value) if number(value) else value for key, value in values.items()}
 
 # %% ../../nbs/44_evaluation.score.ipynb #c580ce53
 def _stem(path) -> str: return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)

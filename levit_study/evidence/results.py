@@ -94,8 +94,21 @@ COLUMNS = {
 }  # a run's files -> the columns that they must have
 _TEXT = {"split", "case", "patient", "structure", "unit"}  # columns that hold words
 
+def _fault(name: str, table: pd.DataFrame) -> str:
+    "What is wrong with the rows of the file `name`, in words; empty if nothing is"
+    if name == "epochs.csv":
+        return "" if np.isfinite(table.epoch).all() else "an epoch has no number"
+    if name != "cases.csv": return ""
+    keys, numbers = ["split", "case", "structure"], table.select_dtypes("number")
+    unnamed = [key for key in keys if table[key].isna().any()]
+    endless = [column for column in numbers if np.isinf(numbers[column]).any()]
+    twice = table[table.duplicated(keys)]
+    if unnamed: return f"a row names no {unnamed[0]}"
+    if endless: return f"column {endless[0]} holds an infinite number"
+    return f"{twice.case.iloc[0]}, {twice.structure.iloc[0]} is listed twice" if len(twice) else ""
+
 def read_table(path: Path) -> pd.DataFrame:
-    "Read one of a run's tables; `StudyError` if it is empty or lacks a column or a number"
+    "Read one of a run's tables; `StudyError` if it is empty or lacks a column, name or number"
     again = "run dvc repro to make it again"
     try: table = pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str))
     except (OSError, ValueError) as error:
@@ -108,6 +121,7 @@ def read_table(path: Path) -> pd.DataFrame:
     if words:
         reason = "holds something that is not a number"
         raise StudyError(f"{path}: column {words[0]} {reason}; {again}")
+    if fault := _fault(path.name, table): raise StudyError(f"{path}: {fault}; {again}")
     return table
 
 # %% ../../nbs/50_evidence.results.ipynb #dee67839
@@ -115,10 +129,12 @@ def read_record(path: Path) -> dict:
     "Read one of a run's JSON files; `StudyError` if it is not a mapping"
     again = "run dvc repro to make it again"
     try: record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StudyError(f"{path}: not JSON ({error}); {again}") from None
     if not isinstance(record, dict):
         raise StudyError(f"{path}: not a mapping of names to numbers; {again}")
+    if not isinstance(record.get("parameters", {}), dict):
+        raise StudyError(f"{path}: parameters is not a mapping of names to values; {again}")
     return record
 
 # %% ../../nbs/50_evidence.results.ipynb #3fd7efa5
@@ -234,10 +250,10 @@ def _listed(path: Path) -> dict | None:
         "best_epoch": int(best.epoch),
         "best_dice": best.valid_dice,
         "valid_dice": last.valid_dice,
-        "hours": epochs.seconds.sum() / 3600,
+        "hours": epochs.seconds.sum() / 3600 if "seconds" in epochs else np.nan,
         "precision": record.get("precision", ""),
         "device": record.get("gpu") or record.get("processor", "(not complete)"),
-        "revision": (record.get("revision") or "")[:8] + changed,
+        "revision": str(record.get("revision") or "")[:8] + changed,
     }
 
 # %% ../../nbs/50_evidence.results.ipynb #aecf7f72

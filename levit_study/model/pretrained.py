@@ -118,7 +118,10 @@ def _check_size(path):
         raise StudyError(f"{path}: no such weight file")
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
-        size = sum(entry.file_size for entry in zipfile.ZipFile(path).infolist())
+        try: size = sum(entry.file_size for entry in zipfile.ZipFile(path).infolist())
+        except Exception as error:  # a damaged directory has many
+            problem = f"not a readable checkpoint ({type(error).__name__})"
+            raise StudyError(f"{path}: {problem}") from None
     if size > _LARGEST:
         raise StudyError(
             f"{path}: {size / 1024**3:.1f} GiB is more than any LeViT-UNet holds "
@@ -197,10 +200,10 @@ def _fit_tensor(
     grids,   # name -> (height, width) of the model's attention grid, for attention biases
 ):           # the tensor in the model's shape, or as it is where nothing can be done
     "Fit a tensor whose shape depends on the input channels or on the image's size"
-    if name == "stem.conv1.linear.weight" and tensor.ndim == 4:
+    if name == "stem.conv1.linear.weight" and tensor.ndim == 4 and tensor.numel():
         return _fit_first_conv(tensor, wanted.shape[1])
-    side = round(tensor.shape[-1] ** 0.5) if tensor.ndim else 0
-    if name in grids and tensor.shape != wanted.shape and side**2 == tensor.shape[-1]:
+    side = round(tensor.shape[-1] ** 0.5) if tensor.ndim == 2 and tensor.numel() else 0
+    if side and name in grids and tensor.shape != wanted.shape and side**2 == tensor.shape[-1]:
         return resize_biases(tensor, (side, side), grids[name])
     return tensor
 
@@ -209,7 +212,7 @@ def _check_fit(model, fitted, wanted, source):
     "Raise `StudyError` if the classes, a shape or a tensor is not the model's"
     state = model.state_dict()
     head = fitted.get("head.weight")
-    if head is not None and len(head) != model.num_classes:
+    if head is not None and head.ndim and len(head) != model.num_classes:
         raise StudyError(
             f"{source}: made for {len(head)} classes, the model has {model.num_classes}; "
             "build it with as many, or load with new_head=True"
@@ -268,7 +271,7 @@ def load_pretrained(
     names = _names_in(form, model)
     if new_head is None:
         head = tensors.get(names.get("head.weight"))
-        new_head = head is not None and len(head) != model.num_classes
+        new_head = head is not None and head.ndim > 0 and len(head) != model.num_classes
     wanted = _wanted(form, state, new_head)
     grids = {
         f"{prefix}.attention_biases": module.resolution

@@ -46,12 +46,12 @@ def _trainings(runs) -> pd.DataFrame:
         rows.append({
             "seed": about["seed"],
             "fold": about.get("fold"),
-            "minutes": f"{seconds / 60:.0f}" if seconds else "",
+            "minutes": f"{seconds / 60:.0f}" if isinstance(seconds, int | float) else "",
             "machine": record.get("gpu") or record.get("processor"),
             "precision": record.get("precision"),
             "revision": str(record.get("revision"))[:8],
             "temperature": card.get("temperature"),
-            "weights (SHA-256)": (card.get("weights") or "not kept here")[:16]})
+            "weights (SHA-256)": str(card.get("weights") or "not kept here")[:16]})
     table = pd.DataFrame(rows)
     return table.dropna(axis="columns", how="all")
 
@@ -147,7 +147,7 @@ def _shares(manifest) -> pd.DataFrame:
 # %% ../../nbs/63f_report.cards.ipynb #96ebcd07
 def _oddities(manifest):
     rows = [*manifest.get("warnings", []), *manifest.get("skipped", [])]
-    lines = [": ".join(filter(None, (row["case"], row.get("warning", row.get("reason")))))
+    lines = [": ".join(filter(None, (row.get("case"), row.get("warning", row.get("reason")))))
              for row in rows]
     listed = [f"- {escaped(line)}" for line in dict.fromkeys(lines)]
     return "\n".join(listed) or "Nothing odd was noticed."
@@ -157,7 +157,7 @@ def datasheet(r: Records, dataset: str) -> str: # Markdown
     "Return what the records say about a data set"
     settings, manifest = r.params.datasets[dataset], r.manifests.get(dataset, {})
     data, split = settings.data, settings.data.split
-    digests = {record.get("data_digest", "")[:16] for record in r.of(dataset).values()} - {""}
+    digests = {str(record.get("data_digest", ""))[:16] for record in r.of(dataset).values()} - {""}
     made = "made by the phantom; no patient" if settings.synthetic else "scans of patients"
     counts = _listed(f"{n} {name}" for name, n in patients_by_split(r, dataset).items())
     parts = [f"# Datasheet: {escaped(settings.title)}", _facts([
@@ -170,7 +170,7 @@ def datasheet(r: Records, dataset: str) -> str: # Markdown
         ("digest of the prepared slices", _listed(sorted(digests)))])]
     if manifest: parts += ["## Structures", to_markdown(_shares(manifest)),
                            "## What was odd", _oddities(manifest)]
-    else: parts.append("Neither scans nor a manifest are among the published records.")
+    else: parts.append("Neither scans nor a readable manifest are among the published records.")
     terms = "Anyone can make it again with `dvc repro`." if settings.synthetic else (
         "How the scans were collected and labelled, and under which licence: "
         "[the data set's own paper and terms](/how-to/07_cite).")

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..data.cases import patient_of
 from ..evidence.results import judging_splits
 from ..params import Params
@@ -18,8 +19,41 @@ from ..params import Params
 def read_json(path) -> dict:
     "Return what a JSON file holds; empty where it is missing or damaged"
     try: content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
+    except (OSError, ValueError, RecursionError): return {}
     return content if isinstance(content, dict) else {}
+
+def _parameters(folder) -> dict:
+    "The parameters in a training's run.json; empty where it says none"
+    about = read_json(folder / "run.json").get("parameters")
+    return about if isinstance(about, dict) else {}
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+class _File(_Part):
+    bytes: int = 0
+
+class _Case(_Part):
+    group: str | None = None
+    shape: list[int] | None = Field(None, min_length=3, max_length=3)
+    spacing: list[float] | None = Field(None, min_length=3, max_length=3)
+    voxels: dict[str, int] | None = None
+    files: list[_File] = []
+
+class _Manifest(_Part):
+    cases: dict[str, _Case]
+    slices: dict[str, int] = {}
+    patients: dict[str, int] = {}
+    settings: dict = {}
+    warnings: list[dict[str, str | None]] = []
+    skipped: list[dict[str, str | None]] = []
+
+def _read_manifest(path) -> dict:
+    "A data set's manifest; empty where it is missing or has another form than the cards read"
+    content = read_json(path)
+    try: _Manifest.model_validate(content)
+    except ValidationError: return {}
+    return content
 
 # %% ../../nbs/63d_report.records.ipynb #28a604b5
 def _read_cases(folders):
@@ -27,7 +61,7 @@ def _read_cases(folders):
     for folder in folders:
         try: table = pd.read_csv(folder / "cases.csv", dtype={"case": str, "patient": str})
         except (OSError, ValueError): continue
-        about = read_json(folder / "run.json").get("parameters", {})
+        about = _parameters(folder)
         tables.append(table.assign(dataset=about.get("dataset"), loss=about.get("loss")))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
@@ -94,12 +128,12 @@ def read_records(
     "Read what a study's files show; a file that is missing or damaged shows nothing"
     folder, study, runs = Path(folder), params.study, {}
     for path in sorted((folder / "runs").rglob("run.json")):
-        about = read_json(path).get("parameters", {})
+        about = _parameters(path.parent)
         if about.get("dataset") not in study.datasets or about.get("loss") not in study.losses:
             continue
         one = about.get("seed") in study.seeds and about.get("fold") in study.fold_numbers
         if one: runs[path.parent] = read_json(path)
-    manifests = {name: read_json(folder / "data" / name / "manifest.json")
+    manifests = {name: _read_manifest(folder / "data" / name / "manifest.json")
                  for name in study.datasets}
     manifests = {name: manifest for name, manifest in manifests.items() if manifest}
     return Records(params, folder, runs, _read_cases(runs), manifests, page)
