@@ -20,7 +20,7 @@ from .consistency import check_ablation, check_contrasts, check_folds
 from .consistency import check_names, check_zooms
 from .files import StudyError, brief
 from .networks import LEVIT, Chosen, Freezing, check_freezing, check_network
-from .inputs import Inputs, check_patient, young
+from .inputs import Inputs, check_orientation, check_patient, young
 from .recipes import augmentation
 from .settings import check_loss
 
@@ -135,6 +135,7 @@ class Data(Section, Inputs):
     phantom: Phantom | None = None           # synthetic scans to make; None for real ones
 
     _folder = field_validator("folder")(_check_place)
+    _orientation = field_validator("orientation")(check_orientation)
     _patient = field_validator("patient")(check_patient)
 
     @field_validator("structures")
@@ -143,13 +144,6 @@ class Data(Section, Inputs):
         if sorted(structures.values()) != list(range(1, len(structures) + 1)):
             raise ValueError("the label values must be 1, 2, 3 … without a gap")
         return structures
-
-    @field_validator("orientation")
-    @classmethod
-    def _runs_somewhere(cls, code):
-        if not re.fullmatch("auto|[SI]([PA][LR]|[LR][PA])", code):
-            raise ValueError("choose auto, or where slices, rows and columns run to, as SPL or SLP")
-        return code
 
 # %% ../nbs/01_params.ipynb #c3973594
 class Model(Section, Chosen):

@@ -167,7 +167,7 @@ def test_a_method_from_elsewhere_stands_beside_the_losses(files, study, capsys):
     ("cases.csv", lambda text: columns(text, dice="high"), "column dice holds something that is not a number"),
     ("cases.csv", lambda text: columns(text, diagonal="wide"), "column diagonal holds something that is not a number"),
     ("cases.csv", lambda text: text.partition("\n")[0], "no rows"),
-    ("cases.csv", lambda text: "\n".join(line for line in text.splitlines() if "myocardium" not in line), "myocardium is missing in 4 of 4 cases"),
+    ("cases.csv", lambda text: "\n".join(line for line in text.splitlines() if "myocardium" not in line), "myocardium is missing from 4 of 4 cases"),
     ("score.json", lambda text: "[" * 100_000, "score.json: not JSON"),
     ("score.json", lambda text: "{", "score.json: not JSON"),
 ])

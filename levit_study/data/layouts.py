@@ -336,12 +336,9 @@ def _refuse(folder, names):
     "Raise the `StudyError` for a folder without any data set in the layouts `names`"
     refuse_other_formats(folder)
     state = "holds no scans in a layout known here"
-    if not folder.exists():
-        state = "does not exist"
-    elif not folder.is_dir():
-        state = "is not a folder"
-    elif not matching(folder, r"[^.].*"):
-        state = "is empty"
+    if not folder.exists(): state = "does not exist"
+    elif not folder.is_dir(): state = "is not a folder"
+    elif not matching(folder, r"[^.].*"): state = "is empty"
     hints = "; or ".join(_how_to_get[name] for name in names)
     raise StudyError(f"{folder}: {state}: put your scans there, as {hints}")
 

@@ -70,8 +70,7 @@ def _read_to(path, first, size):
         packed = file.read(2) == b"\x1f\x8b"
     with (gzip.open if packed else open)(path, "rb") as file:
         data = bytearray(file.read(first))
-        if not data:
-            raise StudyError(f"{path}: the file is empty: fetch or copy it again")
+        if not data: raise StudyError(f"{path}: the file is empty: fetch or copy it again")
         needed = size(bytes(data))
         while len(data) < needed and (piece := file.read(min(needed - len(data), 2**24))):
             data += piece
@@ -105,8 +104,7 @@ def _parse_header(head):
         return None
     header = form(head[:form.sizeof_hdr], check=False)
     header.get_slope_inter()
-    if np.isinf(header["scl_slope"]):
-        raise ValueError("infinite slope")
+    if np.isinf(header["scl_slope"]): raise ValueError("infinite slope")
     offset = header.get_data_offset()
     if not header.sizeof_hdr + 4 <= offset <= 2**24:
         raise ValueError(f"data at byte {offset}")
@@ -265,10 +263,8 @@ def _stored_axes(affine):
     "Return where the stored axes run, as `nibabel.io_orientation`, but thick slices stay slices"
     nearest, size = io_orientation(affine), _lengths(affine)
     axes, thick = affine[:3, :3]/size, _is_thick(size)
-    if thick is None or nearest[thick, 0] == 2:
-        return nearest
-    if abs(axes[2, thick]) > 0.3:
-        return _seen_from_the_feet(axes, thick)
+    if thick is None or nearest[thick, 0] == 2: return nearest
+    if abs(axes[2, thick]) > 0.3: return _seen_from_the_feet(axes, thick)
     swapped = {nearest[thick, 0]: 2, 2: nearest[thick, 0]}  # upright slices: the axis along the
     runs = nearest.copy()                                   # body takes the thick one's place
     runs[:, 0] = [swapped.get(axis, axis) for axis in nearest[:, 0]]
@@ -307,8 +303,7 @@ labels_rounded = "the label map was saved with rounding: its values are the near
 
 def _whole_labels(label, header):
     "Return a label map rounded where its header's slope left it off whole numbers, and notes"
-    if label.dtype.kind != "f":
-        return label, []
+    if label.dtype.kind != "f": return label, []
     slope, _ = header.get_slope_inter()
     scaled = slope is not None and header.get_data_dtype().kind in "iu"
     step = min(max(abs(slope), 1e-4), 0.03) if scaled else 1e-4  # single precision is 1e-4 off, too

@@ -61,7 +61,7 @@ def _gaps(rows, study) -> list:
     cases, there = {*rows.case}, {*zip(rows.case, rows.structure)}
     wanted = zip(study.case, study.structure)
     gaps = Counter(pair[1] for pair in wanted if pair[0] in cases and pair not in there)
-    return [f"{structure} is missing in {number} of {len(cases)} cases"
+    return [f"{structure} is missing from {number} of {len(cases)} cases"
             for structure, number in gaps.items()]
 
 # %% ../../nbs/43b_evaluation.elsewhere.ipynb #92aed136
