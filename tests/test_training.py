@@ -23,6 +23,7 @@ from levit_study.evaluation.inference import load_network, predict_volume
 from levit_study.files import StudyError
 from levit_study.losses import build_loss
 from levit_study.params import Model
+from levit_study.training import checkpoint
 from levit_study.training.fit import fit
 from levit_study.training.record import Stopped
 from levit_study.training.state import TRAINING, training_code
@@ -90,7 +91,8 @@ def test_killed_runs_end_with_the_same_result(whole, environment, number):
     same(whole / "whole", whole / name)
 
 
-def test_a_damaged_checkpoint_falls_back(toys, environment, tmp_path):
+def test_a_damaged_checkpoint_falls_back(toys, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_EVERY", 0)
     def stop_late(line):
         if "epoch 3/" in line: os.kill(os.getpid(), signal.SIGTERM)
     store = toys / "toy.h5"

@@ -80,7 +80,7 @@ def train_together(t, folder):
     save_state(t, folder)
     drawn = torch.rand(1)
     t.sums = t.counts = None
-    _restore(t, load_checkpoint(folder))
+    _restore(t, load_checkpoint(folder / "checkpoints"))
     again = torch.rand(1)
     settings = {"kind": "uncertainty_weighted", "terms": [{"kind": "cross_entropy"}, {"kind": "dice"}]}
     learning = toy_run(precision="bf16").model_copy(update={"loss_settings": settings})
@@ -97,8 +97,10 @@ def train_together(t, folder):
 
 def main(action, store, folder):
     import torch
+    from levit_study.training import checkpoint
     from levit_study.training.fit import fit
     torch.set_num_threads(1)
+    checkpoint._EVERY = 0  # each epoch: else it would be over before the first one
     if action == "fit": fit(toy_run(), store, folder, folder, device="cpu", progress=False)
     else: validate_toy(store, folder)
 

@@ -19,7 +19,7 @@ from ..model.grids import forget_biases
 from ..model.precision import widest
 from .state import Trainer, learning_rate_at, make_fabric, make_trainer
 from .state import unwrapped
-from .checkpoint import resume, save_state
+from .checkpoint import resume, save_is_due, save_state
 from .course import best_epoch, summary
 from .scores import dice_from_counts, mean_scores, overlap_counts, validate
 from .record import Stopped, Watch, check_space, check_weights, keep_epoch
@@ -58,7 +58,7 @@ def fit(
             check_weights(t)
             t.spent += time.perf_counter() - started
             if not whole:
-                save_state(t, models / "checkpoints")
+                save_state(t, models)
                 raise Stopped(t)
             with memory_named(t, "valid_batch_size"):
                 t.history.append(close_epoch(t, train, valid, store.structures))
@@ -66,7 +66,7 @@ def fit(
             if fabric.is_global_zero: keep_epoch(t, store.structures, reports, models, best)
             t.epoch, t.step, t.spent = t.epoch + 1, 0, 0.0
             if t.complete: t.made = made_by(t)
-            save_state(t, models / "checkpoints")
+            if t.complete or save_is_due(t): save_state(t, models)
             watch.epoch_done()
     if fabric.is_global_zero: keep_run(t, reports)
     fabric.barrier()

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tqdm import tqdm
-from ..files import STOPPING, StudyError, hard_link, write_json, written_whole
+from ..files import STOPPING, StudyError, write_json, written_whole
 from ..machine import describe_machine, describe_revision, peak_memory
 from ..model.weights import read_card, save_weights
 from ..networks import start_file
@@ -89,7 +89,6 @@ def keep_epoch(
         about |= {"parameters": run.record(), "epoch": row["epoch"]}
         about["metrics"] = {name: row[name] for name in ("valid_dice", "valid_jaccard")}
         save_weights(models / "best.safetensors", t.weights, **about)
-        hard_link(models / "best.safetensors", models / "checkpoints" / "best.safetensors")
     _write_course(t, reports)
 
 # %% ../../nbs/30c_training.record.ipynb #ebc3075a

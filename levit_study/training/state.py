@@ -15,6 +15,7 @@ import math
 import numpy as np
 import os
 import sys
+import time
 import torch
 from dataclasses import dataclass, field
 from lightning_fabric import Fabric
@@ -261,6 +262,7 @@ class Trainer:
     spent: float = 0.0                # seconds of this epoch so far
     history: list[dict] = field(default_factory=list)  # a row for each epoch
     made: dict = field(default_factory=dict)  # content of run.json, once the run is complete
+    saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was written
 
     @property
     def name(self):
