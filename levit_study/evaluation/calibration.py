@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['calibrated', 'CalibrationSample', 'negative_log_likelihood', 'fit_temperature', 'calibration_table',
-           'calibration_scores', 'calibration_summary']
+           'calibration_scores']
 
 # %% ../../nbs/41c_evaluation.calibration.ipynb #519462a8
 import numpy as np
@@ -101,20 +101,3 @@ def calibration_scores(sample: CalibrationSample, temperature: float) -> dict:
             scores[f"{split}_calibration_error{after}"] = _calibration_error(part, after)
             scores[f"{split}_nll{after}"] = negative_log_likelihood(*sample.voxels(split), t)
     return scores
-
-# %% ../../nbs/41c_evaluation.calibration.ipynb #cddcb122
-def calibration_summary(
-    runs: pd.DataFrame, # metrics.json of all runs
-    judging: dict,      # data set -> the split that judges it
-) -> pd.DataFrame:
-    "Before and after: data set, loss, seed (and fold), split, temperature, error, likelihood"
-    rows, measures = [], ("calibration_error", "nll")
-    for run in runs.to_dict("records"):
-        split = judging.get(run["dataset"])
-        if f"{split}_calibration_error" not in run or pd.isna(run.get("temperature")): continue
-        names = [name for name in ("dataset", "loss", "seed", "fold") if name in run]
-        row = {name: run[name] for name in names}
-        row |= {"split": split, "temperature": run["temperature"]}
-        numbers = [f"{name}{after}" for name in measures for after in ("", "_after")]
-        rows.append(row | {name: run[f"{split}_{name}"] for name in numbers})
-    return pd.DataFrame(rows)
