@@ -40,7 +40,7 @@ ROOMS = {
         model.inference training.course evaluation.metrics evaluation.inference
         evaluation.card evaluation.calibration evaluation.evaluate""",
     "report": """data.cases data.context data.dataset data.native training.course
-        evaluation.metrics evaluation.calibration evaluation.elsewhere evidence.results
+        evaluation.metrics evaluation.elsewhere evidence.results evidence.manifests
         evidence.intervals evidence.statistics evidence.tables evidence.derived
         evidence.reliability evidence.contrasts evidence.ablation evidence.ensembles
         evidence.choices evidence.claims evidence.verdicts evidence.networks
@@ -49,8 +49,8 @@ ROOMS = {
         report.provenance report.imbalance report.transfer report.contrasts
         report.ablation report.figures report.differences report.design report.behaviour
         report.clinical report.segmentations report.viewer report.charts""",
-    "site": """evaluation.elsewhere evidence.results report.look report.parts
-        report.provenance report.pages report.summary report.contents report.studies
+    "site": """evaluation.elsewhere evidence.results evidence.manifests report.look
+        report.parts report.provenance report.pages report.summary report.contents report.studies
         report.records report.checklists report.cards report.site""",
 }
 ROOMS = {stage: names.split() for stage, names in ROOMS.items()}

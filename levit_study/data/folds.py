@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from ..files import StudyError
+from .folders import read_text
 from .splits import by_fraction
 
 # %% ../../nbs/14a_data.folds.ipynb #4c376168
@@ -45,10 +46,10 @@ def thin_groups(
 # %% ../../nbs/14a_data.folds.ipynb #7541c53b
 def _fold_lists(path):
     "Read the entries of `splits_final.json`: a list of dict(train, val) of lists of names"
-    try: entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise StudyError(f"{path}: cannot be read ({error.strerror}); put it into the data set's "
-                         "folder, or set split.folds to a number") from None
+    if not Path(path).is_file():
+        raise StudyError(f"{path}: not found; put it into the data set's folder, or set "
+                         "split.folds to a number")
+    try: entries = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise StudyError(f"{path}: is not JSON ({error}): fetch it again") from None
     form = "a list of {train: [names], val: [names]}, as nnU-Net writes it, is needed"

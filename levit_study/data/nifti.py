@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['no_orientation', 'sform_wrong', 'affine_wrong', 'pixdim_wrong', 'forms_differ', 'study_axes', 'labels_rounded',
-           'first_line', 'one_problem', 'text_shape', 'check_shape', 'header_affine', 'canonical', 'read_oriented',
-           'read_nifti_pair', 'write_nifti', 'write_label_map']
+           'first_line', 'one_problem', 'text_shape', 'check_shape', 'header_shape', 'header_affine', 'canonical',
+           'read_oriented', 'read_nifti_pair', 'write_nifti', 'write_label_map']
 
 # %% ../../nbs/10_data.nifti.ipynb #4a2032f5
 import gzip
@@ -62,19 +62,23 @@ def check_shape(path, shape, dimensions=3):
     return shape
 
 # %% ../../nbs/10_data.nifti.ipynb #0088da2e
-def _read_to(path, first, size):
-    "Return a file's bytes, gzipped or not, and how many are needed: `size` of the `first` ones"
+def _opened(path):
+    "Open a file, gzipped or not, to read its bytes"
     if stat.S_ISFIFO(os.stat(path).st_mode):  # reading it could wait forever
         raise StudyError(f"{path}: is a pipe: give a file")
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    with (gzip.open if packed else open)(path, "rb") as file:
+    return (gzip.open if packed else open)(path, "rb")
+
+def _read_to(path, first, size):
+    "Return a file's bytes, gzipped or not, and how many are needed: `size` of the `first` ones"
+    with _opened(path) as file:
         data = bytearray(file.read(first))
         if not data: raise StudyError(f"{path}: the file is empty: fetch or copy it again")
         needed = size(bytes(data))
         while len(data) < needed and (piece := file.read(min(needed - len(data), 2**24))):
             data += piece
-        for _ in range(64 * packed):
+        for _ in range(64 * isinstance(file, gzip.GzipFile)):
             if not file.read(2**20): break
     return data, needed
 
@@ -126,6 +130,12 @@ def _read_header(path, head):
         what = f"voxels of type {dtype} are not plain numbers"
         raise StudyError(f"{path}: {what}: convert to int16 or float32, colour to grey or channels")
     return header
+
+# %% ../../nbs/10_data.nifti.ipynb #7c2e91fa
+def header_shape(path) -> tuple:
+    "Return the shape that a NIfTI file's header gives, without reading on; `StudyError` if none"
+    with one_problem(path), _opened(path) as file: head = file.read(544)
+    return _read_header(path, head).get_data_shape()
 
 # %% ../../nbs/10_data.nifti.ipynb #0c919831
 def _read_nifti(path, dimensions=3):

@@ -106,9 +106,9 @@ def _places(path, channels, numbers) -> tuple:
     return tuple((Path(path), (numbers or {}).get(name, k)) for k, name in enumerate(channels))
 
 def _has_channels(path) -> bool:
-    import nibabel as nib
-    try: return len(nib.load(path).shape) > 3
-    except Exception: return False  # what is wrong with it is said when it is read
+    from levit_study.data.nifti import header_shape
+    try: return len(header_shape(path)) > 3
+    except StudyError: return False  # what is wrong with it is said when it is read
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #27219f1f
 def _channels_of(paths, channels, numbers):

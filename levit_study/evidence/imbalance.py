@@ -6,10 +6,10 @@
 __all__ = ['training_shares', 'imbalance_table']
 
 # %% ../../nbs/54b_evidence.imbalance.ipynb #e5b86590
-import json
 from pathlib import Path
 import pandas as pd
 from .intervals import mean_interval, patients_of
+from .manifests import read_manifest
 from .results import judging_cases
 
 # %% ../../nbs/54b_evidence.imbalance.ipynb #c5ba7851
@@ -20,10 +20,9 @@ def training_shares(
     "Return each structure's share of the training cases' voxels, background included in the whole"
     rows = []
     for dataset in datasets:
-        path = Path(folder, dataset, "manifest.json")
-        if not path.exists(): continue
-        cases = json.loads(path.read_text(encoding="utf-8"))["cases"].values()
-        counts = pd.DataFrame([case["voxels"] for case in cases if case["split"] == "train"]).sum()
+        cases = read_manifest(Path(folder, dataset, "manifest.json")).get("cases", {}).values()
+        voxels = [case["voxels"] for case in cases if case["split"] == "train" and "voxels" in case]
+        counts = pd.DataFrame(voxels).sum()
         shares = (counts / counts.sum()).drop("background", errors="ignore")
         rows += [(dataset, name, share) for name, share in shares.items()]
     return pd.DataFrame(rows, columns=["dataset", "structure", "share"])

@@ -6,10 +6,10 @@
 __all__ = ['RANDOM', 'start_name', 'transfer_groups', 'patients_trained', 'transfer_table']
 
 # %% ../../nbs/54c_evidence.transfer.ipynb #64d3b307
-import json
 from pathlib import Path
 import pandas as pd
 from .intervals import mean_interval, patients_of
+from .manifests import read_manifest
 from .results import judging_cases
 from .statistics import difference_interval, paired_differences
 from ..params import Params, pick_evaluation
@@ -58,10 +58,10 @@ def patients_trained(
 ) -> int | None:
     "Return how many patients a data set trains on; None where nothing says so"
     if number := params.datasets[dataset].data.split.train_patients: return number
-    path = Path(manifests, dataset, "manifest.json")
-    if not path.exists(): return None
-    cases = json.loads(path.read_text(encoding="utf-8"))["cases"].values()
-    roles = [(case["patient"], case.get("folds") or [case["split"]]) for case in cases]
+    cases = read_manifest(Path(manifests, dataset, "manifest.json")).get("cases")
+    if not cases: return None
+    roles = [(case.get("patient") or name, case.get("folds") or [case["split"]])
+             for name, case in cases.items()]
     folds = zip(*([(patient, role) for role in each] for patient, each in roles))
     return max(len({patient for patient, role in fold if role == "train"}) for fold in folds)
 
