@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['patients_of', 'Tabulated', 'tabulate_values', 'weighted_means', 'Interval', 'interval_of', 'bootstrap_interval',
-           'tabulate_trainings', 'nested_interval', 'corrected_t', 'fold_interval', 'mean_interval']
+           'tabulate_trainings', 'corrected_t', 'fold_interval', 'mean_interval']
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #de02fb53
 from typing import NamedTuple
@@ -234,7 +234,7 @@ def _draw_nested(random, folds, patient_folds, resamples):
     return patients, trainings
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #c8e53363
-def nested_interval(
+def _nested_interval(
     table: Tabulated,  # by training, of `tabulate_trainings`
     folds: np.ndarray, # the fold of each training
     confidence=.95,
@@ -278,7 +278,7 @@ def fold_interval(
     resamples=2000,
 ) -> Interval:
     "Return the wider, at each end, of corrected t and nested bootstrap; both are in `parts`"
-    nested = nested_interval(table, folds, confidence, resamples)
+    nested = _nested_interval(table, folds, confidence, resamples)
     means = weighted_means(table, seed_weights=np.eye(len(folds)))
     corrected = corrected_t(means, folds, confidence, nested.estimate)
     sides = [each for each in (corrected, nested) if np.isfinite(each.low)]

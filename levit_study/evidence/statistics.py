@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEED_SD', 'PRIOR', 'UNKNOWN', 'ALL', 'THESE', 'ANY', 'paired_differences', 'these_interval', 'difference_interval',
-           'Spread', 'pooled_spread', 'training_means', 'allow_for_trainings', 'judged_interval', 'seed_interval',
-           'holm', 'rank_biserial', 'left_out_note', 'count_one_sided', 'by_structure', 'allowing_for_spread',
-           'judged_parts', 'paired_tests']
+           'Spread', 'pooled_spread', 'training_means', 'judged_interval', 'seed_interval', 'holm', 'rank_biserial',
+           'left_out_note', 'count_one_sided', 'by_structure', 'allowing_for_spread', 'judged_parts', 'paired_tests']
 
 # %% ../../nbs/51_evidence.statistics.ipynb #110e9bfc
 from itertools import combinations, product
@@ -117,7 +116,7 @@ def training_means(
     return means.groupby(keys).mean().rename("value").reset_index()
 
 # %% ../../nbs/51_evidence.statistics.ipynb #4003ab5f
-def allow_for_trainings(
+def _allow_for_trainings(
     these: Interval, # over patients, of `these_interval`
     spread: Spread,  # of one training
     confidence=.95,
@@ -146,7 +145,7 @@ def judged_interval(
     several = pairs[pairs.difference.notna()].fold.nunique() > 1
     if several or spread is None or not spread.freedom:
         return difference_interval(pairs, confidence, resamples)
-    return allow_for_trainings(these_interval(pairs, confidence, resamples), spread, confidence)
+    return _allow_for_trainings(these_interval(pairs, confidence, resamples), spread, confidence)
 
 # %% ../../nbs/51_evidence.statistics.ipynb #957373a9
 def seed_interval(
