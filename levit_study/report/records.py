@@ -6,6 +6,7 @@
 __all__ = ['Records', 'patients_by_split', 'read_records']
 
 # %% ../../nbs/63d_report.records.ipynb #8c4b5f98
+import json
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
