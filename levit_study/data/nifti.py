@@ -66,8 +66,7 @@ def _opened(path):
     "Open a file, gzipped or not, to read its bytes"
     if stat.S_ISFIFO(os.stat(path).st_mode):  # reading it could wait forever
         raise StudyError(f"{path}: is a pipe: give a file")
-    with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
+    with open(path, "rb") as file: packed = file.read(2) == b"\x1f\x8b"
     return (gzip.open if packed else open)(path, "rb")
 
 def _read_to(path, first, size):
@@ -85,8 +84,7 @@ def _read_to(path, first, size):
 # %% ../../nbs/10_data.nifti.ipynb #3eba76a0
 def _read_bytes(path, first, size):
     "Return what `_read_to` reads; `StudyError` if the file is unreadable, too short or damaged"
-    try:
-        data, needed = _read_to(path, first, size)
+    try: data, needed = _read_to(path, first, size)
     except (EOFError, zlib.error, gzip.BadGzipFile) as problem:
         reason = f"damaged or incomplete gzip file ({problem})"
         raise StudyError(f"{path}: {reason}: fetch or copy it again") from None
@@ -104,14 +102,12 @@ def _parse_header(head):
     sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
     form = nib.Nifti1Header if 348 in sizes else nib.Nifti2Header if 540 in sizes else None
     magic = head[344:348] if form is nib.Nifti1Header else head[4:8]
-    if form is None or magic not in (b"n+1\0", b"n+2\0"):
-        return None
+    if form is None or magic not in (b"n+1\0", b"n+2\0"): return None
     header = form(head[:form.sizeof_hdr], check=False)
     header.get_slope_inter()
     if np.isinf(header["scl_slope"]): raise ValueError("infinite slope")
     offset = header.get_data_offset()
-    if not header.sizeof_hdr + 4 <= offset <= 2**24:
-        raise ValueError(f"data at byte {offset}")
+    if not header.sizeof_hdr + 4 <= offset <= 2**24: raise ValueError(f"data at byte {offset}")
     return header
 
 # %% ../../nbs/10_data.nifti.ipynb #53cc1824
@@ -131,7 +127,6 @@ def _read_header(path, head):
         raise StudyError(f"{path}: {what}: convert to int16 or float32, colour to grey or channels")
     return header
 
-# %% ../../nbs/10_data.nifti.ipynb #7c2e91fa
 def header_shape(path) -> tuple:
     "Return the shape that a NIfTI file's header gives, without reading on; `StudyError` if none"
     with one_problem(path), _opened(path) as file: head = file.read(544)
@@ -206,8 +201,7 @@ def _coded_affines(header):
     for name, get in (("sform", header.get_sform), ("qform", header.get_qform)):
         if 1 <= header[f"{name}_code"] <= 5:
             try:
-                with np.errstate(invalid="ignore"):
-                    forms[name] = get()
+                with np.errstate(invalid="ignore"): forms[name] = get()
             except ValueError:  # no unit quaternion
                 forms[name] = np.full((4, 4), np.nan)
     return forms
@@ -225,8 +219,7 @@ def _choose_affine(forms, sizes):
         affine = next(iter(forms.values()))
         affine[:3, :3] *= sizes/_lengths(affine)
         return affine, [affine_wrong]
-    if len(agreeing) < len(forms):
-        return forms[agreeing[0]], [sform_wrong]
+    if len(agreeing) < len(forms): return forms[agreeing[0]], [sform_wrong]
     alike = all(np.allclose(form, forms[agreeing[0]], atol=0.1) for form in forms.values())
     return forms[agreeing[0]], [] if alike else [forms_differ]
 
@@ -375,12 +368,10 @@ def write_nifti(
     data = image.to_bytes()
     if name.endswith(".gz"):
         packed = io.BytesIO()
-        with gzip.GzipFile("", "wb", level, packed, mtime=0) as file:
-            file.write(data)
+        with gzip.GzipFile("", "wb", level, packed, mtime=0) as file: file.write(data)
         data = packed.getbuffer()
     try:
-        with written_whole(path) as partial:
-            partial.write_bytes(data)
+        with written_whole(path) as partial: partial.write_bytes(data)
     except OSError as problem:
         reason = f"cannot be written ({problem.strerror})"
         raise StudyError(f"{path}: {reason}: check the folder's rights and free space") from None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['benchmark_valid', 'benchmark_slices', 'SPARE', 'check_benchmark', 'by_fraction', 'joined', 'split_cases',
-           'nested_order', 'with_fewer']
+           'with_fewer']
 
 # %% ../../nbs/14_data.splits.ipynb #6f96f518
 import numpy as np
@@ -123,7 +123,7 @@ def _check_places(splits, kind):
 # %% ../../nbs/14_data.splits.ipynb #0f8dc940
 SPARE = "spare"  # a training patient beyond the first `train_patients`
 
-def nested_order(
+def _nested_order(
     cases,    # `Case`s
     seed,     # of the shuffling
     stratify, # let every beginning have the pathology groups' shares
@@ -149,7 +149,7 @@ def with_fewer(
 ): # {case name: split}
     "Let the first `number` training patients train and spare the others; `StudyError` for too many"
     training = [case for case in cases if splits[case.name] == "train"]
-    order = nested_order(training, seed, stratify)
+    order = _nested_order(training, seed, stratify)
     if number > len(order):
         raise StudyError(f"data.split.train_patients = {number}: {len(order)} patients train; "
                          "give that or fewer, or null for all")
