@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from levit_study.commands import main
+from levit_study.evidence.imbalance import training_shares
 from levit_study.evidence.published import verify_study
 from levit_study.evidence.results import judging_splits
 
@@ -59,6 +60,23 @@ def test_a_changed_number_is_named(root, tmp_path, capsys):
     told = capsys.readouterr()
     assert "organs.csv: column dice" in told.out and "table1.csv:" not in told.out
     assert " files follow from the records" in told.out and "1 of " in told.err
+
+
+def test_a_damaged_manifest_is_named(root, tmp_path, capsys):
+    study = tmp_path / "acdc_128_controls"
+    shutil.copytree(root / "reports/studies/acdc_128_controls", study)
+    (study / "data/acdc").mkdir(parents=True)
+    (study / "data/acdc/manifest.json").write_text('{"cases": {"a": {"split": 1}}}')
+    assert main(["verify", str(study)]) == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if "manifest.json" in line)
+    assert "data/acdc/manifest.json: cases.a.split = 1: Input should be a valid string" in line and line.endswith("prepare or fetch it again")
+
+
+def test_a_case_without_voxels_has_no_share(tmp_path):
+    (tmp_path / "hearts").mkdir()
+    cases = {"a": {"split": "train", "voxels": {"background": 3, "spot": 1}}, "b": {"split": "train", "voxels": None}}
+    (tmp_path / "hearts/manifest.json").write_text(json.dumps({"cases": cases}))
+    assert training_shares(tmp_path, ["hearts"]).share.tolist() == [.25]
 
 
 def test_what_is_no_published_study_is_said(tmp_path, capsys):

@@ -21,8 +21,8 @@ def training_shares(
     rows = []
     for dataset in datasets:
         cases = read_manifest(Path(folder, dataset, "manifest.json")).get("cases", {}).values()
-        voxels = [case["voxels"] for case in cases if case["split"] == "train" and "voxels" in case]
-        counts = pd.DataFrame(voxels).sum()
+        voxels = [case.get("voxels") for case in cases if case["split"] == "train"]
+        counts = pd.DataFrame(filter(None, voxels)).sum()
         shares = (counts / counts.sum()).drop("background", errors="ignore")
         rows += [(dataset, name, share) for name, share in shares.items()]
     return pd.DataFrame(rows, columns=["dataset", "structure", "share"])

@@ -17,6 +17,7 @@ from .contrasts import contrast_table
 from .ensembles import ensemble_table
 from .derived import derived_table, patient_values
 from .imbalance import imbalance_table, training_shares
+from .manifests import damaged_manifests
 from .ranking import ranking
 from .reliability import reliability_table
 from .results import Results, collect, training_grid
@@ -129,7 +130,9 @@ def verify_study(
     outcome["summary.json"] = "" if same else "does not follow from organs.csv"
     path = Path(folder, "answer.md")
     same = path.exists() and path.read_text(encoding="utf-8") == answer(params, tables)
-    return outcome | {"answer.md": "" if same else "does not follow; levit-study report makes it"}
+    outcome["answer.md"] = "" if same else "does not follow; levit-study report makes it"
+    faults = damaged_manifests(Path(folder, "data"), params.study.datasets)
+    return outcome | {str(file.relative_to(folder)): fault for file, fault in faults.items()}
 
 # %% ../../nbs/56_evidence.published.ipynb #ef112fe8
 def verify_page(
