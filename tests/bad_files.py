@@ -412,6 +412,24 @@ def hdf5_of_terabytes(folder):
         del file["image"]
         file.create_dataset("image", (30000, 30000, 1000), "f4", chunks=(1, 1000, 1000), compression="gzip")
 
+def claims(folder, name, *shape, **more):
+    "An SSL4MIS data set whose volume has an array that was never written"
+    with h5py.File(ssl(folder), "a") as file:
+        del file[name]
+        file.create_dataset(name, *shape, **more)
+
+@kind("error", "'image' claims 67,108,864 bytes, of which the file holds 0", "patient002_frame01.h5")
+def hdf5_never_written(folder): claims(folder, "image", (64, 512, 512), "f4")
+
+@kind("error", "'label' claims 67,108,864 bytes, of which the file holds 0", "patient002_frame01.h5")
+def hdf5_of_a_fill_value(folder): claims(folder, "label", (64, 512, 512), "f4", chunks=True, compression="gzip", fillvalue=1)
+
+@kind("error", "'label' claims 1,073,741,824 bytes, of which the file holds 0", "patient002_frame01.h5")
+def hdf5_in_pieces_of_gigabytes(folder): claims(folder, "label", (4, 16, 18), "u1", chunks=(1024, 1024, 1024), maxshape=(None,) * 3)
+
+@kind("warning", "^empty label map$")
+def hdf5_label_never_written(folder): claims(folder, "label", (4, 16, 18), "u1")
+
 @kind("error", "2D array .* where 3D", "patient002_frame01.h5")
 def hdf5_slice_for_a_volume(folder): ssl(folder, image=hearts()[0][0], label=hearts()[1][0])
 

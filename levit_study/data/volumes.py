@@ -43,6 +43,15 @@ def _pick_key(path, keys, wanted):
     raise StudyError(f"{path}: no array '{wanted}' (has: {there}): take a file of the right layout")
 
 # %% ../../nbs/12_data.volumes.ipynb #31de956d
+def _check_storage(path, key, data):
+    "Raise `StudyError` if an HDF5 array claims more bytes than what is stored of it could hold"
+    piece = int(np.prod(data.chunks or 0, dtype=float)) * data.dtype.itemsize  # read as a whole
+    claimed, size = max(data.nbytes, piece), Path(path).stat().st_size
+    stored = min(data.id.get_storage_size(), size)
+    if claimed > 2**22 + stored * (1100 if data.chunks else 1):  # gzip packs 1032 to 1 at most
+        what = f"'{key}' claims {claimed:,} bytes, of which the file holds {stored:,}"
+        raise StudyError(f"{path}: {what}: fetch it again, or write the whole array")
+
 def _hdf5_array(path, file, wanted, dimensions):
     "Return one array of an open HDF5 file"
     key = _pick_key(path, file.keys(), wanted)
@@ -54,6 +63,7 @@ def _hdf5_array(path, file, wanted, dimensions):
     if data.external or data.is_virtual:
         raise StudyError(f"{path}: '{key}' lies in another file: copy the array into this one")
     shape = check_shape(path, data.shape, dimensions)
+    _check_storage(path, key, data)
     return data[()].reshape(shape)
 
 # %% ../../nbs/12_data.volumes.ipynb #2ae0f4de
