@@ -161,6 +161,7 @@ def test_a_method_from_elsewhere_stands_beside_the_losses(files, study, capsys):
 
 @pytest.mark.parametrize("file, change, message", [
     ("cases.csv", lambda text: text + text.partition("\n")[2], "listed twice; score again"),
+    ("cases.csv", lambda text: columns(text, structure=""), "a row names no structure; score again"),
     ("cases.csv", lambda text: columns(text, dice=7.0), "dice = 7 is not a number from 0 to 1; score again"),
     ("cases.csv", lambda text: columns(text, sensitivity="inf"), "sensitivity = inf is not a number from 0 to 1"),
     ("cases.csv", lambda text: columns(text, hd95=-1), "hd95 = -1 is not a number of 0 or more"),

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ..files import StudyError, run_folders, run_tail
 from ..params import Params, Run, pick_run
-from ..evaluation.elsewhere import read_elsewhere
+from ..evaluation.elsewhere import read_elsewhere, scores_fault
 from ..training.course import best_epoch, summary
 
 # %% ../../nbs/50_evidence.results.ipynb #8bda0f6a
@@ -96,16 +96,9 @@ _TEXT = {"split", "case", "patient", "structure", "unit"}  # columns that hold w
 
 def _fault(name: str, table: pd.DataFrame) -> str:
     "What is wrong with the rows of the file `name`, in words; empty if nothing is"
-    if name == "epochs.csv":
-        return "" if np.isfinite(table.epoch).all() else "an epoch has no number"
-    if name != "cases.csv": return ""
-    keys, numbers = ["split", "case", "structure"], table.select_dtypes("number")
-    unnamed = [key for key in keys if table[key].isna().any()]
-    endless = [column for column in numbers if np.isinf(numbers[column]).any()]
-    twice = table[table.duplicated(keys)]
-    if unnamed: return f"a row names no {unnamed[0]}"
-    if endless: return f"column {endless[0]} holds an infinite number"
-    return f"{twice.case.iloc[0]}, {twice.structure.iloc[0]} is listed twice" if len(twice) else ""
+    if name == "cases.csv": return scores_fault(table, ["split", "case", "structure"])
+    unnumbered = name == "epochs.csv" and not np.isfinite(table.epoch).all()
+    return "an epoch has no number" if unnumbered else ""
 
 def read_table(path: Path) -> pd.DataFrame:
     "Read one of a run's tables; `StudyError` if it is empty or lacks a column, name or number"
