@@ -17,7 +17,9 @@ from levit_study.evidence.tables import convergence, optimism, organ_table, tabl
 from levit_study.evidence.claims import CLAIMS
 from levit_study.evidence.verdicts import claims_ledger
 
-HEAD = b"split,case,structure,dice,jaccard,hd95,sensitivity,specificity,voxels\n"
+SCORES = "dice jaccard hd95 asd nsd sensitivity specificity precision transunet_dice transunet_hd95".split()
+HEAD = ",".join(["split", "case", "structure", "voxels", "predicted_voxels", "volume_ml", "predicted_volume_ml", "unit", *SCORES, ""]).encode()[:-1] + b"\n"
+SIZES, ONES, CURVE = b"1,1,1,1,mm,", b"1," * 9 + b"1\n", b"epoch,train_loss,valid_loss,valid_dice,valid_jaccard,seconds\n"
 LOSSES, VERDICTS = ["baseline", "focal", "focal_tversky"], {"supported", "contradicted", "inconclusive"}
 
 
@@ -25,12 +27,12 @@ def study(random, datasets=("acdc",), losses=LOSSES, seeds=(0, 1), patients=4, e
     "Return (epochs, cases) of a made-up study"
     runs = pd.MultiIndex.from_product([datasets, losses, seeds], names=["dataset", "loss", "seed"]).to_frame(index=False).assign(fold=0)
     curve = runs.merge(pd.DataFrame({"epoch": range(1, epochs + 1)}), how="cross")
-    for name in ("train_loss", "valid_loss", "train_dice", "valid_dice", "valid_jaccard"): curve[name] = random.random(len(curve))
+    for name in ("train_loss", "valid_loss", "train_dice", "valid_dice", "valid_jaccard", "seconds"): curve[name] = random.random(len(curve))
     units = pd.MultiIndex.from_product([["valid", "test"], [f"patient{n:03}_frame{f:02}" for n in range(patients) for f in (1, 9)], ["aorta", "liver"]],
                                        names=["split", "case", "structure"]).to_frame(index=False)
     cases = runs.merge(units, how="cross").assign(unit="mm")
-    for name in ("dice", "jaccard", "hd95", "sensitivity", "specificity"): cases[name] = random.random(len(cases))
-    cases["voxels"] = cases["predicted_voxels"] = random.integers(0, 3, len(cases))
+    for name in SCORES: cases[name] = random.random(len(cases))
+    for name in ("voxels", "predicted_voxels", "volume_ml", "predicted_volume_ml"): cases[name] = random.integers(0, 3, len(cases))
     return curve, cases
 
 
@@ -80,16 +82,19 @@ def test_holm_never_lowers_a_p_value_and_keeps_their_order(values):
 
 @pytest.mark.parametrize(("file", "content", "said"), [
     ("epochs.csv", b"", "not a table"),
-    ("epochs.csv", b"epoch,train_loss,valid_loss,valid_dice,valid_jaccard\n", "no rows"),
+    ("epochs.csv", CURVE, "no rows"),
     ("cases.csv", b"\xff\xfe\x00\x01" * 50, "not a table"),
     ("cases.csv", b"split,case\nvalid,a\n", "no column structure"),
-    ("cases.csv", b"split,case,structure,dice,jaccard,hd95,sensitivity,specificity,voxels\nvalid,a,liver,high,1,1,1,1,1\n", "not a number"),
-    ("epochs.csv", b"epoch,train_loss,valid_loss,valid_dice,valid_jaccard\n,1,1,.5,.4\n", "an epoch has no number"),
-    ("cases.csv", HEAD + b"valid,,liver,1,1,1,1,1,1\n", "a row names no case"),
-    ("cases.csv", HEAD + b"valid,a,,1,1,1,1,1,1\n", "a row names no structure"),
-    ("cases.csv", HEAD + b"valid,a,liver,1,1,1,1,1,inf\n", "voxels = inf is not a number of 0 or more, and finite"),
-    ("cases.csv", HEAD + b"valid,a,liver,7,1,1,1,1,1\n", "dice = 7 is not a number from 0 to 1"),
-    ("cases.csv", HEAD + b"valid,a,liver,1,1,1,1,1,1\n" * 2, "a, liver is listed twice"),
+    ("cases.csv", b"split,case,structure,dice,jaccard,hd95,sensitivity,specificity,voxels\nvalid,a,liver,1,1,1,1,1,1\n",
+     "no column asd, nsd, precision, predicted_voxels, volume_ml, predicted_volume_ml, unit, transunet_dice, transunet_hd95; run dvc repro"),
+    ("epochs.csv", b"epoch,train_loss,valid_loss,valid_dice,valid_jaccard\n1,1,1,.5,.4\n", "no column seconds; run dvc repro"),
+    ("cases.csv", HEAD + b"valid,a,liver," + SIZES + b"high," + ONES[2:], "not a number"),
+    ("epochs.csv", CURVE + b",1,1,.5,.4,1\n", "an epoch has no number"),
+    ("cases.csv", HEAD + b"valid,,liver," + SIZES + ONES, "a row names no case"),
+    ("cases.csv", HEAD + b"valid,a,," + SIZES + ONES, "a row names no structure"),
+    ("cases.csv", HEAD + b"valid,a,liver,inf" + SIZES[1:] + ONES, "voxels = inf is not a number of 0 or more, and finite"),
+    ("cases.csv", HEAD + b"valid,a,liver," + SIZES + b"7," + ONES[2:], "dice = 7 is not a number from 0 to 1"),
+    ("cases.csv", HEAD + (b"valid,a,liver," + SIZES + ONES) * 2, "a, liver is listed twice"),
     ("metrics.json", b"{", "not JSON"),
     ("metrics.json", b"[1]", "not a mapping"),
     ("metrics.json", b"[" * 100_000, "not JSON"),

@@ -88,18 +88,13 @@ CLAIMS = {
 
 # %% ../../nbs/52_evidence.claims.ipynb #611470e4
 def _precision(cases):
-    "Return precision; 1 where a structure that is there was missed, NaN where it is not known"
-    if "precision" in cases: known = cases.precision
-    elif "predicted_voxels" in cases:
-        predicted = cases.predicted_voxels.where(cases.predicted_voxels > 0)
-        known = cases.sensitivity * cases.voxels / predicted
-    else: return pd.Series(np.nan, cases.index)
-    return known.fillna(1).where(cases.sensitivity.notna())
+    "Return precision; 1 where a structure that is there was missed"
+    return cases.precision.fillna(1).where(cases.sensitivity.notna())
 
 # %% ../../nbs/52_evidence.claims.ipynb #976bfab4
 def _with_worst(cases, name, worst):
     "Return a column with what a miss or an invention counts; NaN where the records lack it"
-    if name not in cases or worst is None: return pd.Series(np.nan, cases.index)
+    if worst is None: return pd.Series(np.nan, cases.index)
     return cases[name].fillna(worst).where(cases.dice.notna())
 
 # %% ../../nbs/52_evidence.claims.ipynb #b6dd5da1
@@ -108,7 +103,7 @@ def claim_cases(
 ) -> pd.DataFrame:
     "Return cases with the measures that claims are about, NaN where the records do not give them"
     there = cases.voxels.where(cases.voxels > 0)
-    predicted = cases.get("predicted_voxels", pd.Series(np.nan, cases.index))
+    predicted = cases.predicted_voxels
     return cases.assign(
         imbalance=(cases.sensitivity - _precision(cases)).abs(),
         paper_imbalance=(cases.sensitivity - cases.specificity).abs(),

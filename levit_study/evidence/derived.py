@@ -43,7 +43,6 @@ def _cardiac_phases(
 ) -> dict[str, str]: # case -> "ED" or "ES"
     "Return each patient's end-diastolic and end-systolic case: by name, else by the reference"
     left = cases[cases.structure == "left ventricle"]
-    if "volume_ml" not in left: left = left.assign(volume_ml=np.nan)
     phases = {}
     for _, heart in left.groupby(_hearts(left), sort=False): phases |= _phases_of(heart)
     return phases
@@ -103,13 +102,11 @@ def _of_heart(rows, measures):
 
 # %% ../../nbs/51b_evidence.derived.ipynb #6dcfbe99
 def patient_values(
-    cases: pd.DataFrame, # collected cases.csv with predicted_voxels
+    cases: pd.DataFrame, # collected cases.csv
 ) -> pd.DataFrame:
     "Return reference and predicted value per data set, split, training, patient and measure"
     columns = [*_KEYS, "patient", "measure", "unit", "reference", "predicted", "error"]
     rows, cases = [], cases.assign(patient=patients_of(cases))
-    if "volume_ml" not in cases: cases = cases.assign(volume_ml=np.nan)
-    if "predicted_voxels" not in cases: return pd.DataFrame(columns=columns)
     for _, part in cases[cases.split.isin(PROTOCOLS)].groupby("dataset", sort=False):
         measures = _measures_for(part.structure.unique())
         phases = _cardiac_phases(part) if measures else {}

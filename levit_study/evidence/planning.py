@@ -269,7 +269,7 @@ class Cost(NamedTuple):
 # %% ../../nbs/54_evidence.planning.ipynb #ba1a79d7
 def _recorded_cost(epochs: pd.DataFrame, seconds=None, number=None) -> Cost | None:
     "Return the cost of a training as recorded, or as given; None where neither is known"
-    known = "seconds" in epochs and epochs.seconds.notna().any()
+    known = len(epochs) and epochs.seconds.notna().any()
     if seconds is None and known: seconds = float(epochs.seconds.median())
     if number is None and len(epochs): number = int(epochs.epoch.max())
     return Cost(seconds, number) if seconds and number else None

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ..files import StudyError, run_folders, run_tail
 from ..params import Params, Run, pick_run
-from ..evaluation.elsewhere import read_elsewhere, scores_fault
+from ..evaluation.elsewhere import SCORES, read_elsewhere, scores_fault
 from ..training.course import best_epoch, summary
 
 # %% ../../nbs/50_evidence.results.ipynb #8bda0f6a
@@ -88,8 +88,8 @@ def _check_record(
 # %% ../../nbs/50_evidence.results.ipynb #ddf637f8
 COLUMNS = {
     "metrics.json": "",
-    "epochs.csv": "epoch train_loss valid_loss valid_dice valid_jaccard",
-    "cases.csv": "split case structure dice jaccard hd95 sensitivity specificity voxels",
+    "epochs.csv": "epoch train_loss valid_loss valid_dice valid_jaccard seconds",
+    "cases.csv": f"split {SCORES}",
     "reliability.csv": "split bin pixels confidence accuracy",
 }  # a run's files -> the columns that they must have
 _TEXT = {"split", "case", "patient", "structure", "unit"}  # columns that hold words
@@ -243,7 +243,7 @@ def _listed(path: Path) -> dict | None:
         "best_epoch": int(best.epoch),
         "best_dice": best.valid_dice,
         "valid_dice": last.valid_dice,
-        "hours": epochs.seconds.sum() / 3600 if "seconds" in epochs else np.nan,
+        "hours": epochs.seconds.sum() / 3600,
         "precision": record.get("precision", ""),
         "device": record.get("gpu") or record.get("processor", "(not complete)"),
         "revision": str(record.get("revision") or "")[:8] + changed,

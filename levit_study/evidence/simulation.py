@@ -37,21 +37,23 @@ def made_up_cases(
     cases.insert(0, "dataset", "acdc")
     cases.insert(3, "fold", 0)
     dice = cases.dice
-    cases = cases.assign(jaccard=dice / (2 - dice), hd95=10 * (1 - dice), sensitivity=dice)
-    return cases.assign(specificity=.999, voxels=1000, unit="mm")
+    sizes = dict.fromkeys(("voxels", "predicted_voxels", "volume_ml", "predicted_volume_ml"), 1000)
+    cases = cases.assign(jaccard=dice / (2 - dice), hd95=10 * (1 - dice), asd=3 * (1 - dice),
+                         nsd=(1 + dice) / 2, sensitivity=dice, specificity=.999, precision=dice)
+    return cases.assign(**sizes, unit="mm", transunet_dice=dice, transunet_hd95=cases.hd95)
 
 # %% ../../nbs/50a_evidence.simulation.ipynb #fa326af7
 def with_sizes(
     cases: pd.DataFrame, # of `made_up_cases`
 ) -> pd.DataFrame:
-    "Return cases with sizes from 500 voxels up, with precision, predicted size and surface Dice"
+    "Return cases with sizes from 500 voxels up, and predicted sizes below"
     number = pd.factorize(cases["case"], sort=True)[0]
     place = pd.factorize(cases.structure, sort=True)[0]
     voxels = 500 * (1 + place) + 10 * number
     precision = (1 + cases.dice) / 2
     predicted = np.round(voxels * cases.sensitivity / precision).astype(int)
-    return cases.assign(voxels=voxels, precision=precision, predicted_voxels=predicted,
-                        nsd=(1 + cases.dice) / 2)
+    return cases.assign(precision=precision, voxels=voxels, predicted_voxels=predicted,
+                        volume_ml=voxels, predicted_volume_ml=predicted)
 
 # %% ../../nbs/50a_evidence.simulation.ipynb #a080d8e2
 def in_folds(
@@ -87,7 +89,7 @@ def made_up_epochs(
     dice = table.valid_dice
     table = table.assign(train_loss=1 / table.epoch, valid_loss=1.2 / table.epoch)
     return table.assign(train_dice=dice + .05, train_case_dice=dice + .04,
-                        valid_jaccard=dice / (2 - dice))
+                        valid_jaccard=dice / (2 - dice), seconds=60.)
 
 # %% ../../nbs/50a_evidence.simulation.ipynb #dd5b85bc
 def made_up_folds(

@@ -56,8 +56,7 @@ def _found_by_all(part):
 def _with_distances(part):
     "Return the rows with distances at their worst case, and HD95 of what all losses found"
     part = part.assign(hd95_found=part.hd95.where(_found_by_all(part)))
-    distances = [name for name in ("hd95", "asd") if name in part]
-    return part.assign(**{name: with_worst_case(part, name) for name in distances})
+    return part.assign(**{name: with_worst_case(part, name) for name in ("hd95", "asd")})
 
 # %% ../../nbs/51a_evidence.tables.ipynb #070a96dc
 _MEASURES = ["dice", "jaccard", "hd95", "hd95_found", "asd", "nsd", "sensitivity", "specificity",
@@ -68,7 +67,6 @@ def _limits(rows, confidence, resamples):
     "Return the intervals of the measures that have one, and what that of Dice rests on"
     units, limits = rows.assign(patient=patients_of(rows)), {}
     for name, bounds in _BOUNDS.items():
-        if name not in rows: continue
         interval = mean_interval(units, rows[name], confidence, resamples)
         limits[f"{name}_low"] = np.clip(interval.low, *bounds)
         limits[f"{name}_high"] = np.clip(interval.high, *bounds)
@@ -77,7 +75,6 @@ def _limits(rows, confidence, resamples):
 
 def _misses(rows):
     "Return the numbers of structures missed and invented, and of those that HD95 leaves out"
-    if "predicted_voxels" not in rows: return {}, 0
     there, predicted = rows.voxels > 0, rows.predicted_voxels > 0
     missed, invented = there & ~predicted, ~there & predicted
     left_out = (missed | invented) & rows.hd95.isna()
@@ -89,10 +86,8 @@ def _structure_row(rows, confidence, resamples):
     limits, rests_on = _limits(rows, confidence, resamples)
     misses, left_out = _misses(rows)
     row = {"n": rows.dropna(subset=["dice"]).case.nunique()} | rests_on
-    for name in _MEASURES:
-        if name in rows: row[name] = rows.groupby("structure")[name].mean().mean()
-    row |= limits | misses
-    row["unit"] = "/".join(sorted(set(rows.unit.dropna()))) if "unit" in rows else ""
+    row |= rows.groupby("structure")[_MEASURES].mean().mean().to_dict() | limits | misses
+    row["unit"] = "/".join(sorted(set(rows.unit.dropna())))
     patients, unknown = row["patients"], "no diagonal recorded"
     notes = [f"small: {patients} patients"] if patients < 20 else []
     if left_out: notes.append(f"HD95 leaves out {left_out} missed or invented: {unknown}")
@@ -219,11 +214,11 @@ def _convergence(run, window=5):
         "best_epoch": int(best.epoch),
         "best_dice": best.valid_dice,
         "final_dice": last.valid_dice,
-        "final_jaccard": last.get("valid_jaccard", np.nan),
+        "final_jaccard": last.valid_jaccard,
         "epochs_to_95": int(epochs[np.flatnonzero(dice >= .95 * best.valid_dice)[0]]),
         "area": dice.mean(),
         "early_dice": early.valid_dice.mean(),
-        "early_jaccard": early.valid_jaccard.mean() if "valid_jaccard" in early else np.nan,
+        "early_jaccard": early.valid_jaccard.mean(),
         "step_variance": steps.var(ddof=1) if len(steps) > 1 else np.nan,
         "roughness": late.std(ddof=1) if len(late) > 1 else np.nan,
         "gap": _lag(run, "train_dice", window),
@@ -254,8 +249,8 @@ def _run_summary(
     keys, rows = RUN_KEYS, []
     for key, run in epochs.groupby(keys, sort=False):
         best, last = best_and_last(run)
-        of_best = best.valid_dice, best.get("valid_jaccard"), best.epoch
-        rows.append([*key, *(last.get(name) for name in TABLE1[:4]), *of_best])
+        of_best = best.valid_dice, best.valid_jaccard, best.epoch
+        rows.append([*key, *last[TABLE1[:4]], *of_best])
     return pd.DataFrame(rows, columns=keys + TABLE1)
 
 # %% ../../nbs/51a_evidence.tables.ipynb #a1edf546
