@@ -11,7 +11,7 @@ from levit_study.evidence.imbalance import training_shares
 from levit_study.evidence.published import verify_study
 from levit_study.evidence.results import judging_splits
 
-STUDIES = ["acdc_100_small", "acdc_100_two_by_two", "acdc_128", "acdc_128_controls", "acdc_128_rate", "acdc_224", "acdc_best", "acdc_model", "acdc_networks", "acdc_recipe", "acdc_recipe_seeds", "acdc_transfer", "phantom_imbalance"]
+STUDIES = ["acdc_100_small", "acdc_100_two_by_two", "acdc_128", "acdc_128_controls", "acdc_128_rate", "acdc_224", "acdc_best", "acdc_model", "acdc_networks", "acdc_networks_128", "acdc_recipe", "acdc_recipe_seeds", "acdc_transfer", "phantom_imbalance"]
 
 
 @pytest.fixture(autouse=True)

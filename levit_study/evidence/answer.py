@@ -120,6 +120,11 @@ def _typeset(text): # a claim's interval, with proper minus signs and names, the
     return text
 
 # %% ../../nbs/55a_evidence.answer.ipynb #5b7dadb0
+def _within(sentence: str) -> str:
+    "Return a sentence as it stands within another: a small letter first, except in a name"
+    first = sentence.split()[0]
+    return sentence if first[1:] != first[1:].lower() else sentence[0].lower() + sentence[1:]
+
 def _claims(claims: pd.DataFrame) -> str: # one data set's ledger
     "Return how many claims have which standing, and the decided ones in full"
     claims = claims[~claims.standing.str.startswith("not tested")] if len(claims) else claims
@@ -133,7 +138,7 @@ def _claims(claims: pd.DataFrame) -> str: # one data set's ledger
     if len(claims) == 1:
         verdict = _STANDING.get(claims.verdict.iloc[0], claims.verdict.iloc[0])
         text = f"The one claim of the paper tested here is {verdict}."
-    lines = [f"{row.verdict.capitalize()}: *{row.statement[0].lower()}{row.statement[1:]}* "
+    lines = [f"{row.verdict.capitalize()}: *{_within(row.statement)}* "
              f"({row.claim}: {_typeset(row.interval)})." for row in decided.itertuples()]
     if not lines: return text
     note = "The intervals of one claim are simultaneous; nothing is corrected across claims."

@@ -15,7 +15,7 @@ from ..params import Params, pick_run
 from .checklists import checklist_text
 from .contents import Page
 from .pages import escaped
-from ..evidence.manifests import read_record
+from ..evidence.manifests import json_content
 from .records import Records, patients_by_split, read_records
 from .studies import published_studies
 from ..settings import loss_name
@@ -35,7 +35,7 @@ def _weights(folder): # folder: a run's, with its records
     parts = list(Path(folder).parts)
     if "runs" not in parts: return {}
     at = len(parts) - 1 - parts[::-1].index("runs")
-    return read_record(Path(*parts[:at - 1], "models", *parts[at + 1:], "card.json"))
+    return json_content(Path(*parts[:at - 1], "models", *parts[at + 1:], "card.json"))
 
 # %% ../../nbs/63f_report.cards.ipynb #e865b1fa
 def _trainings(runs) -> pd.DataFrame:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
 from ..data.cases import patient_of
-from ..evidence.manifests import read_manifest, read_record
+from ..evidence.manifests import read_manifest, json_content
 from ..evidence.results import judging_splits
 from ..params import Params
 
 # %% ../../nbs/63d_report.records.ipynb #247cb478
 def _parameters(folder) -> dict:
     "The parameters in a training's run.json; empty where it says none"
-    about = read_record(folder / "run.json").get("parameters")
+    about = json_content(folder / "run.json").get("parameters")
     return about if isinstance(about, dict) else {}
 
 # %% ../../nbs/63d_report.records.ipynb #28a604b5
@@ -98,7 +98,7 @@ def read_records(
         if about.get("dataset") not in study.datasets or about.get("loss") not in study.losses:
             continue
         one = about.get("seed") in study.seeds and about.get("fold") in study.fold_numbers
-        if one: runs[path.parent] = read_record(path)
+        if one: runs[path.parent] = json_content(path)
     manifests = {name: read_manifest(folder / "data" / name / "manifest.json")
                  for name in study.datasets}
     manifests = {name: manifest for name, manifest in manifests.items() if manifest}
