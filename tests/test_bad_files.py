@@ -4,6 +4,7 @@ import re
 import resource
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -17,6 +18,7 @@ from levit_study.data.volumes import check_volume, read_scan, read_volume, scale
 from levit_study.data.layouts import find_cases
 from levit_study.data.prepare import prepare
 from levit_study.data.splits import split_cases
+from levit_study.evaluation.targets import _has_channels
 from levit_study.params import Data
 
 MARK = Path("/tmp/levit-study-was-run")
@@ -160,6 +162,19 @@ def test_memory_stays_bounded_whatever_a_header_says(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(StudyError, match="incomplete"): read_scan(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+def test_counting_a_files_channels_reads_no_extension(tmp_path):
+    "What lies before the voxels may be as long as the file"
+    image, path = nib.Nifti1Image(np.zeros((2, 3, 4, 2)), None), tmp_path/"scan.nii.gz"
+    image.header["vox_offset"] = 2**24
+    head = image.header.binaryblock + b"\1\0\0\0" + (2**24 - 352).to_bytes(4, "little")
+    path.write_bytes(gzip.compress(head + bytes(2**25)))
+    tracemalloc.start()
+    assert _has_channels(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
 
 
 def test_a_case_may_have_any_letters_in_its_name(tmp_path):

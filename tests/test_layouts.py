@@ -6,6 +6,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from levit_study.data.cases import Case
+from levit_study.data.folds import fold_splits
 from levit_study.data.labels import acdc_structures, synapse_structures
 from levit_study.data.layouts import find_cases
 from levit_study.data.phantom import make_phantom
@@ -166,6 +168,15 @@ def test_a_list_that_is_none_is_named(tmp_path, content, message):
     (tmp_path/"train.txt").write_bytes(content)
     with pytest.raises(StudyError, match=f"train.txt: .*{message}") as caught: find_cases(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_folds_are_listed_in_any_encoding(encoding, tmp_path):
+    cases = [Case(name, name, tmp_path) for name in ("a", "b")]
+    (tmp_path/"folds.json").write_bytes(json.dumps([{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]).encode(encoding))
+    assert fold_splits(cases, [], tmp_path/"folds.json") == [{"a": "train", "b": "valid"}, {"a": "valid", "b": "train"}]
+    (tmp_path/"folds.json").write_bytes("[é".encode("latin-1"))
+    with pytest.raises(StudyError, match="folds.json: not text in UTF-8 or UTF-16: save it as UTF-8"): fold_splits(cases, [], tmp_path/"folds.json")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 50_000, b"1" * 5000, "{\u201clabels\u201d: 1}".encode("utf-16")])
