@@ -116,8 +116,8 @@ def _score(a):
         raise StudyError(f"--output {a.output}: give a name that ends in .csv")
     table, problems = score_folders(a)
     for line in problems: print(f"levit-study: {line}", file=sys.stderr)
-    if a.output: write_scores(table, a.output)
     print(mean_scores(table).to_string(float_format=lambda x: f"{x:.4f}"))
+    if a.output: write_scores(table, a.output)
 
 def _add_export_splits(commands):
     about = "write a data set with this study's splits in nnU-Net's format"

@@ -73,7 +73,7 @@ def _verify(a):
     folders = [Path(folder).resolve() for folder in a.folders]
     enter_project()
     folders = [Path(os.path.relpath(folder)) for folder in folders]
-    published = Path("reports/studies").glob("*/runs")  # a plan without results has none
+    published = Path("reports/studies").glob("[!.]*/runs")  # a plan without results has none
     folders = folders or sorted(path.parent for path in published)
     right = wrong = 0
     for folder in folders:

@@ -279,6 +279,21 @@ def test_a_picture_that_fails_is_named(place, capsys, monkeypatch):
     assert status == 1 and "levit-study: error: scan.nii.gz: MemoryError" in err
 
 
+def test_no_older_picture_stays_beside_a_new_label_map(place, capsys, monkeypatch):
+    from levit_study.report import overlay
+    options = "--output", "labels.nii", "--overlay"
+    assert predict(capsys, "scan.nii.gz", *options)[0] == 0 and os.path.exists("labels.png")
+    true_draw = overlay.draw_overlay
+
+    def fail(path, *others): raise MemoryError
+    monkeypatch.setattr(overlay, "draw_overlay", fail)
+    write_scan("scan.nii.gz", 5)
+    assert predict(capsys, "scan.nii.gz", *options, "--overwrite")[0] == 1
+    assert os.path.exists("labels.nii") and not os.path.exists("labels.png")
+    monkeypatch.setattr(overlay, "draw_overlay", true_draw)
+    assert predict(capsys, "scan.nii.gz", *options, "--keep")[0] == 0 and os.path.exists("labels.png")
+
+
 def test_debug_shows_where_a_scan_failed(place, monkeypatch):
     from levit_study.evaluation import predict as room
     monkeypatch.setattr(room, "read_scan", lambda *_: 1 / 0)

@@ -72,6 +72,26 @@ def test_a_damaged_manifest_is_named(root, tmp_path, capsys):
     assert "data/acdc/manifest.json: cases.a.split = 1: Input should be a valid string" in line and line.endswith("prepare or fetch it again")
 
 
+def test_a_training_that_cannot_be_read_is_named(root, tmp_path, capsys):
+    study = tmp_path / "acdc_128_controls"
+    shutil.copytree(root / "reports/studies/acdc_128_controls", study)
+    (study / "runs/acdc/focal_dice/seed0/run.json").write_text("{")
+    (study / "summary.json").write_text("{")
+    assert main(["verify", str(study)]) == 1
+    out = capsys.readouterr().out
+    assert "runs/acdc/focal_dice/seed0/run.json: not JSON" in out and "summary.json: cannot be read (" in out
+
+
+def test_trainings_judged_by_different_label_maps_are_no_study(root, tmp_path, capsys):
+    study = tmp_path / "acdc_128_controls"
+    shutil.copytree(root / "reports/studies/acdc_128_controls", study)
+    cases = study / "runs/acdc/focal_dice/seed0/cases.csv"
+    table = pd.read_csv(cases)
+    table[table.case != table.case[0]].to_csv(cases, index=False)
+    assert main(["verify", str(study)]) == 1
+    assert f"were judged by different label maps: {table.case[0]}, " in capsys.readouterr().err
+
+
 def test_a_case_without_voxels_has_no_share(tmp_path):
     (tmp_path / "hearts").mkdir()
     cases = {"a": {"split": "train", "voxels": {"background": 3, "spot": 1}}, "b": {"split": "train", "voxels": None}}

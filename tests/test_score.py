@@ -252,6 +252,36 @@ def test_a_label_map_beside_its_reference_is_refused_along_each_axis(tmp_path, c
     assert status == 0 and "affine is off the image's by 0.3 mm" in err[-1]
 
 
+def test_what_cannot_be_kept_is_a_line_below_the_means(files, capsys):
+    asked = "score", "own", "references", "--dataset", "hearts"
+    status, out, err = run(capsys, *asked, "--output", "params.yaml/again.csv")
+    assert status == 1 and "myocardium" in out and "params.yaml/again.csv: cannot be written (" in err[-1]
+    os.makedirs("reports/elsewhere/hearts", exist_ok=True)
+    open("reports/elsewhere/hearts/blocked", "w").close()
+    status, _, err = run(capsys, *asked, "--as", "blocked")
+    os.remove("reports/elsewhere/hearts/blocked")
+    assert status == 1 and "reports/elsewhere/hearts/blocked: cannot be written (" in err[-1]
+
+
+def test_an_export_replaces_no_other_weights(files, capsys):
+    own, other = (f"models/hearts/dice/seed{seed}/best.safetensors" for seed in (0, 1))
+    before = open(other, "rb").read()
+    status, _, err = run(capsys, "export", own, other)
+    assert status == 1 and f"{other}: exists already, and is no copy of these weights" in err[-1]
+    assert open(other, "rb").read() == before
+    status, _, err = run(capsys, "export", own, "params.yaml/copy.onnx")
+    assert status == 1 and "params.yaml/copy.onnx: cannot be written (" in err[-1]
+
+
+def test_an_ensemble_sees_images_prepared_as_for_its_trainings(files, study, capsys):
+    text = open("params.yaml").read()
+    open("params.yaml", "w").write(text.replace("intensity: minmax", "intensity: percentile"))
+    answers = [run(capsys, *asked) for asked in (("ensemble", "hearts", "dice"), ("choose", "hearts"))]
+    open("params.yaml", "w").write(text)
+    for status, _, err in answers:
+        assert status == 1 and "was trained on images with intensity = 'minmax', params.yaml says 'percentile'" in err[-1]
+
+
 def test_nothing_in_common_is_an_error(files, capsys):
     os.makedirs("strangers", exist_ok=True)
     shutil.copy(f"own/{sorted(os.listdir('own'))[0]}", "strangers/one.nii.gz")

@@ -13,9 +13,10 @@ import pandas as pd
 import torch
 from ..data.dataset import PreparedStore
 from ..files import StudyError, hash_file, run_folders, write_csv, write_json
+from ..model.weights import read_card
 from ..params import Params, pick_evaluation
 from .card import is_evaluated
-from .ensemble import load_ensemble
+from .ensemble import check_images, load_ensemble
 from .evaluate import evaluate, mean_metrics
 from .inference import prediction_settings
 
@@ -40,6 +41,7 @@ def _find_members(params: Params, dataset: str, loss: str, root=".") -> list[_Me
                 raise StudyError(f"{path}: not there; run dvc repro to make it")
         if not is_evaluated(member.weights):
             raise StudyError(f"{member.weights}: was trained again since; dvc repro evaluates it")
+        check_images(member.weights, read_card(member.weights), params.datasets[dataset].data)
         members.append(member)
     return members
 

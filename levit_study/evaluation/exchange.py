@@ -14,11 +14,14 @@ import shutil
 from pathlib import Path
 import h5py
 import nibabel as nib
+import numpy as np
 from ..data.cases import Case
 from ..data.channels import read_channels
 from ..data.labels import label_table, map_labels
+from ..data.dataset import FOLD, SPLITS
 from ..data.layouts import find_cases
-from ..data.nifti import read_nifti_pair, read_oriented, write_label_map, write_nifti
+from ..data.nifti import _as_stored, first_line, header_affine, read_nifti_pair
+from ..data.nifti import read_oriented, write_label_map, write_nifti
 from ..data.splits import SPARE
 from .elsewhere import check_dataset
 from ..files import StudyError, write_json, written_whole
@@ -26,15 +29,35 @@ from ..params import Data, Params
 
 # %% ../../nbs/45_evaluation.exchange.ipynb #28f3b388
 def _read_splits(dataset: str, root=".") -> list[dict]: # case, patient, split, and fold0, fold1, …
-    "The rows of a data set's splits.csv without what was left out; `StudyError` if there is none"
+    "The rows of a data set's splits.csv without what was left out; `StudyError` if it is no such"
     path = Path(root, "reports", "data", dataset, "splits.csv")
+    again = "prepare the data set again: dvc repro"
     try:
         with open(path, newline="", encoding="utf-8") as file: rows = list(csv.DictReader(file))
     except OSError:
         raise StudyError(f"{path}: not found; prepare the data set first: dvc repro") from None
+    except (ValueError, csv.Error): rows = []
     if not rows or not {"case", "patient", "split"} <= set(rows[0]):
-        raise StudyError(f"{path}: is not a table of splits; prepare the data set again: dvc repro")
-    return [row for row in rows if row["split"] != "left out"]
+        raise StudyError(f"{path}: is not a table of splits; {again}")
+    rows = [row for row in rows if row["split"] != "left out"]
+    if fault := _splits_fault(rows): raise StudyError(f"{path}: {fault}; {again}")
+    return rows
+
+def _fold_columns(rows: list[dict]) -> list[str]:
+    return [name for name in rows[0] if name and name.startswith("fold") and name[4:].isdigit()]
+
+def _splits_fault(rows: list[dict]) -> str:
+    "What no table of splits holds: no case, one case twice, an unknown part; else empty"
+    if not rows: return "names no case"
+    seen = set()
+    for row in rows:
+        case = row["case"]
+        if case in seen: return f"lists {case} twice"
+        seen.add(case)
+        for name in ("split", *_fold_columns(rows)):
+            if row[name] not in {*SPLITS, FOLD, SPARE}:
+                return f"{case} has {name} = {row[name]!r}, which is no part of a split"
+    return ""
 
 # %% ../../nbs/45_evaluation.exchange.ipynb #562491d3
 def _roles_by_fold(
@@ -43,7 +66,7 @@ def _roles_by_fold(
 ) -> list[dict]:
     """For each fold, or once without folds: {case: train, valid, fold, test or spare}; without the
     cases that are spare in all"""
-    folds = [name for name in rows[0] if name.startswith("fold") and name[4:].isdigit()]
+    folds = _fold_columns(rows)
     columns = folds if in_folds and folds else ["split"]
     rows = [row for row in rows if any(row[name] != SPARE for name in columns)]
     return [{row["case"]: row[name] for row in rows} for name in columns]
@@ -61,25 +84,32 @@ def _nnunet_folds(roles: list[dict]) -> list[dict]: # of `_roles_by_fold`
 
 # %% ../../nbs/45_evaluation.exchange.ipynb #1946c79a
 def _place_file(source, target):
-    "Let `target` be the file `source` (.nii is packed): a link, or a copy where links do not work"
+    "Let `target` be the file `source`, gzipped: a link, a copy where links do not work, or packed"
     source, target = Path(source).resolve(), Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if source.name.lower().endswith(".nii"):
+    with open(source, "rb") as file: packed = file.read(2) == b"\x1f\x8b"  # whatever its name says
+    if not packed:
         with written_whole(target) as partial, open(source, "rb") as plain:
-            with gzip.GzipFile(partial, "wb", 1, mtime=0) as packed:
-                shutil.copyfileobj(plain, packed)
+            with gzip.GzipFile(partial, "wb", 1, mtime=0) as file: shutil.copyfileobj(plain, file)
         return
     try: os.symlink(source, target)
     except OSError:
         with written_whole(target) as partial: shutil.copyfile(source, partial)
 
 # %% ../../nbs/45_evaluation.exchange.ipynb #92849f0f
+def _one_channel(path, place: int):
+    "A channel of a file's fourth axis as an image on the file's own axes, its values as read"
+    array, _, header, _ = read_channels([(path, place)])
+    stored = np.ascontiguousarray(_as_stored(array, header_affine(header, path)[0]))
+    form = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    return form(stored, None, header, dtype=stored.dtype)
+
 def _place_channels(case: Case, folder: Path):
     "A case's channels as `<case>_0000.nii.gz`, `_0001` …; those of a fourth axis are written out"
     for number, (path, place) in enumerate(case.channels or [(case.image, None)]):
         target = folder / f"{case.name}_{number:04d}.nii.gz"
         if place is None: _place_file(path, target)
-        else: write_nifti(target, nib.load(path).slicer[..., place], 1)
+        else: write_nifti(target, _one_channel(path, place), 1)
 
 # %% ../../nbs/45_evaluation.exchange.ipynb #931ff138
 def _first_channel(case: Case):
@@ -170,8 +200,7 @@ def export_splits(
     in_folds = params.study.fold_numbers != [None]
     roles = _roles_by_fold(_read_splits(dataset, root), in_folds)
     cases = _chosen_cases(dataset, data, roles[0].keys(), root)
-    unfinished = target.with_name(f".{target.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = target.with_name(f".{os.getpid()}.{target.name}")  # another may write the same
     try:
         _write_folder(unfinished, data, cases, roles)
         os.replace(unfinished, target)
@@ -196,15 +225,22 @@ def export_predictions(
     scans = Path(root, Path(data.folder).expanduser())
     listed = find_cases(scans, data.layout, data.patient, data.channels)
     cases = {case.name: case for case in listed}
-    with h5py.File(predictions) as file:
-        targets = {name: Path(output, f"{name}.nii.gz") for name in file}
-        for name, target in targets.items():
-            if name not in cases:
-                raise StudyError(f"{scans}: has no case {name}, of which {predictions} holds a "
-                                 "label map; put it back, or run dvc repro")
-            if os.path.lexists(target):
-                raise StudyError(f"{target}: exists already; name another folder")
-        _check_nifti(scans, [cases[name] for name in targets])
-        for name, target in targets.items():
-            write_label_map(target, file[name][()], _first_channel(cases[name])[2])
+    try:
+        with h5py.File(predictions) as file: return _write_maps(file, cases, scans, output)
+    except (OSError, RuntimeError, AttributeError) as problem:
+        reason = f"is not a file of label maps ({first_line(problem)})"
+        raise StudyError(f"{predictions}: {reason}; remove it, and dvc repro makes it") from None
+
+def _write_maps(file: h5py.File, cases: dict, scans: Path, output) -> list[Path]:
+    "Write an open file's label maps into a folder, see `export_predictions`"
+    targets = {name: Path(output, f"{name}.nii.gz") for name in file}
+    for name, target in targets.items():
+        if name not in cases:
+            raise StudyError(f"{scans}: has no case {name}, of which {file.filename} holds a "
+                             "label map; put it back, or run dvc repro")
+        if os.path.lexists(target):
+            raise StudyError(f"{target}: exists already; name another folder")
+    _check_nifti(scans, [cases[name] for name in targets])
+    for name, target in targets.items():
+        write_label_map(target, file[name][()], _first_channel(cases[name])[2])
     return list(targets.values())

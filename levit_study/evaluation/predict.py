@@ -177,7 +177,8 @@ def _write(files: ScanFiles, labels, header, about: dict, maps: Maps | None = No
     "Write a scan's maps, JSON file and label map; `StudyError` if one cannot be written"
     if maps is not None: maps.write(files, header)
     try:
-        files.labels.unlink(missing_ok=True)  # stopped here, an older one would pass for this
+        for path in (files.labels, files.picture)[:1 + files.pictured]:
+            path.unlink(missing_ok=True)  # stopped here, an older one would pass for this
         write_json(files.side, about)
     except OSError as error:
         raise cannot_write(files.side, error) from None

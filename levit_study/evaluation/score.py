@@ -181,5 +181,9 @@ def score_folders(options) -> tuple: # (table, problems), see `score`
         pairs, _ = _pair_files(options.predictions, options.references)
         about = {"predictions": str(options.predictions), "references": str(options.references)}
         about |= asdict(rules) | {"problems": problems}
-        keep_elsewhere(folder, table, about, {case: pairs[case] for case in table.case.unique()})
+        kept = {case: pairs[case] for case in table.case.unique()}
+        try: keep_elsewhere(folder, table, about, kept)
+        except OSError as error:
+            problem = f"cannot be written ({error.strerror or error})"
+            raise StudyError(f"{folder}: {problem}; check the folder's rights") from None
     return table, problems

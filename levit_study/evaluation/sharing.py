@@ -10,6 +10,7 @@ import json
 import torch
 from pathlib import Path
 from .card import card_file, is_evaluated
+from .targets import _try_writing, cannot_write
 from ..files import StudyError, hash_file, write_json, written_whole
 from ..model.weights import read_card
 
@@ -33,13 +34,14 @@ def share_weights(
     path,     # the copy to write, .safetensors
 ):
     """Copy weights in half precision, with the evaluation's card, if there is one, beside them;
-    `StudyError` if the weights cannot be read, a value leaves half precision's range, or a card of
-    other weights lies where the copy's would"""
+    `StudyError` if the weights cannot be read, a value leaves half precision's range, or other
+    weights or their card lie where the copy's would"""
     from safetensors.torch import load_file, save_file
 
     card = read_card(weights) | {"precision": "half", "copy_of": hash_file(weights)}
     if Path(path).resolve() == Path(weights).resolve():
         raise StudyError(f"{path}: would replace the weights themselves; name another file")
+    _check_replaced(path, card["copy_of"])
     evaluated, beside = is_evaluated(weights), card_file(path)
     if evaluated and beside.exists() and not (Path(path).exists() and is_evaluated(path)):
         raise StudyError(f"{path}: {beside} is there, of other weights; choose another folder")
@@ -51,6 +53,15 @@ def share_weights(
     if evaluated: _copy_card(weights, path)
 
 # %% ../../nbs/43a_evaluation.sharing.ipynb #16019c3e
+def _check_replaced(path, digest):
+    "`StudyError` if a file is there that is no copy of the weights of this digest"
+    if not Path(path).exists(): return
+    try: origin = read_card(path).get("copy_of")
+    except StudyError: origin = None
+    if origin != digest:
+        problem = "exists already, and is no copy of these weights"
+        raise StudyError(f"{path}: {problem}; name another file, or remove it")
+
 def _copy_card(weights, path):
     "Write the evaluation's card beside a copy of the weights, with the copy's digest"
     content = json.loads(card_file(weights).read_text(encoding="utf-8-sig"))
@@ -61,7 +72,13 @@ def export_weights(
     weights,  # a safetensors file of this study
     path,     # .safetensors: a copy in half precision; .onnx: the network for other runtimes
 ) -> str:     # what was written, in a line
-    "Write weights for others; `StudyError` for another ending"
+    "Write weights for others; `StudyError` for another ending, or where they cannot be written"
+    from safetensors import SafetensorError
+    _try_writing(Path(path))
+    try: return _export(weights, path)
+    except (OSError, SafetensorError) as error: raise cannot_write(path, error) from None
+
+def _export(weights, path) -> str:
     if str(path).endswith(".safetensors"):
         share_weights(weights, path)
         return f"{path}: half precision, {Path(path).stat().st_size / 1e6:.0f} MB"

@@ -15,10 +15,12 @@ import pandas as pd
 from tqdm import tqdm
 from ..data.dataset import FOLD, PreparedStore
 from ..data.native import stored_volume
+from ..evaluation.ensemble import check_images
 from ..evaluation.inference import Network, PredictionSettings, largest_regions
 from ..evaluation.inference import load_network, predict_volume
 from .results import read_record, runs_of
 from ..files import StudyError, run_folders
+from ..model.weights import read_card
 from ..params import Params
 from ..training.scores import dice_from_counts, overlap_counts
 
@@ -72,7 +74,9 @@ def _run_stores(params: Params, dataset: str, losses, root) -> list:
     for run in runs_of(params):
         if run.dataset != dataset or run.loss not in losses: continue
         weights = run_folders(dataset, run.loss, run.seed, root, run.fold)[1] / "best.safetensors"
-        if weights.exists(): there.append((run, PreparedStore(path, run.fold), weights))
+        if not weights.exists(): continue
+        check_images(weights, read_card(weights), run.data)
+        there.append((run, PreparedStore(path, run.fold), weights))
     if not there:
         missing = f"no weights of {', '.join(losses)}"
         raise StudyError(f"models/{dataset}: {missing}; run dvc repro train")

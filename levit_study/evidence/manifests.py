@@ -44,12 +44,17 @@ class _Manifest(_Part):
     skipped: list[dict[str, str | None]] = []
 
 # %% ../../nbs/50c_evidence.manifests.ipynb #5a0c11d6
+def _believed(path) -> tuple[dict, str]:
+    "Return what a manifest says, and in words why it is not believed; one of the two is empty"
+    content = json_content(path)
+    if not content: return {}, "not a mapping in JSON" * Path(path).exists()
+    try: _Manifest.model_validate(content)
+    except ValidationError as error: return {}, as_line(error, "").removeprefix(": ")
+    return content, ""
+
 def read_manifest(path) -> dict:
     "Return a data set's manifest; empty where it is missing or of another form"
-    content = json_content(path)
-    try: _Manifest.model_validate(content)
-    except ValidationError: return {}
-    return content
+    return _believed(path)[0]
 
 # %% ../../nbs/50c_evidence.manifests.ipynb #5a0c11d8
 def damaged_manifests(
@@ -57,12 +62,6 @@ def damaged_manifests(
     datasets, # names
 ) -> dict[Path, str]: # file -> what is wrong with it, in words
     "Return the manifests that are there and cannot be believed"
-    faults, remedy = {}, "so no table knows its voxels and patients: prepare or fetch it again"
-    for path in (Path(folder, name, "manifest.json") for name in datasets):
-        content = json_content(path)
-        if content:
-            try: _Manifest.model_validate(content)
-            except ValidationError as error:
-                faults[path] = f"{as_line(error, '').removeprefix(': ')}, {remedy}"
-        elif path.exists(): faults[path] = f"not a mapping in JSON, {remedy}"
-    return faults
+    remedy = "so no table knows its voxels and patients: prepare or fetch it again"
+    paths = [Path(folder, name, "manifest.json") for name in datasets]
+    return {path: f"{fault}, {remedy}" for path in paths if (fault := _believed(path)[1])}

@@ -8,6 +8,8 @@ __all__ = ['study_tables', 'table1_page', 'study_records', 'verify_study', 'veri
 # %% ../../nbs/56_evidence.published.ipynb #1002af1c
 import io
 import json
+import os
+from functools import partial
 from pathlib import Path
 import pandas as pd
 from .ablation import ablation_table
@@ -106,6 +108,21 @@ def _differing_cells(made: str, kept: str) -> str:
     return ""
 
 # %% ../../nbs/56_evidence.published.ipynb #e60947d0
+_REPORT = "levit-study report makes it"
+
+def _differing_page(made: str, kept: str) -> str:
+    return "" if made == kept else f"does not follow; {_REPORT}"
+
+def _differing_summary(made: dict, kept: str) -> str:
+    return "" if made == json.loads(kept) else "does not follow from organs.csv"
+
+def _difference(path, compare) -> str:
+    "Return what `compare` says of a kept text, or why it cannot be read; empty if it follows"
+    try: return compare(path.read_text(encoding="utf-8"))
+    except FileNotFoundError: return f"is not there; {_REPORT}"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"cannot be read ({str(error).splitlines()[0][:80]}); {_REPORT}"
+
 def verify_study(
     folder, # reports/studies/<name>
 ) -> dict[str, str]: # file -> what does not follow from the records; empty where all does
@@ -114,23 +131,21 @@ def verify_study(
     tables = study_tables(params, results, manifests=Path(folder, "data"),
                           ensembles=Path(folder, "ensembles"), choices=Path(folder, "choices"))
     outcome = {}
+    for line in results.problems:  # a training that cannot be read is in no table
+        path, _, problem = line.partition(": ")
+        outcome[os.path.relpath(path, folder)] = problem
     for name, table in tables.items():
         path = Path(folder, f"{name}.csv")
         if table.empty and not path.exists(): continue
-        kept = path.read_text(encoding="utf-8") if path.exists() else ""
-        if table.empty: problem = "the records give no such table; levit-study report removes it"
-        elif kept: problem = _differing_cells(table.to_csv(**CSV), kept)
-        else: problem = "is not there; levit-study report makes it"
-        outcome[path.name] = problem
-    path = Path(folder, "table1.md")
-    same = path.exists() and path.read_text(encoding="utf-8") == table1_page(params, tables)
-    outcome["table1.md"] = "" if same else "does not follow; levit-study report makes it"
-    path = Path(folder, "summary.json")
-    same = path.exists() and json.loads(path.read_text()) == headline(tables["organs"])
-    outcome["summary.json"] = "" if same else "does not follow from organs.csv"
-    path = Path(folder, "answer.md")
-    same = path.exists() and path.read_text(encoding="utf-8") == answer(params, tables)
-    outcome["answer.md"] = "" if same else "does not follow; levit-study report makes it"
+        none = "the records give no such table; levit-study report removes it"
+        compare = partial(_differing_cells, table.to_csv(**CSV))
+        outcome[path.name] = none if table.empty else _difference(path, compare)
+    checks = {
+        "table1.md": partial(_differing_page, table1_page(params, tables)),
+        "summary.json": partial(_differing_summary, headline(tables["organs"])),
+        "answer.md": partial(_differing_page, answer(params, tables)),
+    }
+    outcome |= {name: _difference(Path(folder, name), check) for name, check in checks.items()}
     faults = damaged_manifests(Path(folder, "data"), params.study.datasets)
     return outcome | {str(file.relative_to(folder)): fault for file, fault in faults.items()}
 

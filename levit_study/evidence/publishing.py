@@ -7,6 +7,7 @@ __all__ = ['RECORDS', 'publish_records']
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #9611720e
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -99,19 +100,27 @@ def publish_records(
     _check_place(folder, name, params)
     _check_same(params, others)
     places = _runs_by_project(params, [root, *others])
-    partial = folder.with_name(f".{name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for tail, place in places.items(): _copy_run(place / tail, partial / "runs" / tail)
-    _copy_beside(params, [root, *others], partial)
+    partial = folder.with_name(f".{os.getpid()}.{name}")
+    try:
+        for tail, place in places.items(): _copy_run(place / tail, partial / "runs" / tail)
+        collect(params, runs=partial / "runs")  # of several copies, they fit together
+        _copy_beside(params, [root, *others], partial)
+        _put_in_place(partial, folder, root / "params.yaml")
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror or error})"
+        remedy = "check the folder's rights and the free space"
+        raise StudyError(f"{error.filename or folder}: {problem}; {remedy}") from None
+    finally: shutil.rmtree(partial, ignore_errors=True)
+    return folder, _remarks(folder)
+
+def _put_in_place(partial, folder, plan):
+    "Make a study's folder of copied records and its settings"
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "params.yaml").exists():
-        shutil.copyfile(root / "params.yaml", folder / "params.yaml")
+    if not (folder / "params.yaml").exists(): shutil.copyfile(plan, folder / "params.yaml")
     for part in ("choices", "data", "ensembles", "runs"):  # the runs last: they make a study of it
         if not (partial / part).exists(): continue
         shutil.rmtree(folder / part, ignore_errors=True)  # data of a publication cut short
         (partial / part).rename(folder / part)
-    partial.rmdir()
-    return folder, _remarks(folder)
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #42d82876
 def _copy_first(projects, partial, place, inside=""):

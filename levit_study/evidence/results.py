@@ -149,6 +149,13 @@ def _read_run(folder: Path) -> dict:
         files["metrics.json"] = summary(files["epochs.csv"].to_dict("records")) | record
     return files
 
+def _lacking(cases: pd.DataFrame, structures) -> str:
+    "Which structure a case has no row of, in words; empty where each has all"
+    for case, there in cases.groupby("case", sort=False).structure.agg(set).items():
+        if absent := [name for name in structures if name not in there]:
+            return f"{case} has no row of {absent[0]}"
+    return ""
+
 # %% ../../nbs/50_evidence.results.ipynb #be5d824d
 @dataclass
 class Results:
@@ -188,6 +195,24 @@ def _with_defaults(record: dict) -> dict:
     except ValidationError: return record
 
 # %% ../../nbs/50_evidence.results.ipynb #f68bb002
+def _reference(rows: pd.DataFrame) -> dict:
+    "Return {(split, case, structure): voxels of the reference} of one training's cases"
+    return rows.set_index(["split", "case", "structure"]).voxels.to_dict()
+
+def _check_reference(cases: pd.DataFrame):
+    "`StudyError` unless a fold's trainings were judged on the same cases by the same label maps"
+    for (dataset, fold), part in cases.groupby(["dataset", "fold"], sort=False):
+        first, *others = part.groupby(["loss", "seed"], sort=False)
+        expected = _reference(first[1])
+        for key, rows in others:
+            voxels = _reference(rows)
+            if voxels == expected: continue
+            odd = next(row for row in expected | voxels if expected.get(row) != voxels.get(row))
+            had = " and ".join(f"{each.get(odd, 'no')} voxels" for each in (expected, voxels))
+            runs = " and ".join(str(run_tail(dataset, *each)) for each in (first[0], key))
+            where = f"{runs} (fold {fold}) were judged by different label maps"
+            raise StudyError(f"{where}: {odd[1]}, {odd[2]}: {had}; dvc repro evaluates them again")
+
 def collect(
     params: Params,
     root=".",
@@ -199,13 +224,19 @@ def collect(
     tables, problems = {name: [] for name in COLUMNS}, []
     for run in runs_of(params):
         folder = runs / run_tail(run.dataset, run.loss, run.seed, run.fold)
-        try: files = _read_run(folder)
+        try:
+            files = _read_run(folder)
+            if fault := _lacking(files["cases.csv"], run.data.structures):
+                again = "run dvc repro to make it again"
+                raise StudyError(f"{folder / 'cases.csv'}: {fault}; {again}")
         except StudyError as error:
             problems.append(str(error))
             continue
         metrics = files["metrics.json"]
         used = _with_defaults(metrics.get("parameters", {}))
-        _check_record(used, run.record(), folder / "metrics.json")
+        record = next(path for name in ("metrics.json", "run.json")
+                      if (path := folder / name).exists())
+        _check_record(used, run.record(), record)
         nested = (dict, list)
         plain = {key: value for key, value in metrics.items() if not isinstance(value, nested)}
         files["metrics.json"] = pd.DataFrame([plain])
@@ -217,6 +248,7 @@ def collect(
     tables["reliability.csv"] = tables["reliability.csv"] or [pd.DataFrame(columns=names)]
     joined = [pd.concat(tables[name], ignore_index=True) for name in COLUMNS]
     results = Results(*joined, problems, params.study.fold_numbers != [None])
+    _check_reference(results.cases)
     return results if published else _with_elsewhere(results, params, root)
 
 # %% ../../nbs/50_evidence.results.ipynb #03dfbaf9
