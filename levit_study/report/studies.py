@@ -176,8 +176,8 @@ def _figure(study, stem):
     shown = next((each for each in words if each["file"].stem == stem), None)
     if shown is None or not shown["file"].exists(): return ""
     content = base64.b64encode(shown["file"].read_bytes()).decode()
-    alt, title, made = (escape(shown.get(each, "")) for each in ("alt", "title", "source"))
-    caption = f"{title}. Made by {made}." if made else f"{title}."
+    alt, caption, made = (escape(shown.get(each, "")) for each in ("alt", "caption", "source"))
+    if made: caption = f"{caption} Made by {made}."
     picture = f'<img alt="{alt}" src="data:image/png;base64,{content}">'
     return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
@@ -197,7 +197,7 @@ def front_html(
     if not real: return ""
     first, others = real[0], real[1:]
     more = f'<p><a href="{place}{first.page}.html">Its tables, figures and records</a></p>'
-    parts = ['<div class="real"><h2>On real scans</h2>', _html(first.answer()),
+    parts = ['<div class="real"><h2 id="on-real-scans">On real scans</h2>', _html(first.answer()),
              _html(_caveat(first)), more,
              _figure(first, "fig2"), _effects(others, place)]
     if others:
