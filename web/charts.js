@@ -38,7 +38,7 @@ class Chart {
     this.frame.setAttribute("aria-label", `${chart.title}. Arrow keys go from point to point, Enter opens the case.`);
     this.spoken = paragraph("spoken", "");
     this.spoken.setAttribute("role", "status");
-    place.append(Object.assign(document.createElement("h4"), {textContent: chart.title}), this.frame, this.spoken);
+    place.append(Object.assign(document.createElement("h4"), {textContent: chart.title}), paragraph("note", chart.note || ""), this.frame, this.spoken);
     this.frame.addEventListener("keydown", event => this.key(event));
   }
 

@@ -47,13 +47,13 @@ def dice_against_size(
     quartiles = Line2D([], [], label="median and quartiles", **QUARTILES)
     smallest = Patch(color=_SMALLEST, label="smallest third")
     legend_below(figure, [*loss_handles(losses, about), quartiles, smallest])
-    body = ("Points: one structure of one case, mean over trainings; marks: medians of bins with"
-            " equally many points; vertical lines: from the lower to the upper quartile. Shaded:"
+    body = ("Points: one structure of one case, mean over trainings; structures absent from the"
+            " reference have no size and are left out. In the picture, marks: medians of bins with"
+            " equally many points; vertical lines: from the lower to the upper quartile; shaded:"
             " the third of all structures of all cases with the fewest voxels, by which claims C8"
             " and C13 are judged; slope: least squares of Dice on the logarithm of size, per"
-            " doubling, all structures pooled. Below: median size per structure and the range of"
-            " the middle 90 %. Structures absent from the reference have no size and are left"
-            " out.")
+            " doubling, all structures pooled; lower panel: median size per structure and the"
+            " range of the middle 90 %.")
     title, alt = "Dice against the size of the structure", _thirds_in_words(means, about)
     return finished(figure, title, body, f"Scatter plot. {alt}", cases, about)
 
@@ -146,7 +146,7 @@ def sensitivity_specificity(
         for ax, structure in _panel_grid(part, structures[dataset], 4):
             _draw_balance(ax, quartiles, structure, losses, about)
         shares = quartiles["false_alarm"]
-        log_axis(ax, shares.min(axis=None), shares.max(axis=None))
+        log_axis(ax, shares.min(axis=None), shares.max(axis=None), narrow=True)
         _label_outside(part, "1 − specificity (share, log)", "Sensitivity (0 to 1)")
     quartiles = Line2D([], [], label="median and quartiles", **QUARTILES)
     legend_below(figure, [*loss_handles(losses, about, ls="none"), quartiles])

@@ -45,17 +45,18 @@ def _loss_marks(losses, about): # -> encoding of colour and shape
 # %% ../../nbs/62g_report.charts.ipynb #a8c5d316
 _POINT = {"type": "point", "filled": True, "size": 45, "opacity": .6, "cursor": "pointer"}
 _CHOSEN = {"name": "chosen", "select": {"type": "point", "fields": ["loss"]}, "bind": "legend"}
+_ROOM = {"padding": 10}  # pixels between the outermost marks and the frame
 _OF_CHOSEN = [{"filter": {"param": "chosen"}}]
 
 def _axis(field, title, **rest): # -> a quantitative axis
     return {"field": field, "type": "quantitative", "title": title} | rest
 
 # %% ../../nbs/62g_report.charts.ipynb #5c245507
-def _chart(title, dataset, layers, **rest): # -> what web/charts.js draws
-    "A chart as wide as its place, of several layers"
+def _chart(title, dataset, layers, note, **rest): # note: what the caption's picture lacks
+    "What web/charts.js draws: a chart as wide as its place, of several layers"
     spec = {"description": title, "width": "container", "layer": layers,
             "autosize": {"type": "fit", "contains": "padding"}} | rest
-    return {"title": title, "dataset": dataset, "spec": spec}
+    return {"title": title, "dataset": dataset, "note": note, "spec": spec}
 
 # %% ../../nbs/62g_report.charts.ipynb #77d7b428
 def _tooltip(*fields): # (name, title) or (name, title, format)
@@ -83,7 +84,7 @@ def size_charts(
 # %% ../../nbs/62g_report.charts.ipynb #814d683f
 def _size_chart(dataset, points, about):
     "One data set's chart of Dice against size"
-    x = _axis("size", SIZE, scale={"type": "log", "nice": False, "padding": 10})
+    x = _axis("size", SIZE, scale=_ROOM | {"type": "log", "nice": False})
     y = _axis("dice", "Dice (0 to 1)", scale={"domain": [-.03, 1.03]})
     y["axis"] = {"values": [0, .2, .4, .6, .8, 1]}
     shown = _tooltip(("case", "case"), ("structure", "structure"), ("loss", "loss"),
@@ -98,7 +99,8 @@ def _size_chart(dataset, points, about):
             "encoding": {"x": x, "y": y, "color": marks["color"]}}
     title = f"Dice against size, {about.dataset(dataset)}"
     data = {"values": _records(points, about)}
-    return _chart(title, dataset, [point, line], data=data, height=300)
+    note = "Lines: least squares of Dice on the logarithm of size, all structures pooled."
+    return _chart(title, dataset, [point, line], note, data=data, height=300)
 
 # %% ../../nbs/62g_report.charts.ipynb #a68e73f9
 def _case_differences(cases, losses): # of one data set -> case, structure, loss, value
@@ -147,7 +149,8 @@ def _forest_chart(dataset, rows, points, about):
     x = _axis("value", f"Difference in Dice against {about.name(BASELINE)}")
     x["axis"], marks = {"tickCount": 7, "format": "+.2~f"}, _loss_marks(losses, about)
     reach = [rows["low"].min(), points["value"].min(), rows["high"].max(), points["value"].max()]
-    x["scale"] = {"domain": [float(np.nanmin(reach)), float(np.nanmax(reach))], "nice": True}
+    domain = [float(np.nanmin(reach)), float(np.nanmax(reach))]
+    x["scale"] = _ROOM | {"domain": domain, "nice": True}
     places = {"y": {"field": "structure", "type": "nominal", "sort": names, "title": None},
               "yOffset": {"field": "loss", "sort": marks["color"]["scale"]["domain"]},
               "color": marks["color"]}
@@ -169,7 +172,8 @@ def _forest_chart(dataset, rows, points, about):
           for test, fill in (("datum.clear", {"filled": True}),
                              ("!datum.clear", {"filled": False, "fill": "page"})))]
     title = f"Differences in Dice, {about.dataset(dataset)}"
-    return _chart(title, dataset, layers, height=len(names)*(14*len(losses) + 8) + 80)
+    note = "Small dots: single cases, mean over trainings."
+    return _chart(title, dataset, layers, note, height=len(names)*(14*len(losses) + 8) + 80)
 
 # %% ../../nbs/62g_report.charts.ipynb #ee1aef2c
 def agreement_charts(
@@ -199,7 +203,8 @@ def _agreement_chart(dataset, measure, rows, about):
     differs = "percentage points" if unit == "%" else unit
     limits = [(loss, *limits_of(part)) for loss, part in rows.groupby("loss", sort=False)]
     limits = pd.DataFrame(limits, columns=["loss", "bias", "low", "high"])
-    x, y = _axis("middle", f"Mean of both ({unit})", scale={"zero": False}), f"Error ({differs})"
+    x, y = _axis("middle", f"Mean of both ({unit})"), f"Error ({differs})"
+    x["scale"] = _ROOM | {"zero": False}
     marks = _loss_marks(losses, about)
     shown = _tooltip(("case", "patient"), ("loss", "loss"), ("seed", "seed"),
                      ("error", y.lower(), "+.1f"), ("middle", x["title"].lower(), ".1f"))
@@ -209,14 +214,15 @@ def _agreement_chart(dataset, measure, rows, about):
     dash = {"low": [4, 3], "bias": [], "high": [4, 3]}
     common = {"color": marks["color"], "tooltip": words}
     layers = [lines | {"mark": {"type": "rule", "size": 1.5, "strokeDash": dash[field]},
-                       "encoding": {"y": _axis(field, y), **common}} for field in dash]
+                       "encoding": {"y": _axis(field, y, scale=_ROOM), **common}} for field in dash]
     point = {"params": [_CHOSEN], "transform": _OF_CHOSEN,
              "data": {"values": _agreement_points(rows, about, differs)},
              "mark": _POINT,
-             "encoding": {"x": x, "y": _axis("error", y), **marks, "tooltip": shown,
+             "encoding": {"x": x, "y": _axis("error", y, scale=_ROOM), **marks, "tooltip": shown,
                           "description": {"field": "words"}}}
     title = f"Agreement: {measure}, {about.dataset(dataset)}"
-    return _chart(title, dataset, [*layers, point], height=260)
+    note = "Lines: bias; dashed: limits of agreement."
+    return _chart(title, dataset, [*layers, point], note, height=260)
 
 # %% ../../nbs/62g_report.charts.ipynb #a2d05679
 def charts_html(charts: list[dict]) -> str:

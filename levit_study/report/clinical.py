@@ -40,10 +40,11 @@ def bland_altman(
     return finished(figure, title, _AGREEMENT, alt, values, about)
 
 _AGREEMENT = (
-    "Points: one patient in one training, prediction less reference against their mean; line and"
-    " number: mean difference (bias); band and numbers in brackets: bias ± 1.96 standard deviations"
-    " (limits of agreement). Where case names do not give the phase, end-diastole and end-systole"
-    " are the frames with the larger and the smaller left ventricle in the reference.")
+    "Points: one patient in one training, prediction less reference against their mean; line: mean"
+    " difference (bias); limits of agreement, bias ± 1.96 standard deviations, are a band and"
+    " numbers in brackets in the picture, dashed lines in the chart. Where case names do not give"
+    " the phase, end-diastole and end-systole are the frames with the larger and the smaller left"
+    " ventricle in the reference.")
 
 # %% ../../nbs/62c_report.clinical.ipynb #d0e6df85
 def _measures_of(values): # -> dict data set: names of measures

@@ -156,13 +156,14 @@ def print_right(ax, texts):
         ax.text(1.02, row, text, transform=place, va="center", fontsize=6.5, color="#333333")
 
 # %% ../../nbs/60a_report.parts.ipynb #5ab6fbff
-def log_axis(ax, low, high):
+def log_axis(ax, low, high, narrow=False): # narrow: a panel with room for few labels
     "Make the x axis logarithmic from `low` to `high`, at least a factor of ten"
     if not (np.isfinite([low, high]).all() and 0 < low <= high):
         low, high = .1, 10
     middle, half = np.sqrt(low*high), max(np.sqrt(high/low)*1.15, np.sqrt(10))
     plain = low > 9e-5 and high < 1e6
     steps = (1, 2, 5) if half < 12 else (1,)
+    if narrow: steps = (1, 3) if half < 5 else (1,)
     ax.set(xscale="log", xlim=(middle/half, middle*half))
     ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=steps, numticks=7))
     ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
