@@ -108,5 +108,5 @@ def test_what_is_no_published_study_is_said(tmp_path, capsys):
 def test_the_best_recipe_is_the_one_that_was_run(root):
     """acdc_best of params.yaml, as shipped, says what the published training of it recorded."""
     shipped = pick_run(load_params(root / "tests/params.yaml"), "acdc_best", "baseline", 0)
-    record = root / "reports/studies/acdc_model_unet/runs/acdc_best/baseline/seed0/metrics.json"
+    record = root / "reports/studies/acdc_model_unet/runs/acdc_best/baseline/seed0/run.json"
     assert shipped.record() == Run.model_validate(json.loads(record.read_text())["parameters"]).record()
