@@ -56,8 +56,29 @@ def _front_page(params: Params, root, summary, place="") -> str: # HTML; place: 
     synthetic = all(params.datasets[name].synthetic for name in params.study.datasets)
     if not real: return summary
     title = "The demo, on synthetic scans" if synthetic else "This study"
-    here = f'<h2 class="part">{title}</h2>\n{summary}'
+    here = f'<h2 class="part" id="this-study">{title}</h2>\n{summary}'
     return "\n".join([real, here] if synthetic else [here, real])
+
+# %% ../../nbs/64_report.site.ipynb #b7c1d2e4
+_CONTENTS = """<nav class="contents" aria-label="Contents"><b>Contents</b><ul>
+{% for place, words in links %}
+<li><a href="{{ place }}">{{ words }}</a></li>
+{% endfor %}
+</ul></nav>"""
+
+def _headings(html) -> list[tuple[str, str]]: # place, words
+    "Return the headings of second rank that a link can reach"
+    from bs4 import BeautifulSoup
+    links = []
+    for heading in BeautifulSoup(html, "html.parser").select("h2:not(.answer h2)"):
+        place = heading.get("id") or (heading.parent.get("id") if heading.parent else None)
+        if place: links.append((f"#{place}", heading.get_text(" ", strip=True)))
+    return links
+
+def _contents(links) -> str: # HTML
+    "Return a list of contents; empty where one link would be alone"
+    return _JINJA.from_string(_CONTENTS).render(links=links) if len(links) > 1 else ""
+
 
 # %% ../../nbs/64_report.site.ipynb #a011444f
 def _address(pages, place): # e.g. report.html#a-heading, empty where there is none
@@ -222,10 +243,12 @@ def build_site(
     title, real = params.study.title, studies_pages(root)
     front = _front_page(params, root, summary)
     cards = reviewer_pages(params, root, [*real, *study, *project])
+    links = _headings(front)
+    if report := _address(study, "report"): links.append((report, "All its tables and figures"))
     mine = [page for page in cards if not page.above]
     real += [page for page in cards if page.above]
     pages = [*real, *study, *mine, *project]
-    pages = [_landing(title, front, pages), *pages]
+    pages = [_landing(title, f"{_contents(links)}\n{front}", pages), *pages]
     _write_sources(pages, source / "book", title, _assets(root))
     warnings = _run_book(source / "book", source)
     unneeded = shutil.ignore_patterns(".buildinfo", "objects.inv", "*webpack-macros.html")
@@ -260,6 +283,7 @@ def _inline(article, folder): # article: a BeautifulSoup element; changed in pla
         article.h1.decompose()  # the page has a title of its own
 
 # %% ../../nbs/64_report.site.ipynb #34522499
+_REPORT = "All tables and figures of this study"
 _SINGLE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title>
@@ -267,6 +291,7 @@ _SINGLE = """<!DOCTYPE html>
 <body class="single"><main><h1>{{ title }}</h1>
 <p class="more">One file, readable offline. Beside it in the project:
 <a href="{{ site }}">the whole site</a> with data, runs, how-to pages and code.</p>
+{{ contents|safe }}
 {{ summary|safe }}
 {{ body|safe }}
 </main>
@@ -290,15 +315,17 @@ def build_single_page(params: Params, root=".", site="reports/site", output="rep
         html = BeautifulSoup(report.read_text(encoding="utf-8"), "html.parser")
         article = html.select_one("article")
         _inline(article, report.parent)
-        body = article.decode_contents()
+        body = f'<h2 class="part" id="report">{_REPORT}</h2>\n{article.decode_contents()}'
         scripts = [_vega(root)] if _CHART in body else []
         scripts += _texts(_assets(root, (".js",)))
+    summary = _front_page(params, root, summary_html(params, root, report="")[0], "site/")
     page = _JINJA.from_string(_SINGLE).render(
         title=params.study.title,
+        contents=_contents(_headings(f"{summary}{body}")),
         style="\n".join(_texts(_assets(root, (".css",)))),
         scripts=scripts,
         site=Path(os.path.relpath(root / site / "index.html", (root / output).parent)).as_posix(),
-        summary=_front_page(params, root, summary_html(params, root, report="")[0], "site/"),
+        summary=summary,
         body=body)
     with written_whole(root / output) as p:
         p.write_text(page, encoding="utf-8")

@@ -75,16 +75,38 @@ def published_studies(root=".") -> list[PublishedStudy]:
     return sorted(studies, key=size)
 
 # %% ../../nbs/63c_report.studies.ipynb #79211ced
-def _scores(study): # Markdown
-    "Mean Dice of each loss, over the cases that judge; of several data sets each by its name"
+def _titles(study): # data set -> title, without the words that all of them begin with
+    "What the study calls its data sets"
+    titles = {name: study.params.datasets[name].title for name in study.params.study.datasets}
+    common, _, rest = next(iter(titles.values())).partition(", ")
+    alike = rest and len(titles) > 1 and all(t.startswith(f"{common}, ") for t in titles.values())
+    return {name: t.removeprefix(f"{common}, ") if alike else t for name, t in titles.items()}
+
+def _judging(study):
+    "The rows of organs.csv for the mean of structures, over the cases that judge"
     organs = study.table("organs")
-    judging = judging_splits(organs)
-    whole = organs[(organs.structure == ALL) & (organs.split == organs.dataset.map(judging))]
-    words = []
+    judged = organs.split == organs.dataset.map(judging_splits(organs))
+    return organs[(organs.structure == ALL) & judged]
+
+def _scores(study): # Markdown
+    "Mean Dice of each loss, over the cases that judge; of several data sets each by its title"
+    whole, titles, words = _judging(study), _titles(study), []
     for dataset, rows in whole.groupby("dataset", sort=False):
         scores = [f"{loss_name(row.loss)} {row.dice:.3f}" for row in rows.itertuples()]
-        words.append(f"{escaped(dataset)}: " * (len(judging) > 1) + ", ".join(scores))
+        words.append(f"{escaped(titles[dataset])}: " * (len(titles) > 1) + ", ".join(scores))
     return "; ".join(words)
+
+
+# %% ../../nbs/63c_report.studies.ipynb #a7c1d2e5
+_JUDGED = {"fold": "{} patients, held out in folds", "test": "{} test patients, held out",
+           "valid": "{} validation patients; the epoch was chosen on them, so optimistic"}
+
+def _judged_on(study):
+    "How many patients judge, and by which protocol"
+    groups = _judging(study)[["split", "patients"]].drop_duplicates()
+    return "; ".join(_JUDGED[row.split].format(f"{row.patients:.0f}")
+                     for row in groups.itertuples())
+
 
 # %% ../../nbs/63c_report.studies.ipynb #a9c3d269
 def _tested(study):
@@ -101,20 +123,32 @@ def _verdicts(study):
     return f"{', '.join(words)} of {len(claims)}"
 
 # %% ../../nbs/63c_report.studies.ipynb #25acd41b
+def _each(values): # -> '64', '24 and 48'
+    "Different values once each, in words"
+    *words, last = dict.fromkeys(map(str, values))
+    return f"{', '.join(words)} and {last}" if words else last
+
 def _setting(study):
-    "Network, pixels and epochs of the first data set"
-    first = study.params.datasets[study.params.study.datasets[0]]
-    network, training = network_name(first.model), first.training
-    rate = f"{training.learning_rate:g}"
+    "Networks, pixels, epochs and learning rates of all data sets"
+    datasets = [study.params.datasets[name] for name in study.params.study.datasets]
+    networks = _each(network_name(data.model) for data in datasets)
+    pixels, epochs = (_each(each) for each in ((data.data.size for data in datasets),
+                                               (data.training.epochs for data in datasets)))
+    rates = _each(f"{data.training.learning_rate:g}" for data in datasets)
     scans = "" if study.is_real else "synthetic scans, "
-    return f"{scans}{network}, {first.data.size} px, {training.epochs} epochs, learning rate {rate}"
+    return f"{scans}{networks}, {pixels} px, {epochs} epochs, learning rate {rates}"
+
 
 # %% ../../nbs/63c_report.studies.ipynb #66222989
+_COMPARABLE = ("Compare mean Dice within a row. Between rows patients, protocol, network and "
+               "pixels differ; a score of patients on whom the epoch was chosen is optimistic.")
+
 def _studies_table(studies, link="{}") -> str: # Markdown; link: how a page's path is written
-    "Return a table of studies: what was trained, how often, mean Dice, claims"
-    rows = [{"study": f"[{escaped(study.name)}]({link.format(study.page)})",
+    "Return a table of studies: what was trained, how often, mean Dice and on whom, claims"
+    rows = [{"study": f"[{escaped(study.params.study.title)}]({link.format(study.page)})",
+             "mean Dice": _scores(study), "judged on": _judged_on(study),
              "setting": _setting(study), "trainings per loss": study.trainings,
-             "mean Dice": _scores(study), "the paper's claims": _verdicts(study)}
+             "the paper's claims": _verdicts(study)}
             for study in studies]
     return to_markdown(pd.DataFrame(rows))
 
@@ -142,8 +176,8 @@ def _figure(study, stem):
     shown = next((each for each in words if each["file"].stem == stem), None)
     if shown is None or not shown["file"].exists(): return ""
     content = base64.b64encode(shown["file"].read_bytes()).decode()
-    alt, title, made = (escape(shown.get(each, "")) for each in ("alt", "title", "source"))
-    caption = f"{title}. Made by {made}." if made else f"{title}."
+    alt, caption, made = (escape(shown.get(each, "")) for each in ("alt", "caption", "source"))
+    if made: caption = f"{caption} Made by {made}."
     picture = f'<img alt="{alt}" src="data:image/png;base64,{content}">'
     return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
@@ -151,8 +185,8 @@ def _figure(study, stem):
 def _effects(studies, place):
     "What the answers of studies say about effects across several losses, each with its study"
     parts = [(study, effects_of(study.answer()).strip()) for study in studies]
-    return "\n".join(_html(f"{part} ([{escaped(study.name)}]({place}{study.page}.html))")
-                     for study, part in parts if part)
+    link = lambda study: f"[{escaped(study.params.study.title)}]({place}{study.page}.html)"
+    return "\n".join(_html(f"{part} ({link(study)})") for study, part in parts if part)
 
 def front_html(
     studies: list[PublishedStudy],
@@ -163,11 +197,11 @@ def front_html(
     if not real: return ""
     first, others = real[0], real[1:]
     more = f'<p><a href="{place}{first.page}.html">Its tables, figures and records</a></p>'
-    parts = ['<div class="real"><h2>On real scans</h2>', _html(first.answer()),
+    parts = ['<div class="real"><h2 id="on-real-scans">On real scans</h2>', _html(first.answer()),
              _html(_caveat(first)), more,
              _figure(first, "fig2"), _effects(others, place)]
     if others:
-        parts += ["<h3>Other studies of real scans</h3>",
+        parts += ["<h3>Other studies of real scans</h3>", f"<p>{_COMPARABLE}</p>",
                   _html(_studies_table(others, place + "{}.html"))]
     return "\n".join([*parts, "</div>"])
 
@@ -198,11 +232,13 @@ def _study_page(study) -> Page:
     "One published study as a page: answer, claims, figures, records"
     from nbformat.v4 import new_markdown_cell
     tested = _tested(study)
-    text = [f"# {escaped(study.name)}: {escaped(study.params.study.title)}", f"{_setting(study)}.",
+    about = f"{_setting(study)}. Judged on {_judged_on(study)}."
+    text = [f"# {escaped(study.name)}: {escaped(study.params.study.title)}", about,
             study.answer(), _caveat(study)]
     cells = [new_markdown_cell("\n\n".join(text))]
     if len(tested):
-        several = ["dataset"] * (len(study.params.study.datasets) > 1)
+        tested = tested.assign(**{"data set": tested.dataset.map(_titles(study))})
+        several = ["data set"] * (len(study.params.study.datasets) > 1)
         tested = tested[[*several, "claim", "statement", "standing", "interval"]]
         cells.append(new_markdown_cell(f"## The paper's claims\n\n{to_markdown(tested)}"))
     cells += [new_markdown_cell("## Figures"), *_shown_figures(study),
@@ -218,7 +254,7 @@ def studies_pages(root=".") -> list[Page]:
     if not studies: return []
     text = ("# Published studies\n\nEach was run on the scans named and is published with its"
             " records, from which every number here follows. The images themselves are not.\n\n"
-            + _studies_table(studies, "/{}"))
+            f"{_COMPARABLE}\n\n" + _studies_table(studies, "/{}"))
     pages = [Page("studies/index", "Published studies", text, "Published studies")]
     pages += [_study_page(study) for study in studies]
     log = Path(root, "reports", "studies", "log.md")
