@@ -52,8 +52,9 @@ def _add_predict(commands):
     add("--uncertainty", action="store_true", help="also write a volume of the entropy, 0 to 1")
     add("--volumes", help="CSV to write: volume of each structure per scan, in ml")
     existing = command.add_mutually_exclusive_group()
+    kept = "keep label maps that these weights made with these options; others are problems"
     existing.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    existing.add_argument("--keep", action="store_true", help="skip scans whose label map exists")
+    existing.add_argument("--keep", action="store_true", help=kept)
     add("--assume-axes", action="store_true", help="use NIfTI's default axes if a header has none")
     _add_device(command)
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
@@ -327,7 +328,7 @@ class _Group:
         self.lines, self.commands = [f"{heading}:"], commands
 
     def add_parser(self, name, help, **settings):
-        self.lines.append(f"  {name:<14}{help}")
+        self.lines.append(f"  {name:<18} {help}")
         return self.commands.add_parser(name, **{"description": help} | settings)
 
 _GROUPS = {
