@@ -301,7 +301,7 @@ def _notebook(a):
 def _add_code(commands):
     about = "check params.yaml, and write out what decides the stages' numbers"
     command = commands.add_parser("code", help=about)
-    command.add_argument("output", help="folder to write into")
+    command.add_argument("output", nargs="?", help="folder to write into; left out: check alone")
     command.set_defaults(run=_code)
 
 def _code(a):
@@ -309,7 +309,7 @@ def _code(a):
     from levit_study.pipeline import check_folders, write_code
     enter_project()
     check_folders(load_params())
-    write_code(a.output)
+    if a.output: write_code(a.output)
 
 def _add_plots_page(commands):
     about = "write the page that dvc plots fills in, with all it needs to draw"
