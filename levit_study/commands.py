@@ -53,7 +53,7 @@ def _add_predict(commands):
     add("--volumes", help="CSV to write: volume of each structure per scan, in ml")
     existing = command.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    made = "keep label maps that these weights made with the same options"
+    made = "keep label maps that these weights made with these options; others are problems"
     existing.add_argument("--keep", action="store_true", help=made)
     add("--assume-axes", action="store_true", help="use NIfTI's default axes if a header has none")
     _add_device(command)
@@ -302,7 +302,7 @@ def _notebook(a):
 def _add_code(commands):
     about = "check params.yaml, and write out what decides the stages' numbers"
     command = commands.add_parser("code", help=about)
-    command.add_argument("output", help="folder to write into")
+    command.add_argument("output", nargs="?", help="folder to write into; left out: check alone")
     command.set_defaults(run=_code)
 
 def _code(a):
@@ -310,7 +310,7 @@ def _code(a):
     from levit_study.pipeline import check_folders, write_code
     enter_project()
     check_folders(load_params())
-    write_code(a.output)
+    if a.output: write_code(a.output)
 
 def _add_plots_page(commands):
     about = "write the page that dvc plots fills in, with all it needs to draw"
