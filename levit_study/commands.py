@@ -53,7 +53,8 @@ def _add_predict(commands):
     add("--volumes", help="CSV to write: volume of each structure per scan, in ml")
     existing = command.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    existing.add_argument("--keep", action="store_true", help="skip scans whose label map exists")
+    made = "keep label maps that these weights made with these options; others are problems"
+    existing.add_argument("--keep", action="store_true", help=made)
     add("--assume-axes", action="store_true", help="use NIfTI's default axes if a header has none")
     _add_device(command)
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
@@ -104,7 +105,8 @@ def _add_score(commands):
     numbering = "numbering of the %s: btcv13 and others by name, or VALUE=NAME …"
     add("--label-map", nargs="+", help=numbering % "predictions")
     add("--reference-label-map", nargs="+", help=numbering % "references")
-    add("--tolerance", type=float, help="tolerance of the surface Dice, mm (2)")
+    of_params = ", with --dataset that of params.yaml"
+    add("--tolerance", type=float, help=f"of the surface Dice, mm; default: 2{of_params}")
     add("--output", help="CSV to write, with the columns of cases.csv")
     add("--as", dest="name", help="name under which the report shows the scores; needs --dataset")
     command.set_defaults(run=_score)
@@ -234,8 +236,8 @@ def _add_plan(commands):
     add("--difference", type=float, help="Dice difference: its power, and designs that decide it")
     add("--patient-sd", type=float, help="SD of the paired difference in Dice between patients")
     add("--seed-sd", type=float, help="SD of a loss's mean Dice between trainings")
-    add("--alpha", type=float, default=.05, help="level of all comparisons together")
-    add("--power", type=float, default=.8)
+    add("--alpha", type=float, default=.05, help="level of all comparisons together (0.05)")
+    add("--power", type=float, default=.8, help="chance to decide a true difference (0.8)")
     add("--seconds", type=float, help=f"seconds per epoch{recorded}")
     add("--epochs", type=int, help=f"epochs per training{recorded}")
     command.set_defaults(run=_plan)
@@ -300,7 +302,7 @@ def _notebook(a):
 def _add_code(commands):
     about = "check params.yaml, and write out what decides the stages' numbers"
     command = commands.add_parser("code", help=about)
-    command.add_argument("output", help="folder to write into")
+    command.add_argument("output", nargs="?", help="folder to write into; left out: check alone")
     command.set_defaults(run=_code)
 
 def _code(a):
@@ -308,7 +310,7 @@ def _code(a):
     from levit_study.pipeline import check_folders, write_code
     enter_project()
     check_folders(load_params())
-    write_code(a.output)
+    if a.output: write_code(a.output)
 
 def _add_plots_page(commands):
     about = "write the page that dvc plots fills in, with all it needs to draw"
@@ -327,7 +329,7 @@ class _Group:
         self.lines, self.commands = [f"{heading}:"], commands
 
     def add_parser(self, name, help, **settings):
-        self.lines.append(f"  {name:<14}{help}")
+        self.lines.append(f"  {name:<20}{help}")
         return self.commands.add_parser(name, **{"description": help} | settings)
 
 _GROUPS = {

@@ -39,3 +39,16 @@ def test_stage_notebook_takes_parameters(root, stage):
     cells = json.loads((root / "nbs" / "study" / f"{stage}.ipynb").read_text())["cells"]
     assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1
     assert not any(c.get("outputs") for c in cells), "the notebooks of the pipeline are committed without outputs"
+
+
+def test_an_experiment_keeps_the_comments_of_params_yaml(root, tmp_path):
+    """`dvc exp run -S` writes params.yaml anew; comments inside its lists would be lost."""
+    from dvc.utils.hydra import apply_overrides
+    path = tmp_path / "params.yaml"
+    text = (root / "tests/params.yaml").read_text()
+    path.write_text(text)
+    apply_overrides(path, ["losses.focal.gamma=3"])
+    said = [line.split("#", 1)[1].strip() for line in text.splitlines() if "#" in line]
+    kept = path.read_text()
+    assert "gamma: 3 " in kept and len(said) > 100
+    assert [comment for comment in said if comment not in kept] == []

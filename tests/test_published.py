@@ -10,8 +10,9 @@ from levit_study.commands import main
 from levit_study.evidence.imbalance import training_shares
 from levit_study.evidence.published import verify_study
 from levit_study.evidence.results import judging_splits
+from levit_study.params import Run, load_params, pick_run
 
-STUDIES = ["acdc_100_small", "acdc_100_two_by_two", "acdc_128", "acdc_128_controls", "acdc_128_rate", "acdc_224", "acdc_best", "acdc_model", "acdc_networks", "acdc_networks_128", "acdc_recipe", "acdc_recipe_seeds", "acdc_transfer", "phantom_imbalance"]
+STUDIES = ["acdc_100_small", "acdc_100_two_by_two", "acdc_128", "acdc_128_controls", "acdc_128_rate", "acdc_224", "acdc_best", "acdc_model", "acdc_model_unet", "acdc_networks", "acdc_networks_128", "acdc_recipe", "acdc_recipe_seeds", "acdc_transfer", "phantom_imbalance"]
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +103,10 @@ def test_a_case_without_voxels_has_no_share(tmp_path):
 def test_what_is_no_published_study_is_said(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 1
     assert f"{tmp_path}: has no params.yaml; a published study has params.yaml and runs/" in capsys.readouterr().err
+
+
+def test_the_best_recipe_is_the_one_that_was_run(root):
+    """acdc_best of params.yaml, as shipped, says what the published training of it recorded."""
+    shipped = pick_run(load_params(root / "tests/params.yaml"), "acdc_best", "baseline", 0)
+    record = root / "reports/studies/acdc_model_unet/runs/acdc_best/baseline/seed0/run.json"
+    assert shipped.record() == Run.model_validate(json.loads(record.read_text())["parameters"]).record()

@@ -315,6 +315,18 @@ def _say_channels(files, names):
              for name, (path, place) in zip(names or (), files[0].channels, strict=False)]
     if taken: print("predict:", "; ".join(taken), file=sys.stderr)
 
+# %% ../../nbs/43_evaluation.predict.ipynb #fd822235
+def _say_notes(files: ScanFiles):
+    "Say what is odd about a scan: its volumes may rest on it"
+    from tqdm import tqdm
+    for note in json.loads(files.side.read_text(encoding="utf-8")).get("notes") or []:
+        tqdm.write(f"{files.scan.name}: {note}", file=sys.stderr)
+
+def _say_pictures(written: list[ScanFiles]):
+    "Say where the pictures are"
+    first, more = written[0].picture, len(written) - 1
+    print(f"contours: {first}{f' and {more} more beside it' if more else ''}", file=sys.stderr)
+
 # %% ../../nbs/43_evaluation.predict.ipynb #9b046655
 def predict(
     scans: Scans,
@@ -341,14 +353,16 @@ def predict(
         try:
             volumes = _one_scan(network, data, each, scans, outputs, progress and single)
             rows.append({"scan": each.scan.name, **volumes})
-            written.append(each.labels)
+            written.append(each)
+            if progress: _say_notes(each)
         except Exception as problem:
             problems.append((_one_line(each.scan, problem), problem))
     if progress and single and rows:
         in_words = ", ".join(f"{name} {rows[0][name]:.1f} ml" for name in data.structures)
         print(f"{in_words} (also in {files[0].side})", file=sys.stderr)
+    if progress and outputs.overlay is not None and written: _say_pictures(written)
     _finish(outputs, rows, data.structures, problems, len(files))
-    return written
+    return [each.labels for each in written]
 
 # %% ../../nbs/43_evaluation.predict.ipynb #44838d41
 def _finish(outputs: Outputs, rows, structures, problems, count):

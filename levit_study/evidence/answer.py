@@ -170,7 +170,7 @@ def _table(organs: pd.DataFrame, losses, tolerance, confidence) -> str: # of one
         part = "" if numbers[loss] == most else f" ({numbers[loss]:.0f} of {most:.0f} trainings)"
         cells = [loss_name(loss) + part, *(f"{rows.dice[name]:.3f}" for name in few),
                  f"{whole.dice:.3f} {_limits(whole)}",
-                 f"{whole.nsd:.3f}", f"{rows.missed.drop(ALL, errors='ignore').sum():.0f}"]
+                 f"{whole.nsd:.3f}", f"{whole.missed:,.0f} of {whole.present:,.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -47,7 +47,7 @@ def network_claims(
         pairs = tuple(tuple(f"{name} {loss}" for name in names) for loss in params.study.losses)
         alike = about[0].training == about[1].training
         reading = f"higher Dice than {names[1]} under each loss"
-        if not alike: reading += ", which was trained otherwise"
+        if not alike: reading += f"; {names[1]} was trained differently"
         claim = Claim(_C15, "dice", "patients", pairs, reading=reading)
         tables = (_as_losses(table, (ours, other), names) for table in (epochs, cases))
         assumed = pick_evaluation(params, ours).seed_sd

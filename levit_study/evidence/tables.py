@@ -74,11 +74,12 @@ def _limits(rows, confidence, resamples):
     return limits, {name: getattr(rests_on, name) for name in ("patients", "trainings")}
 
 def _misses(rows):
-    "Return the numbers of structures missed and invented, and of those that HD95 leaves out"
+    "Return how often a structure is there, missed and invented, and how many HD95 leaves out"
     there, predicted = rows.voxels > 0, rows.predicted_voxels > 0
     missed, invented = there & ~predicted, ~there & predicted
     left_out = (missed | invented) & rows.hd95.isna()
-    return {"missed": int(missed.sum()), "invented": int(invented.sum())}, int(left_out.sum())
+    counts = {"present": there, "missed": missed, "invented": invented}
+    return {name: int(which.sum()) for name, which in counts.items()}, int(left_out.sum())
 
 # %% ../../nbs/51a_evidence.tables.ipynb #289fba59
 def _structure_row(rows, confidence, resamples):

@@ -40,7 +40,7 @@ def judge(
 
 # %% ../../nbs/52a_evidence.verdicts.ipynb #bdd78b9e
 # the assumed spread of a measure, in that of mean Dice: pooled standard deviations of three
-# trainings of three losses on ACDC (reports/acdc/size128)
+# trainings of three losses on ACDC (reports/studies/acdc_128)
 _SPREAD = {"dice": 1, "small": 1.1, "imbalance": 1, "nsd": 1, "final_dice": 1.6,
            "final_jaccard": 1.8, "early_dice": 3, "early_jaccard": 2.8}
 _RESOLUTION = {"best_epoch": .5}  # epochs are whole; equal ones are no finding

@@ -170,6 +170,7 @@ def contact_sheet(
     slices, # dicts: dataset, case, slice, image, label (row, column), structures {name: value},
     # spacing (row, column) in mm or None
     about=About(), # what the caption must say
+    title="Contact sheet",
 ): # -> Picture
     "Show slices with the outlines of their structures, six in a row"
     if not slices:
@@ -189,7 +190,7 @@ def contact_sheet(
             " Row 0 is anterior, column 0 the patient's right.")
     cases = table["case"].nunique()
     alt = f"{len(slices)} slices of {cases} cases with contours of {', '.join(names)}."
-    return finished(figure, "Contact sheet", body, alt, table, about)
+    return finished(figure, title, body, alt, table, about)
 
 # %% ../../nbs/62a_report.data_figures.ipynb #11521055
 def _open_sheet(slices, columns): # -> figure, axes

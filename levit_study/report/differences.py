@@ -40,9 +40,9 @@ def forest(
         ax.set_xlabel(f"Difference in Dice against {about.name(BASELINE)} (right of 0: larger)")
     marks = pair_handles("interval excludes 0", "interval includes 0")
     legend_below(figure, [*loss_handles(losses, about, ls="none"), *marks])
-    body = ("Marks: mean paired difference; on the right: number of patients;"
+    body = ("Large marks: mean paired difference, filled where the interval excludes 0;"
             f" lines: {interval_name}, each by itself, not corrected for the number of"
-            " comparisons; filled: the interval excludes 0.")
+            " comparisons; n: patients.")
     title = f"Dice: paired differences against {about.name(BASELINE)}"
     alt = f"Forest plot. {_differences_in_words(table, about)}"
     return finished(figure, title, body, alt, table, about)

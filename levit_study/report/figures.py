@@ -109,6 +109,8 @@ def _run_handles(paper):
     return [*handles, Line2D([], [], label="the paper (Table 1)", **look)]
 
 # %% ../../nbs/61_report.figures.ipynb #063bed05
+_THIN = {"linewidth": .7}
+
 @study_style()
 def fig2(
     epochs, # dataset, loss, seed, epoch, train_loss, valid_loss, valid_dice; a row per epoch
@@ -122,11 +124,13 @@ def fig2(
     figure, parts = bands(epochs, heights, about, extra=18)
     for dataset, part in parts.items():
         _draw_course(part, epochs[epochs["dataset"] == dataset], losses, about)
-    grey = [Line2D([], [], color="#555555", label="training loss"),
-            Line2D([], [], color="#555555", ls=(0, (3, 1.5)), label="validation loss")]
+    grey = [Line2D([], [], color="#555555", label="training loss", **_THIN),
+            Line2D([], [], color="#555555", label="validation loss")]
     legend_below(figure, [*grey, *loss_handles(losses, about)])
-    body = ("Lines: mean over trainings; bands: smallest to largest. Each loss has its own scale."
-            " At the foot of the shared axis, one row per loss: the best epoch of the mean"
+    band = "; bands: smallest to largest training" if has_spread(epochs) else ""
+    body = (f"Lines: mean over trainings{band}. Upper panels: training loss thin, validation loss"
+            " thick, each loss on its own scale. Colour and line style are those of the loss in"
+            " all panels. At the foot of the shared axis, one row per loss: the best epoch of the mean"
             " validation Dice, and as dots the best epoch of each training."
             f"{_early_in_words(epochs)}")
     alt = f"Line charts. {_course_in_words(epochs, about)}"
@@ -150,9 +154,10 @@ def _draw_course(part, epochs, losses, about):
     for ax in axes[len(losses):]:
         ax.set_axis_off()
     for ax, loss in zip(axes, losses, strict=False):
-        of_loss, color = epochs[epochs["loss"] == loss], looks[loss]["color"]
-        _draw_curve(ax, of_loss, "train_loss", color=color)
-        _draw_curve(ax, of_loss, "valid_loss", color=color, ls=(0, (3, 1.5)))
+        of_loss = epochs[epochs["loss"] == loss]
+        line = {key: looks[loss][key] for key in ("color", "linestyle")}
+        _draw_curve(ax, of_loss, "train_loss", **line | _THIN)
+        _draw_curve(ax, of_loss, "valid_loss", **line)
         ax.set(title=wrapped(about.name(loss), 26), ylabel="Loss (own scale)")
     _draw_shared(below, epochs, losses, about)
     for ax in (*axes[:len(losses)], *below.axes):

@@ -33,6 +33,7 @@ def draw_overlay(
         shared | {"slice": int(k), "image": volume.image[k], "label": labels[k]}
         for k in _shown_slices(labels, slices)
     ]
-    sheet = contact_sheet(shown, about)
+    seen = f"predicted contours on {len(shown)} of {len(labels)} slices"
+    sheet = contact_sheet(shown, about, f"{volume.case}: {seen}, for research use only")
     with written_whole(path) as p:
         sheet.figure.savefig(p, dpi=150)

@@ -39,6 +39,11 @@ def show_slice(
     ax.set_facecolor("black")
     _frame(ax, view, spacing)
 
+# %% ../../nbs/61a_report.segmentations.ipynb #fa5fa563
+def _reach(mask):
+    "The pixels of the upright box around a mask: a ring's is larger than that of what it encloses"
+    return int(np.prod([np.ptp(places) + 1 for places in np.nonzero(mask)])) if mask.any() else 0
+
 # %% ../../nbs/61a_report.segmentations.ipynb #76ee83f7
 def draw_contours(
     ax,
@@ -47,13 +52,12 @@ def draw_contours(
     colors=None, # {name: colour}
     **look, # of matplotlib's contour
 ):
-    "Draw the outline of each structure that `labels` holds, the smallest on top"
+    "Draw the outline of each structure that `labels` holds, what lies within another on top"
     colors, look = colors or structure_colors(structures), {"linewidths": .9} | look
-    sizes = {name: (labels == value).sum() for name, value in structures.items()}
-    for name in sorted(structures, key=sizes.get, reverse=True):
-        if 0 < sizes[name] < labels.size:
-            inside = labels == structures[name]
-            ax.contour(inside, levels=[.5], colors=[colors[name]], **look)
+    inside = {name: labels == value for name, value in structures.items()}
+    for name in sorted(structures, key=lambda name: _reach(inside[name]), reverse=True):
+        if inside[name].any() and not inside[name].all():
+            ax.contour(inside[name], levels=[.5], colors=[colors[name]], **look)
 
 # %% ../../nbs/61a_report.segmentations.ipynb #2b34140f
 def _scale_bar(ax, view, spacing):

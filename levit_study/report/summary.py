@@ -80,12 +80,15 @@ _JINJA.filters["count"] = counted
 def _question(params: Params, about: About):
     "What the study compares"
     losses = [_bold(about.name(loss)) for loss in params.study.losses]
+    models = (params.datasets[name].model for name in params.study.datasets)
+    names = list(dict.fromkeys(map(network_name, models)))
+    networks, verb = _listed(names), "segments" if len(names) == 1 else "segment"
     if len(losses) == 1:
-        return Markup("How well does LeViT-UNet segment structures of very different size"
-                      " with the loss {}?").format(losses[0])
-    return Markup("Does the loss decide how well LeViT-UNet segments structures of very different"
-                  " size? Compared: {}. What a published comparison claims about them is put to"
-                  " the test.").format(_listed(losses))
+        return Markup("How well are structures of very different size segmented by {} with the"
+                      " loss {}?").format(networks, losses[0])
+    return Markup("Does the loss decide how well {} {} structures of very different size?"
+                  " Compared: {}. What a published comparison claims about them is put to"
+                  " the test.").format(networks, verb, _listed(losses))
 
 # %% ../../nbs/63a_report.summary.ipynb #68654f3c
 def _effort(params: Params, about: About):

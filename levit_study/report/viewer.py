@@ -40,8 +40,9 @@ def _reach(inside, whole, margin): # inside: which rows hold labels -> first, pa
     "From the first to the last row with labels, and a margin; all rows where there are few or none"
     places = np.flatnonzero(inside)
     if len(inside) <= whole or not len(places): return 0, len(inside)
-    extra = max(1, round(margin*(places[-1] - places[0] + 1)))
-    return max(0, places[0] - extra), min(len(inside), places[-1] + 1 + extra)
+    first, last = int(places[0]), int(places[-1])  # JSON has no word for numpy's numbers
+    extra = max(1, round(margin*(last - first + 1)))
+    return max(0, first - extra), min(len(inside), last + 1 + extra)
 
 # %% ../../nbs/61b_report.viewer.ipynb #fccdcbcf
 def _cut(labelled: np.ndarray) -> tuple[slice, ...]: # boolean (slices, rows, columns)
