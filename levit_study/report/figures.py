@@ -130,8 +130,8 @@ def fig2(
     band = "; bands: smallest to largest training" if has_spread(epochs) else ""
     body = (f"Lines: mean over trainings{band}. Upper panels: training loss thin, validation loss"
             " thick, each loss on its own scale. Colour and line style are those of the loss in"
-            " all panels. At the foot of the shared axis, one row per loss: the best epoch of the mean"
-            " validation Dice, and as dots the best epoch of each training."
+            " all panels. At the foot of the shared axis, one row per loss: the best epoch of the"
+            " mean validation Dice, and as dots the best epoch of each training."
             f"{_early_in_words(epochs)}")
     alt = f"Line charts. {_course_in_words(epochs, about)}"
     return finished(figure, "Training and validation over the epochs", body, alt, epochs, about)
