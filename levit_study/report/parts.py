@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUARTILES', 'wrapped', 'number', 'score', 'standing_in_words', 'counted', 'per_training', 'has_spread',
-           'means_in_words', 'row_height', 'bands', 'label_rows', 'shade_rows', 'print_right', 'log_axis',
-           'lines_with_bars', 'structures_of', 'loss_handles', 'pair_handles', 'legend_below', 'settle', 'finished']
+           'means_in_words', 'in_words', 'table_in_words', 'row_height', 'bands', 'label_rows', 'shade_rows',
+           'print_right', 'log_axis', 'lines_with_bars', 'structures_of', 'loss_handles', 'pair_handles',
+           'legend_below', 'settle', 'finished']
 
 # %% ../../nbs/60a_report.parts.ipynb #e25366d0
 import re
@@ -114,6 +115,41 @@ def means_in_words(runs, metrics, about):
     def of_dataset(dataset):
         return f"{about.dataset(dataset)}: {'; '.join(of_metric(dataset, m) for m in metrics)}."
     return " ".join(map(of_dataset, runs["dataset"].unique()))
+
+# %% ../../nbs/60a_report.parts.ipynb #d7c1d2e1
+_WORDS = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "HD95", "ece": "ECE", "gpu": "GPU",
+          "nsd": "surface Dice", "nll": "negative log-likelihood", "train": "training",
+          "valid": "validation", "dataset": "data set", "these": "these trainings,",
+          "any": "any training,", "holm": "(Holm)"}
+_COLUMNS = {"hd95_found": "HD95, found by all", "epochs_to_95": "epochs to 95 %", "n": "cases",
+            "signed": "signed error", "calibration_error": "ECE before",
+            "calibration_error_after": "ECE after", "nll": "negative log-likelihood before",
+            "limit_low": "lower limit of agreement", "limit_high": "upper limit of agreement"}
+
+def in_words(name: str, losses: dict) -> str: # losses: key -> name
+    "Return a column's or a metric's name as a table shows it"
+    if name in losses: return losses[name]
+    if name in _COLUMNS: return _COLUMNS[name]
+    first, _, rest = name.partition("_")
+    if first == "paper" and rest in losses: return f"the paper: {losses[rest]}"
+    if name.endswith("_sd"): return f"{in_words(name[:-3], losses)}, sd"
+    words = " ".join(_WORDS.get(word, word) for word in name.split("_"))
+    return re.sub(r"(?<!,) (low|high)$", r", \1", words)
+
+# %% ../../nbs/60a_report.parts.ipynb #d7c1d2e3
+def table_in_words(table, losses: dict, datasets: dict): # key -> name, key -> title
+    "Return a table to show: columns, metrics, losses and data sets by name, not by key"
+    keys = [key for key in losses if "_" in key]
+    pattern = re.compile(rf"\b({'|'.join(sorted(map(re.escape, keys), key=len, reverse=True))})\b")
+    def named(text):
+        if not isinstance(text, str) or not keys: return text
+        return losses.get(text) or pattern.sub(lambda found: losses[found[0]], text)
+    table = table.copy()
+    if "dataset" in table: table["dataset"] = table["dataset"].replace(datasets)
+    if "metric" in table: table["metric"] = [in_words(name, losses) for name in table["metric"]]
+    for name in table.select_dtypes(exclude="number"):
+        if name not in ("dataset", "structure", "metric"): table[name] = table[name].map(named)
+    return table.rename(columns=lambda name: in_words(name, losses))
 
 # %% ../../nbs/60a_report.parts.ipynb #d12f71af
 def row_height(labels, lines=1):
