@@ -143,7 +143,7 @@ def table_in_words(table, losses: dict, datasets: dict): # key -> name, key -> t
     pattern = re.compile(rf"\b({'|'.join(sorted(map(re.escape, keys), key=len, reverse=True))})\b")
     def named(text):
         if not isinstance(text, str) or not keys: return text
-        return losses.get(text) or pattern.sub(lambda found: losses[found[0]], text)
+        return losses.get(text) or pattern.sub(lambda match: losses[match[0]], text)
     table = table.copy()
     if "dataset" in table: table["dataset"] = table["dataset"].replace(datasets)
     if "metric" in table: table["metric"] = [in_words(name, losses) for name in table["metric"]]
