@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 from toy import toy_run, toy_store
 
@@ -138,6 +139,23 @@ def test_a_complete_run_goes_on_for_more_epochs_as_if_it_had_been_asked_for_them
     train("cosine", 1, schedule="cosine")
     assert "was 1; the rates of schedule cosine depend on it); starting over" in train("cosine", 2, schedule="cosine")[0]
     assert "starting over" in train("on", 3)[0]   # fewer than are done
+
+
+def test_a_run_that_goes_on_with_other_threads_says_so_and_keeps_its_parts(toys, tmp_path):
+    def stop(line):
+        if "epoch 1/" in line: os.kill(os.getpid(), signal.SIGTERM)
+
+    def train(say): fit(toy_run(epochs=3), toys / "toy.h5", tmp_path, tmp_path, "cpu", say, progress=False)
+
+    before = torch.get_num_threads()
+    with pytest.raises(Stopped): train(stop)
+    try:
+        torch.set_num_threads(before + 1)
+        train((lines := []).append)
+    finally: torch.set_num_threads(before)
+    assert f"threads {before} until epoch 1, now {before + 1}" in lines[1]
+    parts = json.loads((tmp_path / "run.json").read_text())["parts"]
+    assert [(part["first_epoch"], part["last_epoch"], part["machine"]["threads"]) for part in parts] == [(1, 1, before), (2, 3, before + 1)]
 
 
 def test_a_training_of_a_fold_sees_its_own_cases_alone(toys, tmp_path):

@@ -30,13 +30,41 @@ from .course import best_epoch, summary
 def _write_epochs(path, history: list[dict]):
     "Write `epochs.csv`: one row per epoch, six digits"
     with written_whole(path) as partial, open(partial, "w", newline="") as file:
-        rows = csv.DictWriter(file, fieldnames=list(history[0]), lineterminator="\n")
+        names = [name for name in history[0] if name != "machine"]
+        rows = csv.DictWriter(file, names, lineterminator="\n", extrasaction="ignore")
         rows.writeheader()
         for row in history:
             rows.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 # %% ../../nbs/30c_training.record.ipynb #c74aa80c
 _LIVE = ("epochs", "train_loss", "valid_loss", "valid_dice", "best_dice", "best_epoch")
+
+# %% ../../nbs/30c_training.record.ipynb #c57f1b05
+def _machine(device) -> dict:
+    "Return what a CPU's or GPU's numbers depend on beside the run's settings"
+    release = {"torch": torch.__version__}
+    if device.type == "cuda": return {"gpu": torch.cuda.get_device_name(), **release}
+    processor = describe_machine()["processor"]
+    return {"processor": processor, "threads": torch.get_num_threads(), **release}
+
+def _parts_of(history: list[dict]) -> dict:
+    "Return what run.json says of a run that did not stay on one machine: its epochs on each"
+    parts = []
+    for row in history:
+        machine = row.get("machine", {})  # unknown for epochs before it was kept
+        if parts and parts[-1]["machine"] == machine: parts[-1]["last_epoch"] = row["epoch"]
+        else: parts.append(dict(first_epoch=row["epoch"], last_epoch=row["epoch"], machine=machine))
+    known = [part for part in parts if part["machine"]]
+    return {"parts": parts} if len(known) > 1 else {}
+
+def _moved(t: Trainer) -> str | None:
+    "Return what to say if a run goes on with other threads, or elsewhere, than it had; or None"
+    then, here = t.history[-1].get("machine") if t.history else None, _machine(t.fabric.device)
+    if t.complete or not then or then == here: return None
+    changed = [name for name in then | here if then.get(name) != here.get(name)]
+    words = (f"{name} {then.get(name)} until epoch {t.history[-1]['epoch']}, now {here.get(name)}"
+             for name in changed)
+    return f"{'; '.join(words)}: the numbers are not those of an undisturbed run, see its run.json"
 
 # %% ../../nbs/30c_training.record.ipynb #519a04d3
 def _start_of(t: Trainer) -> dict:
@@ -63,6 +91,7 @@ def made_by(t: Trainer) -> dict:
         "precision": str(fabric._precision.precision),
         "batch_size": t.batch_size,
         "threads": torch.get_num_threads(),
+        **_parts_of(t.history),
         "seconds": summary(t.history)["seconds"],
         "peak_memory_mib": peak_memory(fabric.device),
         **_start_of(t),
@@ -80,6 +109,7 @@ def keep_epoch(
 ):
     "Write the epochs, and the weights if they are the best so far"
     run, row = t.run, t.history[-1]
+    row["machine"] = _machine(t.fabric.device)
     if best:
         about = {"dataset": run.dataset, "loss": run.loss, "seed": run.seed}
         if run.fold is not None: about["fold"] = run.fold
@@ -289,5 +319,6 @@ def watched(
         ncols=110,
         disable=not (progress and first),
     )
+    if moved := _moved(t): say(f"{t.name}: {moved}")
     with _stop_signals() as asked, tqdm(**settings) as bar:
         yield Watch(t, bar, asked, say)
