@@ -58,7 +58,7 @@ def _parts_of(history: list[dict]) -> dict:
     return {"parts": parts} if len(known) > 1 else {}
 
 def _moved(t: Trainer) -> str | None:
-    "Return what to say if a run goes on with other threads, or elsewhere, than it had; or None"
+    "Return what to say if a run resumes with other threads, or elsewhere, than it had; or None"
     then, here = t.history[-1].get("machine") if t.history else None, _machine(t.fabric.device)
     if t.complete or not then or then == here: return None
     changed = [name for name in then | here if then.get(name) != here.get(name)]
