@@ -141,7 +141,7 @@ def test_a_complete_run_goes_on_for_more_epochs_as_if_it_had_been_asked_for_them
     assert "starting over" in train("on", 3)[0]   # fewer than are done
 
 
-def test_a_run_that_goes_on_with_other_threads_says_so_and_keeps_its_parts(toys, tmp_path):
+def test_a_run_that_resumes_with_other_threads_says_so_and_keeps_its_parts(toys, tmp_path):
     def stop(line):
         if "epoch 1/" in line: os.kill(os.getpid(), signal.SIGTERM)
 
