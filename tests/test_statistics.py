@@ -30,9 +30,10 @@ def study(random, datasets=("acdc",), losses=LOSSES, seeds=(0, 1), patients=4, e
     for name in ("train_loss", "valid_loss", "train_dice", "valid_dice", "valid_jaccard", "seconds"): curve[name] = random.random(len(curve))
     units = pd.MultiIndex.from_product([["valid", "test"], [f"patient{n:03}_frame{f:02}" for n in range(patients) for f in (1, 9)], ["aorta", "liver"]],
                                        names=["split", "case", "structure"]).to_frame(index=False)
+    units["voxels"] = random.integers(0, 3, len(units))  # of the reference, which all runs share
     cases = runs.merge(units, how="cross").assign(unit="mm")
     for name in SCORES: cases[name] = random.random(len(cases))
-    for name in ("voxels", "predicted_voxels", "volume_ml", "predicted_volume_ml"): cases[name] = random.integers(0, 3, len(cases))
+    for name in ("predicted_voxels", "volume_ml", "predicted_volume_ml"): cases[name] = random.integers(0, 3, len(cases))
     return curve, cases
 
 

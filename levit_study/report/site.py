@@ -243,12 +243,10 @@ def build_site(
     title, real = params.study.title, studies_pages(root)
     front = _front_page(params, root, summary)
     cards = reviewer_pages(params, root, [*real, *study, *project])
-    links = _headings(front)
-    if report := _address(study, "report"): links.append((report, "All its tables and figures"))
     mine = [page for page in cards if not page.above]
     real += [page for page in cards if page.above]
     pages = [*real, *study, *mine, *project]
-    pages = [_landing(title, f"{_contents(links)}\n{front}", pages), *pages]
+    pages = [_landing(title, front, pages), *pages]
     _write_sources(pages, source / "book", title, _assets(root))
     warnings = _run_book(source / "book", source)
     unneeded = shutil.ignore_patterns(".buildinfo", "objects.inv", "*webpack-macros.html")
