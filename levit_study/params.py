@@ -18,7 +18,7 @@ from ruamel.yaml import YAML, YAMLError
 
 from .consistency import check_ablation, check_contrasts, check_folds
 from .consistency import check_names, check_zooms
-from .files import StudyError, brief
+from .files import StudyError, brief, yaml_problem
 from .networks import LEVIT, Chosen, Freezing, check_freezing, check_network
 from .inputs import Inputs, check_orientation, check_patient, young
 from .recipes import augmentation
@@ -372,17 +372,6 @@ def as_line(
     shown = f"{key} = {brief(value)}: " if key and plain else f"{key}: " if key else ""
     return f"{path}: {shown}{message}"
 
-# %% ../nbs/01_params.ipynb #b8414d41
-def _yaml_problem(error) -> str:
-    "Say in one line where YAML ends being readable, and what to do there"
-    mark, begun = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
-    if mark is None: return " ".join(str(error).split())[:200]
-    problem = " ".join(str(error.problem).split())[:150]
-    since = f" ({error.context}, from line {begun.line + 1})" if begun else ""
-    advice = "look there and above for an open bracket or quote, a tab, a lost indentation"
-    if "duplicate key" in problem: advice = "keep one of the two"
-    return f"line {mark.line + 1}: {problem}{since}; {advice}"
-
 # %% ../nbs/01_params.ipynb #dfb3d511
 def load_params(
     path="params.yaml", # the file; a mapping works, too, for trying things out
@@ -401,7 +390,7 @@ def load_params(
         except RecursionError:
             raise StudyError(f"{path}: not readable as YAML: nested too deeply") from None
         except (YAMLError, ValueError) as error:  # such as a date that no calendar has
-            raise StudyError(f"{path}: not readable as YAML: {_yaml_problem(error)}") from None
+            raise StudyError(f"{path}: not readable as YAML: {yaml_problem(error)}") from None
     if not isinstance(content, dict):
         raise StudyError(f"{path}: holds no sections; study, datasets and losses are needed")
     try: return Params.model_validate(content, context={"elsewhere": elsewhere})

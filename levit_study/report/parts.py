@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUARTILES', 'wrapped', 'number', 'score', 'standing_in_words', 'counted', 'per_training', 'has_spread',
-           'means_in_words', 'in_words', 'table_in_words', 'row_height', 'bands', 'label_rows', 'shade_rows',
-           'print_right', 'log_axis', 'lines_with_bars', 'structures_of', 'loss_handles', 'pair_handles',
-           'legend_below', 'settle', 'finished']
+           'means_in_words', 'table_in_words', 'row_height', 'bands', 'label_rows', 'shade_rows', 'print_right',
+           'log_axis', 'lines_with_bars', 'structures_of', 'loss_handles', 'pair_handles', 'legend_below', 'settle',
+           'finished']
 
 # %% ../../nbs/60a_report.parts.ipynb #e25366d0
 import re
@@ -126,13 +126,13 @@ _COLUMNS = {"hd95_found": "HD95, found by all", "epochs_to_95": "epochs to 95 %"
             "calibration_error_after": "ECE after", "nll": "negative log-likelihood before",
             "limit_low": "lower limit of agreement", "limit_high": "upper limit of agreement"}
 
-def in_words(name: str, losses: dict) -> str: # losses: key -> name
+def _in_words(name: str, losses: dict) -> str: # losses: key -> name
     "Return a column's or a metric's name as a table shows it"
     if name in losses: return losses[name]
     if name in _COLUMNS: return _COLUMNS[name]
     first, _, rest = name.partition("_")
     if first == "paper" and rest in losses: return f"the paper: {losses[rest]}"
-    if name.endswith("_sd"): return f"{in_words(name[:-3], losses)}, sd"
+    if name.endswith("_sd"): return f"{_in_words(name[:-3], losses)}, sd"
     words = " ".join(_WORDS.get(word, word) for word in name.split("_"))
     return re.sub(r"(?<!,) (low|high)$", r", \1", words)
 
@@ -146,10 +146,10 @@ def table_in_words(table, losses: dict, datasets: dict): # key -> name, key -> t
         return losses.get(text) or pattern.sub(lambda match: losses[match[0]], text)
     table = table.copy()
     if "dataset" in table: table["dataset"] = table["dataset"].replace(datasets)
-    if "metric" in table: table["metric"] = [in_words(name, losses) for name in table["metric"]]
+    if "metric" in table: table["metric"] = [_in_words(name, losses) for name in table["metric"]]
     for name in table.select_dtypes(exclude="number"):
         if name not in ("dataset", "structure", "metric"): table[name] = table[name].map(named)
-    return table.rename(columns=lambda name: in_words(name, losses))
+    return table.rename(columns=lambda name: _in_words(name, losses))
 
 # %% ../../nbs/60a_report.parts.ipynb #d12f71af
 def row_height(labels, lines=1):
