@@ -53,13 +53,25 @@ def _interval(row): return f"{_signed(row.difference)} [{_signed(row.low)}, {_si
 
 def _named(loss): return "the baseline" if loss == "baseline" else loss_name(loss)
 
+def _stricter(decided, confidence) -> str: # decided rows of tests.csv or contrasts.csv
+    "Return what becomes of them with the seeds of a fold as one value; empty without such seeds"
+    if "folds_p_holm" not in decided or decided.folds_p_holm.isna().all(): return ""
+    lost = decided[~(decided.folds_p_holm < 1 - confidence)]
+    reading = "With the seeds of a fold, which share patients and training set, taken as one value,"
+    if lost.empty: return f" {reading} this is so, too."
+    what = "that" if len(decided) == 1 else f"{len(lost)} of these {len(decided)}"
+    verb = "are" if len(decided) > 1 and len(lost) > 1 else "is"
+    values = _listed([f"{p:.3f}" for p in lost.folds_p_holm])
+    return f" {reading} {what} {verb} not established (p {values})."
+
 def _verdict(rows, confidence) -> str: # rows: of tests.csv
     "Return which differences hold after Holm's correction, and how large the others may be"
     decided = (rows.p_holm < 1 - confidence) & (rows.low * rows.high > 0)
     parts = [f"{loss_name(row['first'])} is {'ahead of' if row.difference > 0 else 'behind'} "
              f"{_named(row.second)}" for _, row in rows[decided].iterrows()]
     verdict = _listed(parts) if parts else "no difference is established"
-    text = f"After correction for multiple comparisons, {verdict}."
+    stricter = _stricter(rows[decided], confidence)
+    text = f"After correction for multiple comparisons, {verdict}.{stricter}"
     rest = rows[~decided].dropna(subset=["low", "high"])
     reach = rest[["low", "high"]].abs().max(axis=1)
     equal = [f"{loss_name(row['first'])} and {_named(row.second)}"
@@ -100,8 +112,9 @@ def _effects(contrasts: pd.DataFrame, confidence=.95) -> str: # contrasts: one d
     verdict = "none is established"
     if len(clear): verdict = f"the {_listed(list(clear))} effect is established"
     if len(clear) > 1: verdict = f"the {_listed(list(clear))} effects are established"
+    stricter = _stricter(rows[rows.contrast.isin(clear)], confidence)
     return (f"{_EFFECTS} on mean Dice: {_listed(parts)}; after correction for"
-            f" {len(rows)} effect{'s' * (len(rows) > 1)}, {verdict}.")
+            f" {len(rows)} effect{'s' * (len(rows) > 1)}, {verdict}.{stricter}")
 
 # %% ../../nbs/55a_evidence.answer.ipynb #837edd73
 _STANDING = {"inconclusive": "undecided", "out of reach": "out of reach of these trainings",

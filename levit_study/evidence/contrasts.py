@@ -9,8 +9,10 @@ __all__ = ['contrast_table']
 import numpy as np
 import pandas as pd
 from .intervals import patients_of
-from .statistics import ALL, ANY, allowing_for_spread, by_structure, holm
-from .statistics import judged_parts, pooled_spread, training_means
+from .statistics import ALL, ANY, SEEDS_AS_ONE, allowing_for_spread
+from .statistics import by_structure, holm, judged_parts, only_repeated
+from .statistics import pooled_spread, seeds_as_one, training_means
+from .statistics import without_empty
 
 # %% ../../nbs/51d_evidence.contrasts.ipynb #aecf1f4c
 def _weighted_differences(
@@ -28,7 +30,8 @@ def _weighted_differences(
 
 # %% ../../nbs/51d_evidence.contrasts.ipynb #30e8149e
 _COLUMNS = ["dataset", "split", "protocol", "metric", "contrast", "weights", "structure",
-            "patients", "trainings", "difference", "target", "low", "high", "p", "p_holm", "method"]
+            "patients", "trainings", "difference", "target", "low", "high", "p", "p_holm",
+            *SEEDS_AS_ONE, "method"]
 
 def _weights_in_words(weights: dict[str, float]) -> str:
     "Return the weights as one line: '0.5 dice - 0.5 cross_entropy'"
@@ -47,6 +50,7 @@ def _contrast_row(rows_of, weights, limits, seed_sd):
         "trainings": interval.trainings, "difference": interval.estimate, "target": target,
         "low": interval.low, "high": interval.high, "p": interval.p if target == ANY else np.nan,
         "method": "; ".join(filter(None, [interval.method, interval.parts])),
+        **seeds_as_one(rows.dropna(subset=["difference"]), limits[0]),
     }
 
 # %% ../../nbs/51d_evidence.contrasts.ipynb #10f284ef
@@ -67,5 +71,7 @@ def contrast_table(
         if not rows: continue
         table = pd.DataFrame(rows)
         primary = (table.structure == ALL) | (table.structure.nunique() == 1)
-        tables.append(table.assign(p_holm=table.groupby(primary).p.transform(holm))[_COLUMNS])
-    return pd.concat(tables[1:] or tables, ignore_index=True)
+        families = table.groupby(primary)
+        corrected = {f"{p}_holm": families[p].transform(holm) for p in ("p", "folds_p")}
+        tables.append(only_repeated(table.assign(**corrected), part)[_COLUMNS])
+    return without_empty(pd.concat(tables[1:] or tables, ignore_index=True))

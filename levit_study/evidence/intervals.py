@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['patients_of', 'Tabulated', 'tabulate_values', 'weighted_means', 'Interval', 'interval_of', 'bootstrap_interval',
-           'tabulate_trainings', 'corrected_t', 'fold_interval', 'mean_interval']
+           'tabulate_trainings', 'corrected_t', 'fold_interval', 'mean_interval', 'folds_t']
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #de02fb53
 from typing import NamedTuple
@@ -131,6 +131,7 @@ def _reach(estimate, chance, confidence, draw):
     if variance < 1e-24:
         return dict(low=estimate, high=estimate, method="bootstrap", error=0.0, freedom=np.inf)
     freedom = variance**2 / (chance.variances**2 / np.maximum(chance.freedom, 1)).sum()
+    freedom = round(float(freedom), 6)  # 7 is 7, however a processor rounds its sums
     quantile, error = stats.t.ppf((1 + confidence) / 2, freedom), float(variance**.5)
     limits = dict(low=estimate - quantile * error, high=estimate + quantile * error)
     if freedom >= 7:
@@ -139,7 +140,7 @@ def _reach(estimate, chance, confidence, draw):
         low, high = np.quantile(draw(), [tail, 1 - tail])
         limits = dict(low=float(low), high=float(high))
     method = "bootstrap" if freedom >= 7 else "Student t"
-    return limits | dict(method=method, error=error, freedom=float(freedom))
+    return limits | dict(method=method, error=error, freedom=freedom)
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #753d4be8
 def interval_of(
@@ -306,3 +307,18 @@ def mean_interval(
     table, folds = tabulate_trainings(values, rows.patient, rows.seed, rows.fold, strata)
     if not table.sums.size: return Interval(np.nan, np.nan, np.nan, 0, 0, 0, "none")
     return fold_interval(table, folds, confidence, resamples)
+
+# %% ../../nbs/50b_evidence.intervals.ipynb #3203aff3
+def folds_t(
+    rows: pd.DataFrame, # columns patient, seed, fold, perhaps structure
+    values: pd.Series,  # one for each row
+    confidence=.95,
+) -> Interval:
+    "Return the corrected t interval with a fold's seeds as one value; NaN limits for a single fold"
+    strata = rows.structure if "structure" in rows else np.zeros(len(rows))
+    table, folds = tabulate_trainings(values, rows.patient, rows.seed, rows.fold, strata)
+    number, of_fold = np.unique(folds, return_inverse=True)
+    if not len(number): return corrected_t([], [])
+    means = weighted_means(table, seed_weights=np.eye(len(number))[:, of_fold])
+    return corrected_t(means, number, confidence, float(weighted_means(table)[0]))
+
