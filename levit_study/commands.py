@@ -367,7 +367,12 @@ def main(arguments=None) -> int:
     # Threads that spin long while they wait slow every other program; a short spin costs an
     # idle machine nothing (never spinning: a sixth of its speed).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    try: a.run(a)
+    try:
+        a.run(a)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what read this, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to write
+        return 0
     except StudyError as error:
         if a.debug: raise
         print(f"levit-study: error: {error}", file=sys.stderr)
