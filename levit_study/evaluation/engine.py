@@ -15,7 +15,6 @@ import tempfile
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
-from unittest import mock
 import numpy as np
 import torch
 from torch import nn
@@ -25,7 +24,6 @@ from ..data.context import as_channels, check_stack, neighbours
 from ..data.dataset import PreparedStore, SliceSet
 from ..data.native import stored_volume
 from ..data.slices import to_square
-from ..model import upsampling
 from ..model.inference import for_inference, load_weights
 from ..model.network import LevitUNet
 from .evaluate import _check_fits
@@ -45,28 +43,23 @@ def _packages():
     return openvino, nncf
 
 # %% ../../nbs/42c_evaluation.engine.ipynb #012560f2
-class _Spread:
-    "`upsampled_conv`'s resize in operations that an exporter knows, for any number of images"
-    @staticmethod
-    def apply(heights, widths, *parts):
-        form = parts[0].dtype, parts[0].device
-        rows = upsampling._shifted_resize(heights, *form)
-        lines = sum(matrix @ part for matrix, part in zip(rows, parts, strict=True))
-        lines = lines.reshape(parts[0].shape[0], heights[-1], 3 * widths[0], -1)
-        return upsampling._tapped_resize(widths, *form) @ lines
+def _program(model):
+    "A `LevitUNet` in the published order of operations as a program, for any number of images"
+    model, images = model.eval(), torch.zeros(2, model.in_channels, *model.image_size)
+    with torch.no_grad():
+        model(images)  # fills the caches of matrices and biases, which an export must not
+        free = ({0: torch.export.Dim("batch")},)
+        return torch.export.export(model, (images,), dynamic_shapes=free)
+
 
 # %% ../../nbs/42c_evaluation.engine.ipynb #33a13e1b
 def _exported(model):
     "A `LevitUNet` as OpenVINO reads it: float32, its usual image size, any number of images"
     openvino, _ = _packages()
-    images = torch.zeros(2, model.in_channels, *model.image_size)
-    model, free = for_inference(model, "fp32"), ({0: torch.export.Dim("batch")},)
-    with torch.no_grad(), mock.patch.object(upsampling, "_Spread", _Spread):
-        model(images)  # fills the caches of matrices and biases, which an export must not
-        program = torch.export.export(model, (images,), dynamic_shapes=free)
-    network = openvino.convert_model(program)
-    network.reshape([-1, *images.shape[1:]])
+    network = openvino.convert_model(_program(model))
+    network.reshape([-1, model.in_channels, *model.image_size])
     return network
+
 
 # %% ../../nbs/42c_evaluation.engine.ipynb #012fffdd
 def _quantised(
