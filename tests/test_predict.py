@@ -394,8 +394,8 @@ def in_int8(capsys, *arguments):
 def test_openvino_says_what_it_is_not_for(place, capsys, monkeypatch):
     assert in_int8(capsys, "--precision", "bf16") == (1, "levit-study: error: --engine openvino: predicts in int8; leave --precision out")
     assert "predicts on the CPU, not on 'cuda'" in in_int8(capsys, "--device", "cuda")[1]
-    monkeypatch.setitem(sys.modules, "nncf", None)
-    assert "needs the package nncf; run make openvino" in in_int8(capsys)[1]
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert "needs the package openvino; run make openvino" in in_int8(capsys)[1]
 
 
 def test_openvino_is_checked_against_the_network_and_kept(place, capsys, monkeypatch):

@@ -13,6 +13,7 @@ import logging
 import sys
 import tempfile
 import zipfile
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np
@@ -30,17 +31,14 @@ from .evaluate import _check_fits
 from .inference import Network, PredictionSettings, predict_volume
 
 # %% ../../nbs/42c_evaluation.engine.ipynb #13c9e113
-def _packages():
-    "OpenVINO and its quantiser, without usage reports; `StudyError` where they are not installed"
+def _package(name):
+    "OpenVINO or its quantiser, without usage reports; `StudyError` where it is not installed"
     sys.modules.setdefault("openvino_telemetry", None)  # an import of it fails, and both go without
-    try:
-        import nncf
-        import openvino
+    try: return import_module(name)
     except ImportError as error:
         install = "run make openvino (or pip install '.[openvino]'), or leave the engine out"
         raise StudyError(f"engine openvino: needs the package {error.name}; {install}") from None
-    nncf.set_log_level(logging.ERROR)
-    return openvino, nncf
+
 
 # %% ../../nbs/42c_evaluation.engine.ipynb #012560f2
 def _program(model):
@@ -55,8 +53,7 @@ def _program(model):
 # %% ../../nbs/42c_evaluation.engine.ipynb #33a13e1b
 def _exported(model):
     "A `LevitUNet` as OpenVINO reads it: float32, its usual image size, any number of images"
-    openvino, _ = _packages()
-    network = openvino.convert_model(_program(model))
+    network = _package("openvino").convert_model(_program(model))
     network.reshape([-1, model.in_channels, *model.image_size])
     return network
 
@@ -67,7 +64,8 @@ def _quantised(
     batches,  # list of (B,channels,size,size) float32 arrays
 ):
     "The network in int8, by the ranges that its maps have on these slices"
-    _, nncf = _packages()
+    nncf = _package("nncf")
+    nncf.set_log_level(logging.ERROR)
     mixed = nncf.QuantizationPreset.MIXED  # maps may be lopsided, as Hardswish makes them
     with contextlib.redirect_stdout(io.StringIO()):  # it draws bars there
         data = nncf.Dataset(batches)
@@ -99,9 +97,8 @@ class _Engine(nn.Module):
     "A network of OpenVINO, called as PyTorch's: images (B,C,size,size) to float32 logits"
     def __init__(self, network):
         super().__init__()
-        openvino, _ = _packages()
         threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
-        self.compiled = openvino.Core().compile_model(network, "CPU", threads)
+        self.compiled = _package("openvino").Core().compile_model(network, "CPU", threads)
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # says: on the CPU
 
     def forward(self, images):
@@ -120,7 +117,7 @@ _PARTS = "model.xml", "model.bin"
 
 def _write_engine(path, network, about: dict):
     "Write an engine whole or not at all; say where that cannot be done, and go on without"
-    openvino, _ = _packages()
+    openvino = _package("openvino")
     try:
         with tempfile.TemporaryDirectory() as folder, written_whole(path) as partial:
             openvino.save_model(network, Path(folder, _PARTS[0]), compress_to_fp16=False)
@@ -133,7 +130,7 @@ def _write_engine(path, network, about: dict):
 # %% ../../nbs/42c_evaluation.engine.ipynb #3630a300
 def _read_engine(path):
     "The network that is kept, None where there is none, and what is said about it"
-    openvino, _ = _packages()
+    openvino = _package("openvino")
     if not path.exists(): return None, {}
     try:
         with zipfile.ZipFile(path) as file:
@@ -215,7 +212,8 @@ def load_engine(
     first=None,   # called for the first scan's image, where the weights' data are not here
 ) -> Network:
     "The network of a weight file in int8, checked against PyTorch's; `StudyError` where it differs"
-    _packages()
+    _package("openvino")
+    if not _engine_file(weights).exists(): _package("nncf")  # takes seconds, and only making needs it
     model, card = load_weights(weights)
     if type(model) is not LevitUNet:
         problem = "takes LeViT-UNet with one encoder, and these weights are of another network"
