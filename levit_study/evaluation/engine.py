@@ -213,7 +213,7 @@ def load_engine(
 ) -> Network:
     "The network of a weight file in int8, checked against PyTorch's; `StudyError` where it differs"
     _package("openvino")
-    if not _engine_file(weights).exists(): _package("nncf")  # takes seconds, and only making needs it
+    if not _engine_file(weights).exists(): _package("nncf")  # takes seconds: for making alone
     model, card = load_weights(weights)
     if type(model) is not LevitUNet:
         problem = "takes LeViT-UNet with one encoder, and these weights are of another network"
