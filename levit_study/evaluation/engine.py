@@ -39,7 +39,6 @@ def _package(name):
         install = "run make openvino (or pip install '.[openvino]'), or leave the engine out"
         raise StudyError(f"engine openvino: needs the package {error.name}; {install}") from None
 
-
 # %% ../../nbs/42c_evaluation.engine.ipynb #012560f2
 def _program(model):
     "A `LevitUNet` in the published order of operations as a program, for any number of images"
@@ -49,14 +48,12 @@ def _program(model):
         free = ({0: torch.export.Dim("batch")},)
         return torch.export.export(model, (images,), dynamic_shapes=free)
 
-
 # %% ../../nbs/42c_evaluation.engine.ipynb #33a13e1b
 def _exported(model):
     "A `LevitUNet` as OpenVINO reads it: float32, its usual image size, any number of images"
     network = _package("openvino").convert_model(_program(model))
     network.reshape([-1, model.in_channels, *model.image_size])
     return network
-
 
 # %% ../../nbs/42c_evaluation.engine.ipynb #012fffdd
 def _quantised(
@@ -213,12 +210,13 @@ def load_engine(
 ) -> Network:
     "The network of a weight file in int8, checked against PyTorch's; `StudyError` where it differs"
     _package("openvino")
-    if not _engine_file(weights).exists(): _package("nncf")  # takes seconds: for making alone
+    place = _engine_file(weights)
+    if not place.exists(): _package("nncf")  # takes seconds: for making alone
     model, card = load_weights(weights)
     if type(model) is not LevitUNet:
         problem = "takes LeViT-UNet with one encoder, and these weights are of another network"
         raise StudyError(f"{weights}: engine openvino {problem}; leave the engine out")
-    kept, about = _read_engine(_engine_file(weights))
+    kept, about = _read_engine(place)
     here = {"weights": hash_file(weights), "processor": describe_machine()["processor"]}
     if not ("valid_dice" in about and here.items() <= about.items()):
         network = Network(for_inference(model, "fp32"), card, weights=str(weights))

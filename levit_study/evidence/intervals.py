@@ -321,4 +321,3 @@ def folds_t(
     if not len(number): return corrected_t([], [])
     means = weighted_means(table, seed_weights=np.eye(len(number))[:, of_fold])
     return corrected_t(means, number, confidence, float(weighted_means(table)[0]))
-

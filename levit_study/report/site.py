@@ -79,7 +79,6 @@ def _contents(links) -> str: # HTML
     "Return a list of contents; empty where one link would be alone"
     return _JINJA.from_string(_CONTENTS).render(links=links) if len(links) > 1 else ""
 
-
 # %% ../../nbs/64_report.site.ipynb #a011444f
 def _address(pages, place): # e.g. report.html#a-heading, empty where there is none
     "Return where the first page of a kind is, or a heading of it"

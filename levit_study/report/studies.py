@@ -96,7 +96,6 @@ def _scores(study): # Markdown
         words.append(f"{escaped(titles[dataset])}: " * (len(titles) > 1) + ", ".join(scores))
     return "; ".join(words)
 
-
 # %% ../../nbs/63c_report.studies.ipynb #a7c1d2e5
 _JUDGED = {"fold": "{} patients, held out in folds", "test": "{} test patients, held out",
            "valid": "{} validation patients; the epoch was chosen on them, so optimistic"}
@@ -106,7 +105,6 @@ def _judged_on(study):
     groups = _judging(study)[["split", "patients"]].drop_duplicates()
     return "; ".join(_JUDGED[row.split].format(f"{row.patients:.0f}")
                      for row in groups.itertuples())
-
 
 # %% ../../nbs/63c_report.studies.ipynb #a9c3d269
 def _tested(study):
@@ -137,7 +135,6 @@ def _setting(study):
     rates = _each(f"{data.training.learning_rate:g}" for data in datasets)
     scans = "" if study.is_real else "synthetic scans, "
     return f"{scans}{networks}, {pixels} px, {epochs} epochs, learning rate {rates}"
-
 
 # %% ../../nbs/63c_report.studies.ipynb #66222989
 _COMPARABLE = ("Compare mean Dice within a row. Between rows patients, protocol, network and "
