@@ -6,13 +6,14 @@ It needs torch, timm and the libraries that a training needs, neither DVC nor no
 data: it trains on discs and squares on noise. Parts that matter most come first; each is written as
 it ends, and none begins after `--seconds`. `--small` tries all of it in a minute, on a CPU too.
 
-exact      a training repeated, and one stopped and resumed; kernels that are not reproducible
+exact      a training repeated, and one stopped and resumed, as it is and with CUDA graphs; whether
+           both give the same weights; kernels that are not reproducible
 losses     each loss of params.yaml: value and gradient beside the CPU's
 to_cpu     the weights on the CPU: share of equal labels; what resuming there says
 waits      where a training step waits for the GPU, from `torch.cuda.set_sync_debug_mode`; one wait
            an epoch is meant, for its losses: a quarter a step here; see tests/test_waits.py
 speed      images/s and memory of the whole step and of the bare one (forward, cross-entropy,
-           backward, Adam), per network, batch and choice of kernels
+           backward, Adam), per network, batch and choice of kernels, and with CUDA graphs
 profile    kernels and launches of a step
 captured   images/s of the bare step, as it is, compiled, and in a CUDA graph
 predict    slices/s of a volume
@@ -79,19 +80,27 @@ class Bench:
         def stop(line):
             if "epoch 1/" in line: os.kill(os.getpid(), signal.SIGTERM)
 
-        run = toy_run(self.size, ema=0.9, clip_norm=1.0)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            self.fit(run, "whole")
-        for turn in ("again", "stopped"):
-            try: self.fit(run, turn, say=stop if turn == "stopped" else print)
-            except Stopped: self.fit(run, turn)
-        texts = {str(each.message)[:200] for each in caught}
-        return {
-            "repeated": self.same_weights("whole", "again"),
-            "resumed": self.same_weights("whole", "stopped"),
-            "not_deterministic": sorted(t for t in texts if "deterministic" in t),
-        }
+        results = {}
+        for graphs, name in ((False, ""), (True, "graphed_")):
+            run = toy_run(self.size, ema=0.9, clip_norm=1.0, cuda_graph=graphs)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try: self.fit(run, f"{name}whole")
+                except StudyError as error:
+                    results[f"{name}error"] = str(error)
+                    continue
+            for turn in ("again", "stopped"):
+                try: self.fit(run, name + turn, say=stop if turn == "stopped" else print)
+                except Stopped: self.fit(run, name + turn)
+            texts = {str(each.message)[:200] for each in caught}
+            results |= {
+                f"{name}repeated": self.same_weights(f"{name}whole", f"{name}again"),
+                f"{name}resumed": self.same_weights(f"{name}whole", f"{name}stopped"),
+                f"{name}not_deterministic": sorted(t for t in texts if "deterministic" in t),
+            }
+        if "graphed_error" not in results:
+            results["graphed_same"] = self.same_weights("whole", "graphed_whole")
+        return results
 
     def same_weights(self, a, b):
         from safetensors.torch import load_file
@@ -144,13 +153,13 @@ class Bench:
         kept = before == sorted((self.folder / "half").rglob("*.pt"))
         return {"kept": kept, "says": lines[-1].replace(str(self.folder), "…")}
 
-    def trainer(self, variant="128s", batch=8, deterministic=True, **more):
-        "A trainer, and so many slices of the store that they make four batches"
+    def trainer(self, variant="128s", batch=8, deterministic=True, steps=4, **more):
+        "A trainer, and so many slices of the store that an epoch has so many steps"
         run = toy_run(self.size, variant, batch_size=batch, deterministic=deterministic, **more)
         store, fabric = PreparedStore(self.store), make_fabric(run.training, self.device)
         t = make_trainer(run, fabric, store.num_classes, store.voxel_shares("train"))
         held = store.load("train").to(fabric.device)
-        chosen = np.resize(np.arange(len(held)), 4 * batch)
+        chosen = np.resize(np.arange(len(held)), steps * batch)
         images, labels = held.images[chosen], held.labels[chosen]
         return t, SliceSet(store, held.indices[chosen], images, labels)
 
@@ -180,21 +189,25 @@ class Bench:
         settings = itertools.product(variants, batches, (True, False))
         return [self.one_speed(*each) for each in settings]
 
-    def one_speed(self, variant, batch, deterministic):
+    def one_speed(self, *about):
+        variant, batch, deterministic = about
         row = {"variant": variant, "batch": batch, "deterministic": deterministic}
         try:
             if self.device == "cuda": torch.cuda.reset_peak_memory_stats()
-            row["whole"] = self.rate_of_whole(variant, batch, deterministic)
+            row["whole"] = self.rate_of_whole(*about)
             if self.device == "cuda": row["memory_mib"] = torch.cuda.max_memory_allocated() >> 20
             row["bare"] = self.rate(self.bare(variant, batch), batch)
+            recorded = {"cuda_graph": True, "steps": 40}  # recorded anew in each epoch
+            if batch <= 32: row["graphed"] = self.rate_of_whole(*about, **recorded)
         except torch.OutOfMemoryError:
             row["note"] = "out of memory"
+        except StudyError as error: row["note"] = str(error)
         if self.device == "cuda": torch.cuda.empty_cache()
         return row
 
-    def rate_of_whole(self, *about):
+    def rate_of_whole(self, *about, **more):
         "Images per second of the study's own steps"
-        t, slices = self.trainer(*about)
+        t, slices = self.trainer(*about, **more)
         self.epoch(t, slices)
         return len(slices) / timed(lambda: self.epoch(t, slices), self.device)
 

@@ -176,6 +176,7 @@ class Training(Section, Freezing):
     keep_state: bool = False  # keep what is needed to train a complete run on for more epochs
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     deterministic: bool = True
+    cuda_graph: bool = False  # repeat recorded steps, in one launch each; elsewhere without effect
     processes: int = Field(1, ge=1, le=1024)  # side by side; batch_size is per process
 
     @field_validator("batch_size")
@@ -183,6 +184,12 @@ class Training(Section, Freezing):
     def _positive(cls, value):
         if value != "auto" and value < 1: raise ValueError("1 or more, or 'auto'")
         return value
+
+    @model_validator(mode="after")
+    def _recordable(self):
+        alone = self.optimiser != "sgd" and self.accumulate == self.processes == 1
+        if alone or not self.cuda_graph: return self
+        raise ValueError("cuda_graph needs optimiser adam or adamw, accumulate 1, processes 1")
 
     @field_validator("augmentation")
     @classmethod

@@ -95,6 +95,7 @@ def store(tmp_path_factory):
 def unread(monkeypatch):
     "Labels are checked as on a GPU, by copies that nobody waits for, and here never arrive; there is no autocast for `meta`"
     monkeypatch.setattr(LabelCheck, "on_gpu", staticmethod(lambda labels: True))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, query=lambda: False))
     monkeypatch.setattr(torch, "autocast", lambda *about, **more: nullcontext())
 

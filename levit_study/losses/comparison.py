@@ -108,8 +108,12 @@ class LabelCheck:
             self.extremes = seen
         low = torch.minimum(self.extremes[0], seen[0])
         high = torch.maximum(self.extremes[1], seen[1])
-        self.extremes = torch.stack([low, high])
-        self.judge_what_arrived()
+        widest = torch.stack([low, high])
+        if torch.cuda.is_current_stream_capturing():  # its repetitions find it there; see `finish`
+            self.extremes.copy_(widest)
+        else:
+            self.extremes = widest
+            self.judge_what_arrived()
         return labels.clamp(0, num_classes - 1)
 
     def judge_what_arrived(self):

@@ -21,7 +21,8 @@ from .state import Trainer, learning_rate_at, make_fabric, make_trainer
 from .state import unwrapped
 from .checkpoint import resume, save_is_due, save_state
 from .course import best_epoch, summary
-from .scores import dice_from_counts, mean_scores, overlap_counts, validate
+from .scores import dice_from_counts, mean_scores, validate
+from .step import GraphedSteps, one_step, set_rate, start_sums
 from .record import Stopped, Watch, check_space, check_weights, keep_epoch
 from .record import keep_run, made_by, memory_named
 from .record import stop_for_gradient, stop_for_loss, watched
@@ -66,7 +67,8 @@ def fit(
             if fabric.is_global_zero: keep_epoch(t, store.structures, reports, models, best)
             t.epoch, t.step, t.spent = t.epoch + 1, 0, 0.0
             if t.complete: t.made = made_by(t)
-            if t.complete or save_is_due(t): save_state(t, models)
+            if t.complete or save_is_due(t):
+                save_state(t, models, meanwhile=fabric.device.type == "cuda" and not t.complete)
             watch.epoch_done()
     if fabric.is_global_zero: keep_run(t, reports)
     fabric.barrier()
@@ -98,21 +100,6 @@ def _batches_of(order: torch.Tensor, batch_size: int, run: Run) -> tuple: # of i
         need = f"slices of {run.data.size} pixels need 2 or more in a batch"
         raise StudyError(f"{setting}: {need}")
     return batches
-
-# %% ../../nbs/31_training.fit.ipynb #03f7b847
-def _start_sums(t: Trainer, num_classes: int):
-    "Set the epoch's sums to zero"
-    device = t.fabric.device
-    t.sums = torch.zeros(2, dtype=widest(device), device=device)
-    t.counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
-
-# %% ../../nbs/31_training.fit.ipynb #8d4f9d31
-@torch.no_grad()
-def _add_to_sums(t: Trainer, logits, labels, loss):
-    "Add a batch's loss and counts of voxels"
-    loss = loss.detach().to(t.sums.dtype)
-    t.sums += torch.stack([loss * len(labels), torch.full_like(loss, len(labels))])
-    t.counts += torch.stack(overlap_counts(logits.argmax(1), labels, t.counts.shape[1]))
 
 # %% ../../nbs/31_training.fit.ipynb #80f0b36c
 def augmented(t: Trainer, slices, index) -> tuple: # images, labels
@@ -167,7 +154,7 @@ def train_epoch(
     fabric, training, seed = t.fabric, t.run.training, t.run.seed
     t.model.train()
     if t.encoder: t.encoder.hold(t.epoch, fabric.world_size)
-    if t.step == 0: _start_sums(t, slices.store.num_classes)
+    if t.step == 0: start_sums(t, slices.store.num_classes)
     world = fabric.global_rank, fabric.world_size
     order = epoch_order(len(slices), seed, t.epoch, *world)
     if training.foreground:
@@ -176,22 +163,12 @@ def train_epoch(
     batches = _batches_of(torch.as_tensor(order), t.batch_size, t.run)
     steps = math.ceil(len(batches) / training.accumulate)
     finite = Finite(t, slices, batches, folder)
+    learn = _way_to_learn(t)
     for step in range(t.step, steps):
-        rate = learning_rate_at(training, t.epoch - 1 + step / steps)
-        for group in t.optimiser.param_groups: group["lr"] = rate
+        set_rate(t, learning_rate_at(training, t.epoch - 1 + step / steps))
         numbers = range(len(batches))[step * training.accumulate:(step + 1) * training.accumulate]
-        for number in numbers:
-            images, labels = augmented(t, slices, batches[number])
-            with fabric.no_backward_sync(t.model, enabled=number < numbers[-1]):
-                logits = t.model(images)
-                loss = t.criterion(logits, labels)
-                finite.see_loss(number, loss, logits)
-                fabric.backward(loss / len(numbers))
-            _add_to_sums(t, logits, labels, loss)
-        if t.encoder: t.encoder.drop_gradients()
-        if training.clip_norm: finite.see_norm(number, _clip(t))
-        t.optimiser.step()
-        t.optimiser.zero_grad(set_to_none=True)
+        drawn = ((number, *augmented(t, slices, batches[number])) for number in numbers)
+        learn(t, drawn, len(numbers), finite)
         if t.average is not None: t.average.update_parameters(unwrapped(t.model))
         t.step = step + 1
         stop = watch.step_done(sum(len(batches[number]) for number in numbers))
@@ -199,11 +176,14 @@ def train_epoch(
         if stop: return False
     return True
 
-# %% ../../nbs/31_training.fit.ipynb #3c68e728
-def _clip(t: Trainer):
-    "Scale the gradients to a norm of at most `clip_norm`; return what it was"
-    limits = {"max_norm": t.run.training.clip_norm, "error_if_nonfinite": False}
-    return t.fabric.clip_gradients(t.model, t.optimiser, **limits)
+# %% ../../nbs/31_training.fit.ipynb #a09e633b
+def _way_to_learn(t: Trainer):
+    "Return how this epoch's steps are done"
+    asked = t.run.training.cuda_graph and t.fabric.device.type == "cuda"
+    if asked and t.graphed is None: t.graphed = GraphedSteps()
+    if t.graphed is None: return one_step
+    t.graphed.new_epoch()
+    return t.graphed
 
 # %% ../../nbs/31_training.fit.ipynb #af4742b0
 def share_buffers(fabric: Fabric, model):
@@ -275,7 +255,7 @@ def close_epoch(
         "train_dice": train_dice[1:].nanmean().item(),
         **{name: seen_scores[name] for name in ("train_case_dice", "train_case_jaccard")},
         **mean_scores(valid_counts, structures),
-        "learning_rate": t.optimiser.param_groups[0]["lr"],
+        "learning_rate": float(t.optimiser.param_groups[0]["lr"]),
         "seconds": t.spent + time.perf_counter() - started,
         "images_per_second": sums[1].item() / t.spent,
     }

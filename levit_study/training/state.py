@@ -52,13 +52,14 @@ def _make_optimiser(
     parameters, # of the model, and of a loss that learns weights
     training: Training,
     fused: bool = True,
+    capturable: bool = False, # for steps that a GPU repeats from a record
 ) -> torch.optim.Optimizer:
     "Return the optimiser that `training` names"
     rates = dict(lr=training.learning_rate, weight_decay=training.weight_decay)
     if training.optimiser == "sgd":
         return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, fused=fused, **rates)
     make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[training.optimiser]
-    return make(parameters, fused=fused, **rates)
+    return make(parameters, fused=fused, capturable=capturable, **rates)
 
 # %% ../../nbs/30_training.state.ipynb #14dc0c89
 class MovingAverage(AveragedModel):
@@ -143,7 +144,7 @@ TRAINING = (
     "model.pretrained", "model.freezing", "model.precision", "model.build",
     "losses.comparison", "losses.interface",
     "training.state", "training.checkpoint", "training.scores", "training.course",
-    "training.fit",
+    "training.step", "training.fit",
 )  # the rooms that decide a training's numbers, besides those of its loss
 
 # %% ../../nbs/30_training.state.ipynb #60341edb
@@ -260,6 +261,8 @@ class Trainer:
     sums: torch.Tensor | None = None  # of this epoch so far: losses, slices
     counts: torch.Tensor | None = None  # (3, classes): voxels in both maps, predicted, reference
     spent: float = 0.0                # seconds of this epoch so far
+    graphed: object = None            # `GraphedSteps`, if this GPU repeats recorded steps
+    saving: object = None             # the checkpoint that is being written, a future
     history: list[dict] = field(default_factory=list)  # a row for each epoch
     made: dict = field(default_factory=dict)  # content of run.json, once the run is complete
     saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was written
@@ -303,7 +306,9 @@ def make_trainer(
     groups = [{"params": list(model.parameters())}]
     if learned: groups.append({"params": learned, "weight_decay": 0.0})
     fused = training.optimiser != "sgd" and fabric.device.type in ("cpu", "cuda")
-    model, optimiser = fabric.setup(model, _make_optimiser(groups, training, fused))
+    graphs = training.cuda_graph and fabric.device.type == "cuda"
+    optimiser = _make_optimiser(groups, training, fused, graphs)
+    model, optimiser = fabric.setup(model, optimiser)
     if learned and fabric.world_size > 1:  # Fabric's wrapper would round its inputs to bf16
         criterion = DistributedDataParallel(criterion)
     _draw_apart(run.seed, fabric.global_rank)
