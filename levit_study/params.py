@@ -17,7 +17,7 @@ from pydantic import ValidationInfo, field_validator, model_validator
 from ruamel.yaml import YAML, YAMLError
 
 from .consistency import check_ablation, check_contrasts, check_folds
-from .consistency import check_names, check_zooms
+from .consistency import check_graphs, check_names, check_zooms
 from .files import StudyError, brief, yaml_problem
 from .networks import LEVIT, Chosen, Freezing, check_freezing, check_network
 from .inputs import Inputs, check_orientation, check_patient, young
@@ -185,12 +185,6 @@ class Training(Section, Freezing):
         if value != "auto" and value < 1: raise ValueError("1 or more, or 'auto'")
         return value
 
-    @model_validator(mode="after")
-    def _recordable(self):
-        alone = self.optimiser != "sgd" and self.accumulate == self.processes == 1
-        if alone or not self.cuda_graph: return self
-        raise ValueError("cuda_graph needs optimiser adam or adamw, accumulate 1, processes 1")
-
     @field_validator("augmentation")
     @classmethod
     def _known_recipe(cls, value):
@@ -338,7 +332,9 @@ class Params(Section):
         _check_losses(self.losses)
         for name in self.study.datasets:
             _check_network(name, self.datasets[name])
-            check_freezing(pick_run(self, name, loss, 0) for loss in self.study.losses)
+            runs = [pick_run(self, name, loss, 0) for loss in self.study.losses]
+            check_freezing(runs)
+            check_graphs(runs)
 
 # %% ../nbs/01_params.ipynb #67dde75f
 def _known_keys(place) -> list[str]:

@@ -94,4 +94,4 @@ def test_a_repeated_step_learns_the_same(store, name):
     for a, b in ((plain.model, graphed.model), (plain.average, graphed.average), (plain.plain_criterion, graphed.plain_criterion)):
         for key, value in a.state_dict().items(): assert torch.equal(value, b.state_dict()[key]), key
     assert torch.equal(plain.sums, graphed.sums) and torch.equal(plain.counts, graphed.counts)
-    assert graphed.graphed.repeat is not None
+    assert graphed.graphed.recorded is not None

@@ -90,12 +90,12 @@ def _copied(state):
 
 # %% ../../nbs/30d_training.checkpoint.ipynb #ced28ebd
 _EVERY = 60  # seconds
-_WRITER = ThreadPoolExecutor(1, "checkpoint")
 
 def save_is_due(t: Trainer) -> bool:
     "Whether the last checkpoint is a minute old; the first process decides for all"
     return t.fabric.broadcast(time.monotonic() - t.saved >= _EVERY)
 
+# %% ../../nbs/30d_training.checkpoint.ipynb #e4e4688f
 def save_state(
     t: Trainer,
     models: Path,
@@ -114,6 +114,9 @@ def save_state(
     if not meanwhile: finish_saving(t)
     t.saved = time.monotonic()
     t.fabric.barrier()
+
+# %% ../../nbs/30d_training.checkpoint.ipynb #b2ad4972
+_WRITER = ThreadPoolExecutor(1, "checkpoint")
 
 def finish_saving(t: Trainer):
     "Wait for the checkpoint that is being written; raise what went wrong with it"

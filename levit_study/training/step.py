@@ -84,36 +84,41 @@ def _aside(step):
     usual.wait_stream(stream)
 
 # %% ../../nbs/30e_training.step.ipynb #1a659e30
-class GraphedSteps:
-    """Stands for `one_step`, with steps of one batch that a GPU repeats in one launch
+class _Recorded:
+    "A step that repeats itself on batches of one shape, from where the first one lay"
+    def __init__(self, t: Trainer, record, images, labels):
+        self.images, self.labels, self.kept = images.clone(), labels.clone(), _Kept()
+        about = t, [(0, self.images, self.labels)], 1, self.kept
+        try: self.repeat = record(lambda: one_step(*about))
+        except torch.OutOfMemoryError: raise
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise StudyError(f"{t.name}: a step of it cannot be a CUDA graph ({reason}); set "
+                             f"datasets.{t.run.dataset}.training.cuda_graph: false") from error
 
-    Raises `StudyError` for a step that cannot be recorded."""
-    def __init__(self, record=_record, aside=_aside, first=3):
-        self.record, self.aside, self.first, self.repeat = record, aside, first, None
-
-    def new_epoch(self): self.repeat = None
-
-    def __call__(self, t: Trainer, batches, parts: int, finite):
-        batch, = batches
-        number, images, labels = batch
-        if self.first:
-            self.first -= 1
-            return self.aside(lambda: one_step(t, [batch], 1, finite))
-        if self.repeat is None and len(images) == t.batch_size: self._prepare(t, images, labels)
-        if self.repeat is None or images.shape != self.images.shape:
-            return one_step(t, [batch], 1, finite)
+    def __call__(self, number, images, labels, finite):
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.repeat()
         finite.see_loss(number, self.kept.loss, None)
         if self.kept.norm is not None: finite.see_norm(number, self.kept.norm)
 
-    def _prepare(self, t, images, labels):
-        self.images, self.labels, self.kept = images.clone(), labels.clone(), _Kept()
-        about = t, [(0, self.images, self.labels)], 1, self.kept
-        try: self.repeat = self.record(lambda: one_step(*about))
-        except torch.OutOfMemoryError: raise
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise StudyError(f"{t.name}: a step of it cannot be a CUDA graph ({reason}); set "
-                             f"datasets.{t.run.dataset}.training.cuda_graph: false") from error
+# %% ../../nbs/30e_training.step.ipynb #bdc95b0e
+class GraphedSteps:
+    """Stands for `one_step`, with steps of one batch that a GPU repeats in one launch
+
+    Raises `StudyError` for a step that cannot be recorded."""
+    def __init__(self, record=_record, aside=_aside, first=3):
+        self.record, self.aside, self.first, self.recorded = record, aside, first, None
+
+    def new_epoch(self): self.recorded = None
+
+    def __call__(self, t: Trainer, batches, parts: int, finite):
+        (number, images, labels), = batches
+        def plain(): one_step(t, [(number, images, labels)], 1, finite)
+        if self.first:
+            self.first -= 1
+            return self.aside(plain)
+        if len(images) != t.batch_size: return plain()
+        if self.recorded is None: self.recorded = _Recorded(t, self.record, images, labels)
+        self.recorded(number, images, labels, finite)
