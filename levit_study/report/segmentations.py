@@ -55,6 +55,7 @@ def draw_contours(
     "Draw the outline of each structure that `labels` holds, what lies within another on top"
     colors, look = colors or structure_colors(structures), {"linewidths": .9} | look
     inside = {name: labels == value for name, value in structures.items()}
+    if min(labels.shape) < 2: return  # matplotlib draws none in a single row or column
     for name in sorted(structures, key=lambda name: _reach(inside[name]), reverse=True):
         if inside[name].any() and not inside[name].all():
             ax.contour(inside[name], levels=[.5], colors=[colors[name]], **look)
