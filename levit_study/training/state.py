@@ -78,7 +78,10 @@ class MovingAverage(AveragedModel):
         both, steps = (self.module, model), int(self.n_averaged)
         stays = min(self.decay, (1 + steps) / (10 + steps)) if steps else 0.0
         torch._foreach_lerp_(*(list(each.parameters()) for each in both), 1 - stays)
-        for ours, theirs in zip(*(each.buffers() for each in both), strict=True): ours.copy_(theirs)
+        ours, theirs = (list(each.buffers()) for each in both)
+        for dtype in {buffer.dtype for buffer in ours}:  # one launch for all of a kind
+            alike = [[b for b in buffers if b.dtype == dtype] for buffers in (ours, theirs)]
+            torch._foreach_copy_(*alike)
         self.n_averaged += 1
 
 # %% ../../nbs/30_training.state.ipynb #b8bbb9d9
