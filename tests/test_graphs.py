@@ -86,7 +86,7 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(_get_current_dispatch_mode()))
 
 
-@pytest.mark.parametrize("name", ["baseline", "focal", "focal_tversky", "tvmf_dice", "uncertainty_weighted"])
+@pytest.mark.parametrize("name", ["focal_tversky", "tvmf_dice", "uncertainty_weighted"])
 def test_a_repeated_step_learns_the_same(store, name):
     settings = {key: value for key, value in PARAMS.losses[name].items() if key != "training"}
     run = toy_run(batch_size=3, accumulate=1, clip_norm=1.0, ema=0.9, schedule="cosine", precision="fp32").model_copy(update={"loss_settings": copy.deepcopy(settings)})
