@@ -90,7 +90,7 @@ class SoftmaxSums(torch.autograd.Function):
 # %% ../../nbs/24_losses.comparison.ipynb #5424f137
 class LabelCheck:
     """Raises `StudyError` on labels outside 0 to C-1: at once on the CPU and for the first batch,
-    within a few steps on a GPU, at the latest with `finish`"""
+    within a few steps on a GPU, with `finish` at the latest and for recorded steps"""
     def __init__(self):
         self.num_classes = 0
         self.extremes = self.copy = self.arrived = None

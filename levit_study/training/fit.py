@@ -19,7 +19,7 @@ from ..model.grids import forget_biases
 from ..model.precision import widest
 from .state import Trainer, learning_rate_at, make_fabric, make_trainer
 from .state import unwrapped
-from .checkpoint import resume, save_is_due, save_state
+from .checkpoint import all_saved, resume, save_is_due, save_state
 from .course import best_epoch, summary
 from .scores import dice_from_counts, mean_scores, validate
 from .step import GraphedSteps, one_step, set_rate, start_sums
@@ -52,7 +52,7 @@ def fit(
     if t.encoder: say(f"{t.name}: {t.encoder}")
     if not t.batch_size: t.batch_size = _common_batch(t, store.num_classes)
     resume(t, models, say)
-    with watched(t, len(train), say, progress) as watch:
+    with all_saved(t), watched(t, len(train), say, progress) as watch:
         while not t.complete:
             started = time.perf_counter()
             with memory_named(t): whole = train_epoch(t, train, watch, models)
@@ -174,6 +174,7 @@ def train_epoch(
         stop = watch.step_done(sum(len(batches[number]) for number in numbers))
         if stop or t.step == steps or t.step % _LOOK == 0: finite.look()
         if stop: return False
+    if t.graphed: t.graphed.epoch_done()
     return True
 
 # %% ../../nbs/31_training.fit.ipynb #a09e633b
@@ -181,9 +182,7 @@ def _way_to_learn(t: Trainer):
     "Return how this epoch's steps are done"
     asked = t.run.training.cuda_graph and t.fabric.device.type == "cuda"
     if asked and t.graphed is None: t.graphed = GraphedSteps()
-    if t.graphed is None: return one_step
-    t.graphed.new_epoch()
-    return t.graphed
+    return one_step if t.graphed is None else t.graphed
 
 # %% ../../nbs/31_training.fit.ipynb #af4742b0
 def share_buffers(fabric: Fabric, model):

@@ -7,6 +7,7 @@ __all__ = ['start_sums', 'set_rate', 'one_step', 'GraphedSteps']
 
 # %% ../../nbs/30e_training.step.ipynb #769eb030
 import torch
+from functools import lru_cache
 from ..files import StudyError
 from ..model.precision import widest
 from .scores import overlap_counts
@@ -76,9 +77,12 @@ def _record(step): # returns a function that repeats it
     with torch.cuda.graph(graph, capture_error_mode="thread_local"): step()
     return graph.replay
 
+@lru_cache
+def _other_stream(): return torch.cuda.Stream()
+
 def _aside(step):
     "Run `step` in another stream than the usual one"
-    stream, usual = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream, usual = _other_stream(), torch.cuda.current_stream()
     stream.wait_stream(usual)
     with torch.cuda.stream(stream): step()
     usual.wait_stream(stream)
@@ -92,7 +96,9 @@ class _Recorded:
         try: self.repeat = record(lambda: one_step(*about))
         except torch.OutOfMemoryError: raise
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            first = error  # the end of a record that went wrong has an error of its own
+            while first.__context__ is not None: first = first.__context__
+            reason = str(first).splitlines()[0]
             raise StudyError(f"{t.name}: a step of it cannot be a CUDA graph ({reason}); set "
                              f"datasets.{t.run.dataset}.training.cuda_graph: false") from error
 
@@ -111,7 +117,9 @@ class GraphedSteps:
     def __init__(self, record=_record, aside=_aside, first=3):
         self.record, self.aside, self.first, self.recorded = record, aside, first, None
 
-    def new_epoch(self): self.recorded = None
+    def epoch_done(self):
+        "Forget the record and its memory; the next epoch's first step is done as it is"
+        self.recorded, self.first = None, max(self.first, 1)
 
     def __call__(self, t: Trainer, batches, parts: int, finite):
         (number, images, labels), = batches
@@ -119,6 +127,8 @@ class GraphedSteps:
         if self.first:
             self.first -= 1
             return self.aside(plain)
-        if len(images) != t.batch_size: return plain()
+        if len(images) != t.batch_size:  # the last batch
+            self.recorded = None  # its memory is needed
+            return plain()
         if self.recorded is None: self.recorded = _Recorded(t, self.record, images, labels)
         self.recorded(number, images, labels, finite)
