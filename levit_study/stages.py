@@ -34,7 +34,8 @@ ROOMS = {
         model.grids model.network model.fusion model.others model.pretrained
         model.freezing model.precision model.build losses.comparison losses.interface
         losses.paper losses.more losses.topk losses.boundary losses.adaptive
-        training.state training.checkpoint training.scores training.course training.fit""",
+        training.state training.checkpoint training.scores training.course training.step
+        training.fit""",
     "evaluate": """data.slices data.context data.dataset data.native model.upsampling
         model.grids model.network model.fusion model.others model.precision model.build
         model.inference training.course evaluation.metrics evaluation.inference
