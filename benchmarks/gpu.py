@@ -16,6 +16,8 @@ speed      images/s and memory of the whole step and of the bare one (forward, c
            backward, Adam), per network, batch and choice of kernels, and with CUDA graphs
 profile    kernels and launches of a step
 captured   images/s of the bare step, as it is, compiled, and in a CUDA graph
+padded     ms of the decoder's odd shapes, as they are and rounded up to multiples of 8: a
+           resize's product over 7 to 28 rows, the head's few classes
 predict    slices/s of a volume
 """
 import argparse
@@ -270,6 +272,33 @@ class Bench:
         with torch.cuda.graph(graph): step()
         return graph.replay
 
+    def padded(self):
+        "What tensor cores would gain from rounder shapes; bf16, batch 8"
+        made = dict(device=self.device, dtype=torch.bfloat16)
+        channels, rows = 64 if self.small else 256, {}
+
+        def milliseconds(step):
+            def ten(): return timed(lambda: [step() for _ in range(10)], self.device)
+            return 100 * min(ten() for _ in range(5))
+
+        for small in (7, 14, 28):
+            wide = torch.rand(2 * small, -(-small // 8) * 8, **made)
+            pixels = torch.rand(8, wide.shape[1], small * 3 * channels, **made)
+            exact = wide[:, :small]
+            matrices = {"as it is": exact.contiguous(), "aligned": exact, "rounded": wide}
+            for name, matrix in matrices.items():
+                inside = pixels[:, :matrix.shape[1]].contiguous()
+                rows[f"product over {small}, {name}"] = milliseconds(
+                    lambda a=matrix.expand(8, -1, -1), b=inside: torch.bmm(a, b))
+        side = self.size // 4
+        images = torch.rand(8, 144, side, side, **made).to(memory_format=torch.channels_last)
+        for classes in (4, 8, 9, 16):
+            head = torch.nn.Conv2d(144, classes, 3, padding=1, **made)
+            head = head.to(memory_format=torch.channels_last)
+            rows[f"head of {classes}"] = milliseconds(
+                lambda head=head: head(images).sum().backward())
+        return rows
+
     def predict(self):
         slices = 16 if self.small else 256
         image = np.random.default_rng(0).random((slices, self.size, self.size), np.float32)
@@ -285,7 +314,7 @@ class Bench:
         return rows
 
 
-PARTS = "exact", "losses", "to_cpu", "waits", "speed", "profile", "captured", "predict"
+PARTS = "exact", "losses", "to_cpu", "waits", "speed", "profile", "captured", "padded", "predict"
 
 
 def main():
