@@ -300,6 +300,7 @@ def test_a_label_out_of_range_is_found_without_waiting_for_a_gpu(monkeypatch):
         def query(self): return Event.arrived
     monkeypatch.setattr(LabelCheck, "on_gpu", staticmethod(lambda labels: True))
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     criterion, logits, target, wrong = build_loss("baseline"), torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long), torch.full((1, 4, 4), 3)
     with pytest.raises(StudyError, match="labels run from 3 to 3, but the logits have 3 classes"): build_loss("baseline")(logits, wrong)
     criterion(logits, target)
