@@ -52,6 +52,7 @@ from levit_study.params import Data, Model, Run, Training, load_params
 from levit_study.training.fit import fit, train_epoch
 from levit_study.training.record import Stopped
 from levit_study.training.state import make_fabric, make_trainer
+from levit_study.training.step import _aside, _record
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 
@@ -263,14 +264,8 @@ class Bench:
             F.cross_entropy(logits, target).backward()
             adam.step()
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3): step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph): step()
-        return graph.replay
+        for _ in range(3): _aside(step)
+        return _record(step)
 
     def padded(self):
         "What tensor cores would gain from rounder shapes; bf16, batch 8"

@@ -70,10 +70,11 @@ def check_graphs(
     for run in runs:
         about = run.training
         if not about.cuda_graph: continue
-        for name, value in (("accumulate", about.accumulate), ("processes", about.processes)):
-            if value > 1: raise ValueError(_not_recordable(run, f"{name} 1, not {value}"))
-        if about.optimiser == "sgd":
-            raise ValueError(_not_recordable(run, "optimiser adam or adamw, not sgd"))
-
-def _not_recordable(run, need: str) -> str:
-    return f"datasets.{run.dataset}.training.cuda_graph = True: needs {need}"
+        met = {
+            "optimiser adam or adamw": about.optimiser != "sgd",
+            "accumulate 1": about.accumulate == 1,
+            "processes 1": about.processes == 1,
+        }
+        if needs := [need for need in met if not met[need]]:
+            place = f"datasets.{run.dataset}.training.cuda_graph = True"
+            raise ValueError(f"{place}: needs {', '.join(needs)}")
