@@ -114,8 +114,6 @@ def _add_score(commands):
 def _score(a):
     from levit_study.evaluation.score import mean_scores, score_folders, write_scores
     if a.name and not a.dataset: raise StudyError("--as needs --dataset, whose report will show it")
-    if a.output and not a.output.endswith(".csv"):  # so it is none of the files that are read
-        raise StudyError(f"--output {a.output}: give a name that ends in .csv")
     table, problems = score_folders(a)
     for line in problems: print(f"levit-study: {line}", file=sys.stderr)
     print(mean_scores(table).to_string(float_format=lambda x: f"{x:.4f}"))

@@ -263,12 +263,27 @@ def test_what_cannot_be_kept_is_a_line_below_the_means(files, capsys):
     assert status == 1 and "reports/elsewhere/hearts/blocked: cannot be written (" in err[-1]
 
 
+def test_scores_replace_scores_and_nothing_else(files, capsys):
+    asked = "score", "own", "references", "--dataset", "hearts", "--output"
+    status, _, err = run(capsys, *asked, "params.yaml")
+    assert status == 1 and "--output params.yaml: give a name that ends in .csv" in err[-1]
+    open("sizes.csv", "w").write("case,ml\n")
+    status, out, err = run(capsys, *asked, "sizes.csv")
+    assert status == 1 and not out and "--output sizes.csv: exists already, and holds no scores" in err[-1]
+    assert open("sizes.csv").read() == "case,ml\n"
+    for _ in range(2): assert run(capsys, *asked, "scores.csv")[0] == 0
+
+
 def test_an_export_replaces_no_other_weights(files, capsys):
     own, other = (f"models/hearts/dice/seed{seed}/best.safetensors" for seed in (0, 1))
     before = open(other, "rb").read()
     status, _, err = run(capsys, "export", own, other)
     assert status == 1 and f"{other}: exists already, and is no copy of these weights" in err[-1]
     assert open(other, "rb").read() == before
+    open("other.onnx", "w").write("somebody's")
+    status, _, err = run(capsys, "export", own, "other.onnx")
+    assert status == 1 and "other.onnx: exists already; name another file" in err[-1]
+    assert open("other.onnx").read() == "somebody's"
     status, _, err = run(capsys, "export", own, "params.yaml/copy.onnx")
     assert status == 1 and "params.yaml/copy.onnx: cannot be written (" in err[-1]
 

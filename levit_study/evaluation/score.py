@@ -147,6 +147,18 @@ def mean_scores(table: pd.DataFrame) -> pd.DataFrame:
     return by_structure.case.nunique().rename("cases").to_frame().join(means)
 
 # %% ../../nbs/44_evaluation.score.ipynb #efb2c9bb
+_HEADER = b"split,case,patient,structure,dice,"
+
+def _check_output(path):
+    "`StudyError` if a file of scores would have another ending, or replace what holds no scores"
+    if not str(path).endswith(".csv"):  # so it is none of the files that are read
+        raise StudyError(f"--output {path}: give a name that ends in .csv")
+    if not Path(path).is_file(): return
+    with open(path, "rb") as file: header = file.read(len(_HEADER))
+    if header != _HEADER:
+        problem = "exists already, and holds no scores"
+        raise StudyError(f"--output {path}: {problem}; name another file, or remove it")
+
 def write_scores(table: pd.DataFrame, path):
     "Write scores as cases.csv is written; `StudyError` where they cannot be"
     try: write_csv(path, table)
@@ -172,6 +184,7 @@ def _rules(options, params: Params | None) -> Rules:
 # %% ../../nbs/44_evaluation.score.ipynb #e330af01
 def score_folders(options) -> tuple: # (table, problems), see `score`
     "Do what `levit-study score` was asked for: its parsed options"
+    if options.output: _check_output(options.output)
     root = project_folder() if options.dataset else None
     params = load_params(root / "params.yaml") if root else None
     rules = _rules(options, params)

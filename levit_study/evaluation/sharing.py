@@ -84,6 +84,8 @@ def _export(weights, path) -> str:
         return f"{path}: half precision, {Path(path).stat().st_size / 1e6:.0f} MB"
     if not str(path).endswith(".onnx"):
         raise StudyError(f"{path}: name it .safetensors or .onnx, which says what to write")
+    if Path(path).exists():
+        raise StudyError(f"{path}: exists already; name another file, or remove it")
     from levit_study.model.export import export_onnx
     from levit_study.model.inference import load_weights
     model, card = load_weights(weights)
