@@ -305,9 +305,10 @@ def _add_code(commands):
 
 def _code(a):
     from levit_study.params import load_params
-    from levit_study.pipeline import check_folders, write_code
+    from levit_study.pipeline import anchor_warning, check_folders, write_code
     enter_project()
     check_folders(load_params())
+    if warning := anchor_warning(): print(f"levit-study: {warning}", file=sys.stderr)
     if a.output: write_code(a.output)
 
 def _add_plots_page(commands):

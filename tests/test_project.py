@@ -52,3 +52,22 @@ def test_an_experiment_keeps_the_comments_of_params_yaml(root, tmp_path):
     kept = path.read_text()
     assert "gamma: 3 " in kept and len(said) > 100
     assert [comment for comment in said if comment not in kept] == []
+
+
+@pytest.mark.parametrize("name", ["phantom_ct", "phantom_mr", "synapse", "acdc", "acdc_unet", "acdc_best"])
+def test_an_experiment_changes_what_it_names_and_nothing_else(root, tmp_path, name):
+    """What a YAML anchor shares, `dvc exp run -S` would change in both places, or in neither."""
+    from dvc.utils.hydra import apply_overrides
+    from ruamel.yaml import YAML
+    read = YAML(typ="safe").load
+    path = tmp_path / "params.yaml"
+    path.write_text((root / "tests/params.yaml").read_text())
+    expected = read(path)
+    entry = expected["datasets"][name]
+    entry["training"]["epochs"], entry["data"]["size"], entry["data"]["split"]["valid"] = 99, 320, 0.3
+    entry["data"]["structures"] = dict(entry["data"]["structures"], stomach=99)
+    changes = "training.epochs=99", "data.size=320", "+data.split.valid=0.3", "+data.structures.stomach=99"
+    if "valid" in read(path)["datasets"][name]["data"]["split"]: changes = *changes[:2], changes[2][1:], changes[3]
+    if "stomach" in read(path)["datasets"][name]["data"]["structures"]: changes = *changes[:3], changes[3][1:]
+    apply_overrides(path, [change.replace("+", f"+datasets.{name}.") if "+" in change else f"datasets.{name}.{change}" for change in changes])
+    assert read(path) == expected
