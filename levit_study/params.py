@@ -156,6 +156,12 @@ class Model(Section, Chosen):
 
     _pretrained = field_validator("pretrained")(_check_place)
 
+    @field_validator("variant", mode="before")
+    @classmethod
+    def _as_text(cls, variant):
+        "384 without quotation marks is a number in YAML, and on the command line of DVC"
+        return str(variant) if isinstance(variant, int) else variant
+
 # %% ../nbs/01_params.ipynb #e38c176c
 class Training(Section, Freezing):
     "How a model is trained"

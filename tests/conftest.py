@@ -32,7 +32,7 @@ def project(tmp_path_factory, environment):
         files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
                                check=True).stdout.decode().split("\0")
         for file in filter(None, files):
-            kept = file in ("reports/choices/README.md", "reports/elsewhere/README.md", "reports/studies/log.md")   # folders that stages depend on
+            kept = file in ("reports/choices/README.md", "reports/elsewhere/README.md", "reports/ensembles/README.md", "reports/studies/log.md")   # folders that stages depend on
             if file.startswith("reports/") and not kept or file == "dvc.lock" or not (ROOT / file).is_file(): continue
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / file, folder / file)

@@ -89,7 +89,7 @@ def _all_warnings(jobs, columns, data):
     lines += [(job.case.name, f"left out of {job.split}: {job.left_out}")
               for job in jobs if job.left_out]
     unseen = ("a linked folder, which DVC does not look into: when its scans change, "
-              "prepare again with dvc repro --force")
+              "prepare again: dvc repro --force prepare@NAME, with the data set's name")
     lines += [("", f"{path}: {unseen}") for path in _linked_folders(data.folder)]
     free = [job.case for job in used.values() if job.folds and job.split != "test"]
     if free and data.split.stratify:

@@ -193,7 +193,8 @@ def _search(r: Records):
 # %% ../../nbs/63e_report.checklists.ipynb #f0ac64fc
 @_rule
 def _ensembling(r: Records):
-    if (r.folder / "ensembles").exists(): return _reported("`reports/ensembles`")
+    ensembles = (r.folder / "ensembles").glob("*/*/metrics.json")
+    if any(ensembles): return _reported("`reports/ensembles`")
     return _reported("None: each training is judged alone")
 
 # %% ../../nbs/63e_report.checklists.ipynb #8661998c
