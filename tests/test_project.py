@@ -1,7 +1,10 @@
 """Notebooks, package and settings agree."""
 import json
+import re
+import shlex
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -71,3 +74,29 @@ def test_an_experiment_changes_what_it_names_and_nothing_else(root, tmp_path, na
     if "stomach" in read(path)["datasets"][name]["data"]["structures"]: changes = *changes[:3], changes[3][1:]
     apply_overrides(path, [change.replace("+", f"+datasets.{name}.") if "+" in change else f"datasets.{name}.{change}" for change in changes])
     assert read(path) == expected
+
+
+def test_each_experiment_in_the_documents_changes_the_study_that_it_runs(root, tmp_path):
+    """A value of a data set or a loss that the study does not run, or that DVC does not write, would train nothing new."""
+    from dvc.utils.hydra import apply_overrides
+    from levit_study.params import load_params
+    from ruamel.yaml import YAML
+    path = tmp_path / "params.yaml"
+    texts = [file.read_text() for file in (root / "README.md", *sorted(root.glob("docs/*.md")), *sorted(root.glob("data/raw/*/README.md")))]
+    commands = {line for text in texts for line in re.findall(r"^dvc exp run .*|(?<=`)dvc exp run [^`]*", text, re.M)}
+    changes = {command: [word for option, word in pairwise(shlex.split(command)) if option == "-S"] for command in commands}
+    changes = {command: words for command, words in changes.items() if words}
+    assert len(changes) >= 15
+    for command, words in changes.items():
+        words = [word if "[" in word else word.split(",")[0] for word in words]   # of several values in a row the first
+        path.write_text((root / "tests/params.yaml").read_text())
+        apply_overrides(path, words)
+        content = YAML(typ="safe").load(path)
+        for word in words:
+            keys, _, value = word.lstrip("+").partition("=")
+            where = content
+            for key in keys.split("."): where = where[key]
+            assert where == YAML(typ="safe").load(value), (command, word)
+            part, name = keys.split(".")[:2]
+            if part in ("datasets", "losses"): assert name in content["study"][part], (command, word)
+        load_params(path)
