@@ -305,10 +305,14 @@ def _add_code(commands):
 
 def _code(a):
     from levit_study.params import load_params
-    from levit_study.pipeline import anchor_warning, check_folders, write_code
+    from levit_study.pipeline import anchor_warning, check_folders, check_package, unwatched
+    from levit_study.pipeline import write_code
     enter_project()
-    check_folders(load_params())
-    if warning := anchor_warning(): print(f"levit-study: {warning}", file=sys.stderr)
+    check_package()
+    params = load_params()
+    check_folders(params)
+    for line in filter(None, [anchor_warning(), *unwatched(params)]):
+        print(f"levit-study: {line}", file=sys.stderr)
     if a.output: write_code(a.output)
 
 def _add_plots_page(commands):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CSV', 'STOPPING', 'StudyError', 'brief', 'yaml_problem', 'written_whole', 'write_json', 'write_csv',
            'without_web_grammar', 'hard_link', 'held_alone', 'end_with_parent', 'tied', 'hash_file', 'bare_code',
-           'digest_of_code', 'run_tail', 'run_folders', 'project_folder', 'enter_project']
+           'own_files', 'digest_of_code', 'run_tail', 'run_folders', 'project_folder', 'enter_project']
 
 # %% ../nbs/00_files.ipynb #e1e0fdc1
 import ast
@@ -221,9 +221,15 @@ def bare_code(text: str) -> str:
     return ast.unparse(tree)
 
 # %% ../nbs/00_files.ipynb #6c066016
+def own_files(root=".") -> list[Path]:
+    "Return the files of the folder `own` that a loss or network of the user's may use, in order"
+    files = sorted(path for path in Path(root, "own").rglob("*") if path.is_file())
+    return [path for path in files if "__pycache__" not in path.parts and path.name != "README.md"]
+
 def digest_of_code(*files) -> str:
     "Identify what Python files do, as 16 hexadecimal digits; their words do not count"
-    texts = [bare_code(Path(file).read_text(encoding="utf-8")) for file in files]
+    texts = [bare_code(file.read_text(encoding="utf-8")) if file.suffix == ".py"
+             else hash_file(file) for file in map(Path, files)]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 # %% ../nbs/00_files.ipynb #2962afab

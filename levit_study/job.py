@@ -15,9 +15,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .files import StudyError, digest_of_code, hash_file, held_alone, tied
+from .files import StudyError, digest_of_code, hash_file, held_alone, own_files
+from .files import tied
 from .matrix import Cell
-from .pipeline import own_files
 from .stages import notebook_code
 
 # %% ../nbs/70b_job.ipynb #0d2c4470

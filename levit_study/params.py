@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ONE_SPLIT', 'Section', 'fold_number', 'Study', 'Split', 'Phantom', 'Data', 'Model', 'Training', 'Measurement',
-           'Evaluation', 'DataSet', 'Compute', 'pick_evaluation', 'Run', 'pick_run', 'Params', 'as_line', 'load_params']
+           'Evaluation', 'DataSet', 'Compute', 'pick_evaluation', 'Run', 'deciding', 'pick_run', 'Params', 'as_line',
+           'load_params']
 
 # %% ../nbs/01_params.ipynb #7ed2c0a3
 import re
@@ -197,6 +198,13 @@ class Training(Section, Freezing):
         augmentation(value)
         return value
 
+    @model_validator(mode="after")
+    def _warms_up_in_time(self):
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs = {self.warmup_epochs:g}: the training has "
+                             f"{self.epochs} epochs")
+        return self
+
 # %% ../nbs/01_params.ipynb #f405d535
 class Measurement(Section):
     "What is measured on the best weights, and how; a data set may have its own"
@@ -269,6 +277,17 @@ class Run(Section):
     @property
     def encoders(self) -> int: return self.data.modalities if self.model.fusion == "late" else 1
 
+_ELSEWHERE = {"folder", "skip_bad", "keep_copies", "keep_training_volumes", "patient"}
+
+def deciding(record: dict) -> dict:
+    """Return of a run's record what can change a trained number
+
+    Where scans lie, and which of them are taken, the digest of the prepared data stands for."""
+    data = {key: value for key, value in record["data"].items() if key not in _ELSEWHERE}
+    if record["fold"] is None:
+        data["split"] = {key: value for key, value in data["split"].items() if key != "folds"}
+    return record | {"data": data}
+
 def pick_run(params: "Params", dataset: str, loss: str, seed: int, fold=None) -> Run:
     "Return the run of `loss` on `dataset` with `seed`; `StudyError` for an unknown name"
     for section, name in (("datasets", dataset), ("losses", loss)):
@@ -308,6 +327,16 @@ def _deal(data: Data) -> tuple:
             *((split.seed, split.stratify) if drawn else ()))
 
 # %% ../nbs/01_params.ipynb #215fa249
+def _check_phantoms(datasets: dict):
+    "Raise `ValueError` if two phantoms would be made in one folder, each in the other's place"
+    makers = {}
+    for name, about in datasets.items():
+        if about.data.phantom is None: continue
+        first = makers.setdefault(about.data.folder, name)
+        if datasets[first].data.phantom != about.data.phantom:
+            raise ValueError(f"datasets.{name}.data.folder = {about.data.folder}: the phantom of "
+                             f"{first} is made there; name another folder")
+
 class Params(Section):
     "All of params.yaml"
     study: Study
@@ -327,6 +356,7 @@ class Params(Section):
         check_names("losses", self.losses, self.study.losses)
         check_contrasts(self.evaluation.contrasts, self.study.losses)
         check_ablation(self.evaluation.ablation_of, self.study.datasets, self._deals())
+        _check_phantoms({name: self.datasets[name] for name in self.study.datasets})
         for name in self.study.datasets:
             check_folds(name, self.datasets[name].data.split.folds, self.study.fold_numbers)
             check_zooms(name, pick_evaluation(self, name).zooms, self.datasets[name].data.crop)

@@ -61,6 +61,16 @@ def full_settings(
     return values
 
 # %% ../nbs/00c_settings.ipynb #eefe7d9e
+_WEIGHTS = {"focal": ["alpha"], "baseline": ["ce_weight", "dice_weight"],
+            "dice_focal": ["dice_weight", "focal_weight"]}
+
+def _check_weights(kind:str, values:Mapping):
+    "Raise `StudyError` for a loss that is 0 whatever is predicted"
+    weights = [values[name] for name in _WEIGHTS.get(kind, [])]
+    if not weights or any(any(w) if isinstance(w, list) else w for w in weights): return
+    names = " and ".join(_WEIGHTS[kind])
+    raise StudyError(f"loss {kind!r}: {names} = 0 makes it 0 whatever is predicted; raise it")
+
 def _checked_entry(
     entry:Mapping, # kind and settings
 ) -> dict:
@@ -68,6 +78,7 @@ def _checked_entry(
     kind, settings = entry["kind"], {key: value for key, value in entry.items() if key != "kind"}
     model = _settings_model(kind)
     values = full_settings(kind, model, settings)
+    _check_weights(kind, values)
     return {"kind": kind} | (values if issubclass(model, Settings) else settings)
 
 # %% ../nbs/00c_settings.ipynb #7adb5acd
@@ -101,6 +112,8 @@ def _checked_terms(
                              "but must be a number of at least 0")
         entry = _checked_inner({key: value for key, value in term.items() if key != "weight"})
         entries.append(entry | {"weight": float(weight)})
+    if not any(entry["weight"] for entry in entries):
+        raise StudyError("loss: the weights of all 'terms' are 0; raise one")
     return entries
 
 # %% ../nbs/00c_settings.ipynb #c96ab80d

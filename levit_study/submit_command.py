@@ -19,11 +19,11 @@ def add_submit(commands):
     where.add_argument("--slurm", action="store_true", help="a job array, through submitit")
     add("--dry-run", action="store_true", help="show what would run, and what it costs")
     add("--partition", help="Slurm partition (default: Slurm's own)")
-    add("--time", default="8:00:00", help="time limit of a job, then queued again (8:00:00)")
-    add("--cpus", type=int, default=4, help="CPUs of each job (4)")
-    add("--gpus", type=int, default=0, help="GPUs of each job (0)")
+    add("--time", help="time limit of a job, then queued again (8:00:00)")
+    add("--cpus", type=int, help="CPUs of each job (4)")
+    add("--gpus", type=int, help="GPUs of each job (0)")
     add("--memory", type=int, metavar="GB", help="memory of each job")
-    add("--at-once", type=int, default=256, help="most jobs that run at the same time (256)")
+    add("--at-once", type=int, help="most jobs that run at the same time (256)")
     pairs = dict(nargs="+", default=[], metavar="NAME=VALUE")
     add("--options", **pairs, help="further options of sbatch: account=NAME qos=NAME …")
     add("--shared", action="store_true", help="the nodes see this folder, though its disk is here")
@@ -36,8 +36,14 @@ def _submit(a):
     enter_project()
     wrong = [pair for pair in a.options if "=" not in pair]
     if wrong: raise StudyError(f"--options {wrong[0]}: write NAME=VALUE, as sbatch names it")
-    names = ("partition", "time", "cpus", "gpus", "memory", "at_once", "shared")
+    names = ("partition", "time", "cpus", "gpus", "memory", "at_once", "shared", "options")
+    values = {name: getattr(a, name) for name in names}
+    given = {name: value for name, value in values.items()
+             if not (value is None or value is False or value == [])}
+    if given and not a.slurm:
+        raise StudyError(f"--{next(iter(given)).replace('_', '-')}: is for jobs of Slurm; "
+                         "leave it out with --local")
     options = dict(pair.split("=", 1) for pair in a.options)
     options = {name.lstrip("-").replace("_", "-"): value for name, value in options.items()}
-    asked = Request(**{name: getattr(a, name) for name in names}, options=options)
+    asked = Request(**given | {"options": options})
     submit(a.local, asked if a.slurm else None, a.dry_run)

@@ -201,3 +201,39 @@ def test_a_training_knows_the_own_modules_that_its_loss_uses(tmp_path, monkeypat
     for name in [name for name in sys.modules if name.split(".")[0] == "own"]: monkeypatch.delitem(sys.modules, name)
     code = state.training_code(build_loss("own.my_losses.Power"))
     assert {"own.my_losses", "own.powers"} < code.keys()
+
+
+@pytest.mark.parametrize("use", ["from own.config import GAMMA", "import own.config\nGAMMA = own.config.GAMMA", "from .config import GAMMA",
+                                 "def value():\n    from own.config import GAMMA\n    return GAMMA", "from own import config"])
+def test_a_constant_of_an_own_module_counts_however_it_is_imported(tmp_path, monkeypatch, use):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/my_losses.py").write_text(f"{use}\n{OWN}")
+    (tmp_path / "own/powers.py").write_text("def raised(values): return values**2\n")
+    (tmp_path / "own/config.py").write_text("GAMMA = 2.0\n")
+    (tmp_path / "own/unused.py").write_text("GAMMA = 2.0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.split(".")[0] == "own"]: monkeypatch.delitem(sys.modules, name)
+    criterion = build_loss("own.my_losses.Power")
+    before = state.training_code(criterion)
+    assert "own.unused" not in before and "own" not in before
+    (tmp_path / "own/config.py").write_text("GAMMA = 4.0\n")
+    after = state.training_code(criterion)
+    assert {key for key in after if after[key] != before[key]} == {"own.config"}
+    (tmp_path / "own/table.csv").write_text("1,2\n")   # what a module may read
+    first = state.training_code(criterion)["own"]
+    (tmp_path / "own/table.csv").write_text("1,3\n")
+    assert state.training_code(criterion)["own"] != first
+
+
+@pytest.mark.parametrize("key, value", [("folder", "data/raw/moved"), ("skip_bad", True), ("keep_copies", True)])
+def test_where_the_scans_lie_causes_no_training(copy, environment, key, value):
+    path = copy / "params.yaml"
+    text = path.read_text()
+    before = written(copy, environment)
+    content = YAML(typ="safe").load(path)
+    content["datasets"]["phantom_mr"]["data"][key] = value
+    path.write_text(json.dumps(content))   # JSON is YAML, too
+    changed = {name for name, content in written(copy, environment).items() if content != before[name]}
+    path.write_text(text)
+    assert changed == {"build/code/settings/phantom_mr/data.json", "build/code/settings/study.json"}

@@ -61,6 +61,14 @@ def _fold_lists(path):
     return entries
 
 # %% ../../nbs/14a_data.folds.ipynb #4679104f
+def _check_rest(path, number, entry, rest, patient_of):
+    "Raise `StudyError` unless an entry's `train` names all patients that it does not hold out"
+    trained = {patient_of.get(name) for name in entry["train"]}
+    if missing := sorted(rest - trained):  # of cases that were left out a file may name more
+        raise StudyError(f"{path}: fold{number} neither trains on {missing[0]} nor holds them out "
+                         f"({len(missing)} such patients), but every patient outside val is "
+                         "trained on; name them, or leave them out of the data set's folder")
+
 def _listed_patients(
     cases, # `Case`s that may be held out
     path,  # splits_final.json
@@ -78,6 +86,7 @@ def _listed_patients(
             raise StudyError(f"{path}: fold{number} trains on and holds out {min(both)}: "
                              "a patient's cases belong to one side")
         for patient in held: folds[patient].add(number)
+        _check_rest(path, number, entry, {case.patient for case in cases} - held, patient_of)
     for patient in sorted({case.patient for case in cases}):
         if len(folds[patient]) != 1:
             where = ", ".join(f"fold{number}" for number in sorted(folds[patient])) or "no fold"

@@ -101,6 +101,9 @@ def split_cases(
         splits = by_fraction(cases, valid, test, seed, stratify)
     else:
         raise StudyError(f"split: '{kind}' is unknown: choose lists, benchmark or fraction")
+    if test and kind != "fraction":
+        raise StudyError(f"split.test = {test:g}: '{kind}' says already who tests; set it to 0, "
+                         "or split by 'fraction'")
     _check_places(splits, kind)
     if nested and "valid" in splits.values():
         splits = _nested(splits, cases, nested, seed, stratify)

@@ -14,7 +14,7 @@ import torch
 from ..data.dataset import PreparedStore
 from ..files import StudyError, hash_file, run_folders, write_csv, write_json
 from ..model.weights import read_card
-from ..params import Params, pick_evaluation
+from ..params import Params, pick_evaluation, pick_run
 from .card import is_evaluated
 from .ensemble import check_images, load_ensemble
 from .evaluate import evaluate, mean_metrics
@@ -87,11 +87,11 @@ def _held_out_dice(member: _Member) -> float:
 _NO_CASES = ("no case is left that all networks of an ensemble held out; set data.split.test, or "
              "split.nested")
 
-def _judge(group, store, splits: dict, params: Params, dataset: str, progress: bool):
+def _judge(group, store, splits: dict, params: Params, dataset: str, loss: str, progress: bool):
     "(table of cases.csv, table of reliability.csv) of one ensemble"
     measurement, device = pick_evaluation(params, dataset), params.compute.device
     files = [member.weights for member in group]
-    precision = params.datasets[dataset].training.precision
+    precision = pick_run(params, dataset, loss, 0).training.precision
     network = load_ensemble(files, prediction_settings(measurement), device, precision)
     tolerance = measurement.surface_tolerance
     return evaluate(store, network, None, splits, tolerance, progress)
@@ -125,7 +125,7 @@ def evaluate_ensembles(
     for group in groups:
         if not (splits := _held_out_cases(group)): continue
         name = _group_name(group)
-        each = _judge(group, store, splits, params, dataset, progress)
+        each = _judge(group, store, splits, params, dataset, loss, progress)
         tables.append([table.assign(ensemble=name) for table in each])
         digests = [hash_file(member.weights) for member in group]
         trainings = [[member.seed, member.fold] for member in group]

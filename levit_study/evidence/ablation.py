@@ -94,4 +94,6 @@ def ablation_table(
                     row = _row(rows_of, pair, sure, assumed)
                     about = {"reference": reference, "differs": differs, "loss": loss}
                     if row["patients"]: rows.append(head | about | {"structure": structure} | row)
+        if not any(row["dataset"] == name for row in rows):
+            print(f"left out: {name}: shares no judged case with {reference} (ablation_of)")
     return pd.DataFrame(rows, columns=_COLUMNS)

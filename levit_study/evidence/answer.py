@@ -9,7 +9,7 @@ __all__ = ['answer', 'effects_of', 'shown_answers', 'with_answer', 'differing_an
 import re
 import pandas as pd
 from .claims import MARGIN
-from .results import judging_splits
+from .results import judging_splits, special_trainings
 from .statistics import ALL
 from ..networks import network_name
 from ..params import Params, pick_evaluation
@@ -33,10 +33,11 @@ def _about(params: Params, dataset: str, organs: pd.DataFrame) -> str:
     number = " to ".join(f"{n:.0f}" for n in dict.fromkeys((trainings[0], trainings[-1])))
     epochs = settings.training.epochs
     schedule = "" if (name := settings.training.schedule) == "constant" else f" ({name} schedule)"
+    special = [f"trained otherwise: {line}" for line in special_trainings(params)]
     words = [f"{organs.patients.max():.0f} {_JUDGED[first.split]}", network_name(settings.model),
              f"{settings.data.size} × {settings.data.size} pixels",
              f"{epochs} epoch{'s' * (epochs > 1)}{schedule}",
-             f"{number} training{'s' * (number != '1')} per loss"]
+             f"{number} training{'s' * (number != '1')} per loss", *special]
     kind = " Synthetic scans, which say nothing about patients." if settings.synthetic else ""
     return f"**{settings.title}**: {'; '.join(words)}.{kind}"
 

@@ -96,6 +96,10 @@ def compare_predictions(
 ) -> pd.DataFrame:  # one row per run, candidate, case and structure
     "Try all ways to predict on the validation cases of all runs of a data set"
     compute, rows = params.compute, []
+    unknown = [loss for loss in losses or () if loss not in params.study.losses]
+    if unknown:
+        known = ", ".join(params.study.losses)
+        raise StudyError(f"--losses {unknown[0]}: no loss of this study; choose from {known}")
     runs = _run_stores(params, dataset, losses or params.study.losses, root)
     cases = sum(len(store.split("valid")) for _, store, _ in runs)
     with tqdm(total=cases, unit="case", desc=f"choose {dataset}", disable=not progress) as bar:

@@ -58,9 +58,14 @@ def choices_table(
     "Return choices.csv: the candidates of each data set; empty where none were tried"
     training, tables = ["loss", "seed", "fold"], [pd.DataFrame(columns=_COLUMNS)]
     for path in sorted(Path(folder).glob("*.csv")):
-        scores = _read_scores(path).merge(runs[runs.dataset == path.stem][[*training, "best_dice"]],
-                                          on=training, suffixes=("", "_now"))
+        recorded = _read_scores(path)
+        ours = runs[runs.dataset == path.stem][[*training, "best_dice"]]
+        scores = recorded.merge(ours, on=training, suffixes=("", "_now"))
         scores = scores[(scores.best_dice - scores.best_dice_now).abs() < 1e-5]  # not another one's
+        gone = len(recorded.drop_duplicates(training)) - len(scores.drop_duplicates(training))
+        if gone and path.stem in runs.dataset.values:
+            print(f"left out: {path}: {gone} of its trainings are no longer the study's; "
+                  f"run levit-study choose {path.stem} again")
         if scores.empty: continue
         table = choice_table(scores, confidence, resamples)
         tables.append(table.assign(dataset=path.stem)[_COLUMNS])

@@ -18,7 +18,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from ..files import StudyError, run_folders, run_tail
-from ..params import Params, Run, pick_run
+from ..params import Params, Run, deciding, pick_run
 from ..evaluation.elsewhere import SCORES, read_elsewhere, scores_fault
 from ..training.course import best_epoch, summary
 
@@ -190,8 +190,8 @@ def runs_of(params: Params):
 
 # %% ../../nbs/50_evidence.results.ipynb #35f2a6e4
 def _with_defaults(record: dict) -> dict:
-    "Return the parameters that a run used, with the defaults of settings younger than the run"
-    try: return Run.model_validate_json(json.dumps(record)).record()
+    "Return what decided a run, with the defaults of settings younger than the run"
+    try: return deciding(Run.model_validate_json(json.dumps(record)).record())
     except ValidationError: return record
 
 # %% ../../nbs/50_evidence.results.ipynb #f68bb002
@@ -236,7 +236,7 @@ def collect(
         used = _with_defaults(metrics.get("parameters", {}))
         record = next(path for name in ("metrics.json", "run.json")
                       if (path := folder / name).exists())
-        _check_record(used, run.record(), record)
+        _check_record(used, deciding(run.record()), record)
         nested = (dict, list)
         plain = {key: value for key, value in metrics.items() if not isinstance(value, nested)}
         files["metrics.json"] = pd.DataFrame([plain])

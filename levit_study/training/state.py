@@ -7,8 +7,9 @@ __all__ = ['TRAINING', 'learning_rate_at', 'MovingAverage', 'make_fabric', 'trai
            'identity_of', 'Trainer', 'unwrapped', 'make_trainer']
 
 # %% ../../nbs/30_training.state.ipynb #7d92fd41
+import ast
 import hashlib
-import importlib
+import importlib.util
 import json
 import logging
 import math
@@ -18,13 +19,14 @@ import sys
 import time
 import torch
 from dataclasses import dataclass, field
+from pathlib import Path
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from ..files import StudyError, digest_of_code, hash_file
+from ..files import StudyError, digest_of_code, hash_file, own_files
 from ..networks import LEVIT, UNET, start_file, unet_settings
-from ..params import Run, Training
+from ..params import Run, Training, deciding
 from ..settings import check_loss
 from ..model.build import build_network, for_training
 from ..model.freezing import HeldEncoder, held_encoder
@@ -154,6 +156,22 @@ TRAINING = (
 _ONLY_LEVIT = ("model.upsampling", "model.grids", "model.network")
 _FOLLOWED = "levit_study.losses.", "own."  # what a module uses of these counts, too
 
+def _is_module(name: str) -> bool:
+    try: return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError: return False  # a name inside a module
+
+def _imported(module) -> set[str]:
+    "Return the modules of `own` that a module of `own` imports, in its functions, too"
+    if not module.__name__.startswith("own."): return set()
+    names = set()
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import): names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            if node.level: source = importlib.util.resolve_name(source, module.__package__)
+            names |= {source} | {f"{source}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.startswith("own.") and _is_module(name)}
+
 def _with_used(waiting: set[str]) -> set[str]:
     "Return modules, less those of Python and PyTorch, and what they use of losses and `own`"
     names, waiting = set(), set(waiting)
@@ -161,7 +179,9 @@ def _with_used(waiting: set[str]) -> set[str]:
         name = waiting.pop()
         if name.split(".")[0] in ("builtins", "torch", "__main__"): continue
         names.add(name)
-        items = vars(sys.modules[name]).values()
+        module = importlib.import_module(name)
+        waiting |= _imported(module) - names
+        items = vars(module).values()
         used = {str(getattr(item, "__module__", None) or getattr(item, "__name__", ""))
                 for item in items}
         ours = {each for each in used & sys.modules.keys() if each.startswith(_FOLLOWED)}
@@ -195,6 +215,9 @@ def training_code(
     files = {name: getattr(importlib.import_module(name), "__file__", None) for name in names}
     sources = {name: file for name, file in files.items() if file and file.endswith(".py")}
     digests = {name: digest_of_code(file) for name, file in sources.items()}
+    data = [file for file in own_files() if file.suffix != ".py"]
+    if data and any(name.startswith("own.") for name in names):
+        digests["own"] = digest_of_code(*data)  # what a module may read
     return {name.removeprefix("levit_study."): digest for name, digest in digests.items()}
 
 # %% ../../nbs/30_training.state.ipynb #e94b2c07
@@ -202,7 +225,7 @@ def _record_of(run: Run, criterion: torch.nn.Module, model: torch.nn.Module) -> 
     "Return what the numbers depend on: parameters, code, and the file that the network starts from"
     pretrained = run.model.pretrained
     full = check_loss(run.loss_settings, run.loss)  # defaults filled in: their table may grow
-    record = run.record() | {"full_loss_settings": full}
+    record = deciding(run.record()) | {"full_loss_settings": full}
     other = None if run.model.network == LEVIT else model
     if run.model.network == UNET: record["full_settings"] = unet_settings(run.model.settings)
     record["code"] = training_code(criterion, bool(pretrained), other)
