@@ -222,7 +222,7 @@ def bare_code(text: str) -> str:
 
 # %% ../nbs/00_files.ipynb #6c066016
 def own_files(root=".") -> list[Path]:
-    "Return the files of the folder `own` that a loss or network of the user's may use, in order"
+    "Return the files in the folder `own` that your own losses and networks may use, in order"
     files = sorted(path for path in Path(root, "own").rglob("*") if path.is_file())
     return [path for path in files if "__pycache__" not in path.parts and path.name != "README.md"]
 
