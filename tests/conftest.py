@@ -17,6 +17,14 @@ def root():
     return ROOT
 
 
+LONGEST = ("test_pipeline", "test_notebooks", "test_invalidation", "test_site", "test_score", "test_training", "test_predict", "test_project")
+
+
+def pytest_collection_modifyitems(items):
+    "The longest modules first, so that no process is left alone with one of them at the end"
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def environment():
     "The environment's own programs first, one thread per process so that parallel tests do not crowd each other"
