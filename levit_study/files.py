@@ -226,6 +226,7 @@ def own_files(root=".") -> list[Path]:
     files = sorted(path for path in Path(root, "own").rglob("*") if path.is_file())
     return [path for path in files if "__pycache__" not in path.parts and path.name != "README.md"]
 
+# %% ../nbs/00_files.ipynb #48e5e4bc
 def digest_of_code(*files) -> str:
     "Identify what Python files do, as 16 hexadecimal digits; their words do not count"
     texts = [bare_code(file.read_text(encoding="utf-8")) if file.suffix == ".py"

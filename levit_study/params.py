@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_SPLIT', 'Section', 'fold_number', 'Study', 'Split', 'Phantom', 'Data', 'Model', 'Training', 'Measurement',
-           'Evaluation', 'DataSet', 'Compute', 'pick_evaluation', 'Run', 'deciding', 'pick_run', 'Params', 'as_line',
-           'load_params']
+           'Evaluation', 'DataSet', 'Compute', 'pick_evaluation', 'Run', 'pick_run', 'Params', 'as_line', 'load_params']
 
 # %% ../nbs/01_params.ipynb #7ed2c0a3
 import re
@@ -13,12 +12,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 from pydantic import ValidationInfo, field_validator, model_validator
 from ruamel.yaml import YAML, YAMLError
 
-from .consistency import check_ablation, check_contrasts, check_folds
-from .consistency import check_graphs, check_names, check_zooms
+from .consistency import check_ablation, check_contrasts, check_folds, check_graphs
+from .consistency import check_names, check_phantoms, check_warmup, check_zooms, dealing
 from .files import StudyError, brief, yaml_problem
 from .networks import LEVIT, Chosen, Freezing, check_freezing, check_network
 from .inputs import Inputs, check_orientation, check_patient, young
@@ -149,19 +148,14 @@ class Data(Section, Inputs):
 # %% ../nbs/01_params.ipynb #c3973594
 class Model(Section, Chosen):
     "Which network"
-    variant: Literal["128s", "192", "384"] = "384"
+    # a number on the command line of DVC, and in YAML without quotation marks
+    variant: Annotated[Literal["128s", "192", "384"], BeforeValidator(str)] = "384"
     pretrained: bool | str = False
     drop_path: float | None = Field(None, ge=0, lt=1)
     # of several channels: early, all into one encoder; late, an encoder each, features summed
     fusion: Literal["early", "late"] = young("early")
 
     _pretrained = field_validator("pretrained")(_check_place)
-
-    @field_validator("variant", mode="before")
-    @classmethod
-    def _as_text(cls, variant):
-        "384 without quotation marks is a number in YAML, and on the command line of DVC"
-        return str(variant) if isinstance(variant, int) else variant
 
 # %% ../nbs/01_params.ipynb #e38c176c
 class Training(Section, Freezing):
@@ -198,12 +192,6 @@ class Training(Section, Freezing):
         augmentation(value)
         return value
 
-    @model_validator(mode="after")
-    def _warms_up_in_time(self):
-        if self.warmup_epochs > self.epochs:
-            raise ValueError(f"warmup_epochs = {self.warmup_epochs:g}: the training has "
-                             f"{self.epochs} epochs")
-        return self
 
 # %% ../nbs/01_params.ipynb #f405d535
 class Measurement(Section):
@@ -277,17 +265,7 @@ class Run(Section):
     @property
     def encoders(self) -> int: return self.data.modalities if self.model.fusion == "late" else 1
 
-_ELSEWHERE = {"folder", "skip_bad", "keep_copies", "keep_training_volumes", "patient"}
-
-def deciding(record: dict) -> dict:
-    """Return of a run's record what can change a trained number
-
-    Where scans lie, and which of them are taken, the digest of the prepared data stands for."""
-    data = {key: value for key, value in record["data"].items() if key not in _ELSEWHERE}
-    if record["fold"] is None:
-        data["split"] = {key: value for key, value in data["split"].items() if key != "folds"}
-    return record | {"data": data}
-
+# %% ../nbs/01_params.ipynb #c7f722a5
 def pick_run(params: "Params", dataset: str, loss: str, seed: int, fold=None) -> Run:
     "Return the run of `loss` on `dataset` with `seed`; `StudyError` for an unknown name"
     for section, name in (("datasets", dataset), ("losses", loss)):
@@ -318,25 +296,7 @@ def _check_losses(losses: dict):
             raise ValueError(as_line(error, f"{place}.training", keys)) from None
         check_loss(settings, place)
 
-# %% ../nbs/01_params.ipynb #b11ec5b7
-def _deal(data: Data) -> tuple:
-    "Return what decides which patients are in which fold of a data set"
-    split = data.split
-    drawn = isinstance(split.folds, int) or split.test > 0
-    return (data.patient, split.kind, split.test, split.folds,
-            *((split.seed, split.stratify) if drawn else ()))
-
 # %% ../nbs/01_params.ipynb #215fa249
-def _check_phantoms(datasets: dict):
-    "Raise `ValueError` if two phantoms would be made in one folder, each in the other's place"
-    makers = {}
-    for name, about in datasets.items():
-        if about.data.phantom is None: continue
-        first = makers.setdefault(about.data.folder, name)
-        if datasets[first].data.phantom != about.data.phantom:
-            raise ValueError(f"datasets.{name}.data.folder = {about.data.folder}: the phantom of "
-                             f"{first} is made there; name another folder")
-
 class Params(Section):
     "All of params.yaml"
     study: Study
@@ -348,7 +308,7 @@ class Params(Section):
     def _deals(self) -> dict:
         "Return what decides the folds of each data set; nothing without folds"
         if self.study.fold_numbers == [None]: return {}
-        return {name: _deal(self.datasets[name].data) for name in self.study.datasets}
+        return {name: dealing(self.datasets[name].data) for name in self.study.datasets}
 
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo):
@@ -356,7 +316,7 @@ class Params(Section):
         check_names("losses", self.losses, self.study.losses)
         check_contrasts(self.evaluation.contrasts, self.study.losses)
         check_ablation(self.evaluation.ablation_of, self.study.datasets, self._deals())
-        _check_phantoms({name: self.datasets[name] for name in self.study.datasets})
+        check_phantoms({name: self.datasets[name] for name in self.study.datasets})
         for name in self.study.datasets:
             check_folds(name, self.datasets[name].data.split.folds, self.study.fold_numbers)
             check_zooms(name, pick_evaluation(self, name).zooms, self.datasets[name].data.crop)
@@ -371,6 +331,7 @@ class Params(Section):
             runs = [pick_run(self, name, loss, 0) for loss in self.study.losses]
             check_freezing(runs)
             check_graphs(runs)
+            check_warmup(runs)
 
 # %% ../nbs/01_params.ipynb #67dde75f
 def _known_keys(place) -> list[str]:

@@ -32,7 +32,8 @@ def _uses_own(record: dict) -> bool:
 def _write_settings(params, folder: Path): # params: `Params`
     "Write each stage's settings, with the defaults filled in"
     from levit_study.networks import start_file
-    from levit_study.params import deciding, pick_evaluation, pick_run
+    from levit_study.consistency import deciding
+    from levit_study.params import pick_evaluation, pick_run
     from levit_study.settings import check_loss
     whole = params.model_dump(mode="json", exclude={"compute"})  # no number depends on the place
     write_json(folder / "study.json", whole)
@@ -91,22 +92,33 @@ def anchor_warning(
     return f"{path}: {first} (*{aliases[0].value}){more}: {advice}"
 
 # %% ../nbs/70_pipeline.ipynb #b4a12d47
+def _unwatched_scans(name: str, folder, root) -> list[str]:
+    "Return a line if a data set's folder is not the one that DVC looks into"
+    folder, watched = Path(root, folder), Path(root, "data/raw", name)
+    if folder.resolve() == watched.resolve(): return []
+    return [f"params.yaml: datasets.{name}.data.folder = {folder}: DVC looks for changed scans in "
+            f"{watched} alone; link the folder there, or after a change run "
+            f"dvc repro --force prepare@{name}"]
+
+# %% ../nbs/70_pipeline.ipynb #d7d876e6
+def _unwatched_start(name: str, pretrained, root) -> list[str]:
+    "Return a line if a data set's trainings start from weights that DVC does not watch"
+    from levit_study.networks import start_file
+    if not isinstance(pretrained, str): return []
+    watched = Path(root, "data/pretrained").resolve()
+    if watched in start_file(pretrained).resolve().parents: return []
+    place = f"params.yaml: datasets.{name}.model.pretrained = {pretrained}"
+    remedy = "copy them there, or after a change run dvc repro --force code, then dvc repro"
+    return [f"{place}: DVC looks for changed weights in data/pretrained alone; {remedy}"]
+
+# %% ../nbs/70_pipeline.ipynb #24a5f5c9
 def unwatched(params, root=".") -> list[str]: # params: `Params`
     "Return in a line each what a study reads from where DVC does not look for changes"
-    from levit_study.networks import start_file
-    lines, known = [], Path(root, "data/pretrained").resolve()
+    lines = []
     for name in params.study.datasets:
-        folder = Path(root, params.datasets[name].data.folder)
-        watched = Path(root, "data/raw", name)
-        if folder.resolve() != watched.resolve():
-            lines.append(f"params.yaml: datasets.{name}.data.folder = {folder}: DVC looks for "
-                         f"changed scans in {watched} alone; link the folder there, or after a "
-                         f"change run dvc repro --force prepare@{name}")
-        pretrained = params.datasets[name].model.pretrained
-        if isinstance(pretrained, str) and known not in start_file(pretrained).resolve().parents:
-            lines.append(f"params.yaml: datasets.{name}.model.pretrained = {pretrained}: DVC looks "
-                         "for changes in data/pretrained alone; copy the weights there, or after "
-                         "a change run dvc repro --force code, then dvc repro")
+        about = params.datasets[name]
+        lines += _unwatched_scans(name, about.data.folder, root)
+        lines += _unwatched_start(name, about.model.pretrained, root)
     return lines
 
 # %% ../nbs/70_pipeline.ipynb #25e0bc68

@@ -71,6 +71,7 @@ def _check_weights(kind:str, values:Mapping):
     names = " and ".join(_WEIGHTS[kind])
     raise StudyError(f"loss {kind!r}: {names} = 0 makes it 0 whatever is predicted; raise it")
 
+# %% ../nbs/00c_settings.ipynb #d1d6c6d9
 def _checked_entry(
     entry:Mapping, # kind and settings
 ) -> dict:

@@ -69,6 +69,7 @@ def _check_rest(path, number, entry, rest, patient_of):
                          f"({len(missing)} such patients), but every patient outside val is "
                          "trained on; name them, or leave them out of the data set's folder")
 
+# %% ../../nbs/14a_data.folds.ipynb #b6514cca
 def _listed_patients(
     cases, # `Case`s that may be held out
     path,  # splits_final.json

@@ -159,6 +159,7 @@ def _check_output(path):
         problem = "exists already, and holds no scores"
         raise StudyError(f"--output {path}: {problem}; name another file, or remove it")
 
+# %% ../../nbs/44_evaluation.score.ipynb #88e6bf88
 def write_scores(table: pd.DataFrame, path):
     "Write scores as cases.csv is written; `StudyError` where they cannot be"
     try: write_csv(path, table)

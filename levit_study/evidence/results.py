@@ -18,7 +18,8 @@ import pandas as pd
 from pydantic import ValidationError
 
 from ..files import StudyError, run_folders, run_tail
-from ..params import Params, Run, deciding, pick_run
+from ..consistency import deciding
+from ..params import Params, Run, pick_run
 from ..evaluation.elsewhere import SCORES, read_elsewhere, scores_fault
 from ..training.course import best_epoch, summary
 

@@ -26,7 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from ..files import StudyError, digest_of_code, hash_file, own_files
 from ..networks import LEVIT, UNET, start_file, unet_settings
-from ..params import Run, Training, deciding
+from ..consistency import deciding
+from ..params import Run, Training
 from ..settings import check_loss
 from ..model.build import build_network, for_training
 from ..model.freezing import HeldEncoder, held_encoder
@@ -172,6 +173,7 @@ def _imported(module) -> set[str]:
             names |= {source} | {f"{source}.{alias.name}" for alias in node.names}
     return {name for name in names if name.startswith("own.") and _is_module(name)}
 
+# %% ../../nbs/30_training.state.ipynb #0d76e202
 def _with_used(waiting: set[str]) -> set[str]:
     "Return modules, less those of Python and PyTorch, and what they use of losses and `own`"
     names, waiting = set(), set(waiting)
@@ -188,6 +190,7 @@ def _with_used(waiting: set[str]) -> set[str]:
         waiting |= ours - names
     return names
 
+# %% ../../nbs/30_training.state.ipynb #2f641445
 def _modules_of(parts: torch.nn.Module) -> set[str]:
     "Return the modules of the classes of a loss's or network's parts, and of their bases"
     return {base.__module__ for part in parts.modules() for base in type(part).__mro__}
