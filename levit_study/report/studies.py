@@ -13,7 +13,7 @@ from functools import lru_cache
 from html import escape
 from pathlib import Path
 import pandas as pd
-from ..evidence.answer import effects_of
+from ..evidence.answer import effects_of, shown_answers
 from ..evidence.results import judging_splits
 from ..evidence.statistics import ALL
 from ..evidence.tables import to_markdown
@@ -30,6 +30,7 @@ class PublishedStudy:
     "A study whose records are in reports/studies"
     folder: Path
     params: Params
+    in_readme: bool = False # whether README shows its answer in full
 
     @property
     def name(self): return self.folder.name
@@ -63,16 +64,25 @@ def _params_of(path, changed): # changed: when, so that an edited file is read a
     "The settings of a published study"
     return load_params(path, elsewhere=True)
 
+def _in_readme(root):
+    "The names of the studies whose answer README shows in full, in its order"
+    try: shown = shown_answers(Path(root, "README.md").read_text(encoding="utf-8"))
+    except FileNotFoundError: return []
+    return [Path(folder).name for folder, part, _ in shown if not part]
+
 def published_studies(root=".") -> list[PublishedStudy]:
-    "Return the published studies, real ones with the most trainings first"
-    studies = []
+    "Return the published studies, real ones first: in README's order, then by trainings"
+    studies, leading = [], _in_readme(root)
     for path in sorted(Path(root, "reports", "studies").glob("*/params.yaml")):
         there = all((path.parent / name).exists() for name in ("runs", "answer.md", "organs.csv"))
         try: params = _params_of(path, path.stat().st_mtime_ns) if there else None
         except StudyError: continue  # `levit-study verify` names it
-        if params: studies.append(PublishedStudy(path.parent, params))
-    size = lambda study: (not study.is_real, -study.trainings, -len(study.params.study.losses))
-    return sorted(studies, key=size)
+        leads = path.parent.name in leading
+        if params: studies.append(PublishedStudy(path.parent, params, leads))
+    place = lambda study: leading.index(study.name) if study.in_readme else len(leading)
+    order = lambda study: (not study.is_real, place(study), -study.trainings,
+                           -len(study.params.study.losses))
+    return sorted(studies, key=order)
 
 # %% ../../nbs/63c_report.studies.ipynb #79211ced
 def _titles(study): # data set -> title, without the words that all of them begin with
@@ -185,18 +195,25 @@ def _effects(studies, place):
     link = lambda study: f"[{escaped(study.params.study.title)}]({place}{study.page}.html)"
     return "\n".join(_html(f"{part} ({link(study)})") for study, part in parts if part)
 
+def _answered(study, place):
+    "The answer of one study under its title, with its figure of learning curves"
+    title, page = escape(study.params.study.title), f"{place}{study.page}.html"
+    more = f'<p><a href="{page}">Its tables, figures and records</a></p>'
+    return [f"<h3>{title}</h3>", _html(study.answer()), _html(_caveat(study)), more,
+            _figure(study, "fig2")]
+
 def front_html(
     studies: list[PublishedStudy],
     place="", # of the site as the page sees it: "" or "site/"
 ) -> str:
-    "Return what the first page says about real scans: the answer, one figure, the other studies"
+    "Return what the first page says about real scans: README's answers, then the other studies"
     real = [study for study in studies if study.is_real]
     if not real: return ""
-    first, others = real[0], real[1:]
-    more = f'<p><a href="{place}{first.page}.html">Its tables, figures and records</a></p>'
-    parts = ['<div class="real"><h2 id="on-real-scans">On real scans</h2>', _html(first.answer()),
-             _html(_caveat(first)), more,
-             _figure(first, "fig2"), _effects(others, place)]
+    count = max(1, sum(study.in_readme for study in real))
+    first, others = real[:count], real[count:]
+    parts = ['<div class="real"><h2 id="on-real-scans">On real scans</h2>']
+    for study in first: parts += _answered(study, place)
+    parts.append(_effects(others, place))
     if others:
         parts += ["<h3>Other studies of real scans</h3>", f"<p>{_COMPARABLE}</p>",
                   _html(_studies_table(others, place + "{}.html"))]
