@@ -215,8 +215,9 @@ def front_html(
     for study in first: parts += _answered(study, place)
     parts.append(_effects(others, place))
     if others:
+        table = _html(_studies_table(others, place + "{}.html"))
         parts += ["<h3>Other studies of real scans</h3>", f"<p>{_COMPARABLE}</p>",
-                  _html(_studies_table(others, place + "{}.html"))]
+                  f'<div class="others">{table}</div>']
     return "\n".join([*parts, "</div>"])
 
 # %% ../../nbs/63c_report.studies.ipynb #3f531feb
