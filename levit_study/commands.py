@@ -19,6 +19,8 @@ from .submit_command import add_submit
 # %% ../nbs/72_commands.ipynb #d3edcc7d
 _RESEARCH = "For research use only, not for clinical decisions."
 
+_DATASET, _LOSS = (f"a key of {name} in params.yaml" for name in ("datasets", "losses"))
+
 def _number_or_text(text): return int(text) if text.lstrip("-").isdigit() else text
 
 def _add_device(command, default="auto"):
@@ -27,9 +29,9 @@ def _add_device(command, default="auto"):
 
 def _add_training(command):
     "Add what names one training"
-    command.add_argument("dataset")
-    command.add_argument("loss")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("dataset", help=_DATASET)
+    command.add_argument("loss", help=_LOSS)
+    command.add_argument("--seed", type=int, default=0, help="seed of the training (0)")
     command.add_argument("--fold", default=".", help="fold0, fold1 …; default: the one split")
 
 # %% ../nbs/72_commands.ipynb #2f53d4cd
@@ -57,7 +59,8 @@ def _add_predict(commands):
     existing.add_argument("--keep", action="store_true", help=made)
     add("--assume-axes", action="store_true", help="use NIfTI's default axes if a header has none")
     _add_device(command)
-    add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
+    precise = "of the computation; auto: bf16 where the hardware is built for it"
+    add("--precision", default="auto", choices=["auto", "bf16", "fp32"], help=precise)
     int8 = "openvino: int8 on a CPU, checked against PyTorch's network (make openvino)"
     add("--engine", default="torch", choices=["torch", "openvino"], help=int8)
     command.set_defaults(run=_predict)
@@ -84,7 +87,7 @@ def _precision(a):
 def _add_export(commands):
     about = "copy weights in half precision, or write them as ONNX, checked against the model"
     command = commands.add_parser("export", help=about)
-    command.add_argument("weights")
+    command.add_argument("weights", help="best.safetensors of a run")
     command.add_argument("output", help=".safetensors (half precision) or .onnx file")
     command.set_defaults(run=_export)
 
@@ -122,7 +125,7 @@ def _score(a):
 def _add_export_splits(commands):
     about = "write a data set with this study's splits in nnU-Net's format"
     command = commands.add_parser("export-splits", help=about)
-    command.add_argument("dataset")
+    command.add_argument("dataset", help=_DATASET)
     command.add_argument("output", help="folder to write into, nnU-Net's nnUNet_raw")
     command.add_argument("--number", type=int, default=501, help="nnU-Net's data set number (501)")
     command.set_defaults(run=_export_splits)
@@ -183,8 +186,8 @@ def _runs(a):
 def _add_ensemble(commands):
     about = "evaluate a loss's trainings as an ensemble, on cases that all of them held out"
     command = commands.add_parser("ensemble", help=about)
-    command.add_argument("dataset")
-    command.add_argument("loss")
+    command.add_argument("dataset", help=_DATASET)
+    command.add_argument("loss", help=_LOSS)
     averaged = "average over seeds (for each fold), folds (for each seed), or all (the default)"
     command.add_argument("--over", default="all", choices=["seeds", "folds", "all"], help=averaged)
     command.set_defaults(run=_ensemble)
@@ -202,7 +205,7 @@ def _ensemble(a):
 def _add_choose(commands):
     about = "compare ways to predict (flips, zooms, largest regions) on validation cases alone"
     command = commands.add_parser("choose", help=about)
-    command.add_argument("dataset")
+    command.add_argument("dataset", help=_DATASET)
     command.add_argument("--losses", nargs="+", help="whose networks to use; default: the study's")
     command.set_defaults(run=_choose)
 
@@ -258,9 +261,9 @@ def _add_bench(commands):
     add("--modes", nargs="+", help="modes of computation; ratios refer to the first")
     epoch = "compare networks: weights, multiply-adds, and an epoch of this many slices"
     add("--epoch", type=int, metavar="SLICES", help=epoch)
-    add("--batch", type=int, default=8)
-    add("--size", type=int, default=224)
-    add("--repeats", type=int, default=3)
+    add("--batch", type=int, default=8, help="images in a batch (8)")
+    add("--size", type=int, default=224, help="pixels of a side (224)")
+    add("--repeats", type=int, default=3, help="measurements, of which the median counts (3)")
     add("--output", help="CSV to write, with machine and versions")
     _add_device(command)
     command.set_defaults(run=_bench)
@@ -286,10 +289,10 @@ def _bench(a):
 def _add_notebook(commands):
     about = "execute a notebook with parameters (what each stage of dvc.yaml runs)"
     command = commands.add_parser("notebook", help=about)
-    command.add_argument("notebook")
-    command.add_argument("output")
+    command.add_argument("notebook", help="notebook to execute")
+    command.add_argument("output", help="executed notebook to write")
     pairs = dict(nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    command.add_argument("-p", dest="parameters", **pairs)
+    command.add_argument("-p", dest="parameters", help="a parameter of the notebook", **pairs)
     command.set_defaults(run=_notebook)
 
 def _notebook(a):
@@ -318,7 +321,7 @@ def _code(a):
 def _add_plots_page(commands):
     about = "write the page that dvc plots fills in, with all it needs to draw"
     command = commands.add_parser("plots-page", help=about)
-    command.add_argument("output")
+    command.add_argument("output", help="HTML file to write")
     command.set_defaults(run=_plots_page)
 
 def _plots_page(a):
