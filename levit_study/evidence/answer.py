@@ -26,18 +26,25 @@ def _trainings(organs: pd.DataFrame, losses) -> dict: # of one data set and spli
     "Return from how many trainings of each loss the numbers are"
     return organs[organs.loss.isin(losses)].groupby("loss").trainings.max().to_dict()
 
+def _repeats(study) -> str: # of folds and seeds, where there are both
+    "Return of what the trainings of a loss are a product; empty without folds"
+    folds, seeds = len(study.folds), len(study.seeds)
+    return f" ({folds} folds × {seeds} seed{'s' * (seeds > 1)})" if folds > 1 else ""
+
 def _about(params: Params, dataset: str, organs: pd.DataFrame) -> str:
     "Return what the numbers of one data set and split rest on"
     settings, first = params.datasets[dataset], organs.iloc[0]
     trainings = sorted({*_trainings(organs, params.study.losses).values()})
     number = " to ".join(f"{n:.0f}" for n in dict.fromkeys((trainings[0], trainings[-1])))
+    complete = trainings == [len(params.study.folds) * len(params.study.seeds)]
+    repeats = _repeats(params.study) if complete else ""
     epochs = settings.training.epochs
     schedule = "" if (name := settings.training.schedule) == "constant" else f" ({name} schedule)"
     special = [f"trained otherwise: {line}" for line in special_trainings(params)]
     words = [f"{organs.patients.max():.0f} {_JUDGED[first.split]}", network_name(settings.model),
              f"{settings.data.size} × {settings.data.size} pixels",
              f"{epochs} epoch{'s' * (epochs > 1)}{schedule}",
-             f"{number} training{'s' * (number != '1')} per loss", *special]
+             f"{number} training{'s' * (number != '1')} per loss{repeats}", *special]
     kind = " Synthetic scans, which say nothing about patients." if settings.synthetic else ""
     return f"**{settings.title}**: {'; '.join(words)}.{kind}"
 
@@ -50,7 +57,9 @@ def _listed(words):
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 # %% ../../nbs/55a_evidence.answer.ipynb #767b0382
-def _interval(row): return f"{_signed(row.difference)} [{_signed(row.low)}, {_signed(row.high)}]"
+def _interval(row):
+    limits = f"{_signed(row.low)}, {_signed(row.high)}" if row.low == row.low else "no interval"
+    return f"{_signed(row.difference)} [{limits}]"
 
 def _named(loss): return "the baseline" if loss == "baseline" else loss_name(loss)
 
@@ -89,18 +98,21 @@ def _overall(table):
 def _differences(tests: pd.DataFrame, confidence=.95) -> str: # tests: one data set and split
     "Return the differences between losses, and which are decided after Holm's correction"
     rows = _overall(tests[tests.metric == "dice"]) if len(tests) else tests
+    if not rows.empty: rows = rows.dropna(subset=["difference"])  # losses that share no training
     if rows.empty: return ""
-    beside = rows[rows.second != rows.second.iloc[0]]
+    every, beside = rows, rows[rows.second != rows.second.iloc[0]]
     if len(beside) > 1: beside = beside[:0]  # with many losses only those to the first
     rows = rows[rows.second == rows.second.iloc[0]]
     parts = [f"{_interval(row)} with {_named(row['first'])}" for _, row in rows.iterrows()]
     also = [f" {loss_name(row['first'])[0].upper()}{loss_name(row['first'])[1:]} − "
             f"{loss_name(row.second)}: {_interval(row)}." for _, row in beside.iterrows()]
     reference = _named(rows.second.iloc[0])
-    chance = "patients and trainings" if rows.target.iloc[0] == "any training" else "patients"
+    known = rows.dropna(subset=["low"])
+    all_any = len(known) and (known.target == "any training").all()
+    chance = "patients and trainings" if all_any else "patients"
     how = f"{100 * confidence:g} % intervals over {chance}"
     return (f"Compared with {reference}, mean Dice changes by {_listed(parts)} ({how})."
-            f"{''.join(also)} {_verdict(pd.concat([rows, beside]), confidence)}")
+            f"{''.join(also)} {_verdict(every, confidence)}")
 
 _EFFECTS = "Effects across several losses"
 
@@ -128,7 +140,7 @@ def _counted(number, standing): # -> '2 are contradicted'
 
 
 def _typeset(text): # a claim's interval, with proper minus signs and names, the wider alone
-    text = re.sub(r" \(t \[[^]]*\], bootstrap \[[^]]*\]\)", "", text)
+    text = re.sub(r" \(t \[[^]]*\], [a-z ]+ \[[^]]*\]\)", "", text)
     for plain, printed in (("-0.", "−0."), (" - ", " − "), ("focal_tversky", "focal Tversky")):
         text = text.replace(plain, printed)
     return text
@@ -139,13 +151,17 @@ def _within(sentence: str) -> str:
     first = sentence.split()[0]
     return sentence if first[1:] != first[1:].lower() else sentence[0].lower() + sentence[1:]
 
+_WINDOW = ("The window of the early epochs (C10, C11) was fixed on 27 November 2026, after "
+           "trainings on ACDC had been seen: earlier trainings suggest a result, later ones "
+           "test it.")
+
 def _claims(claims: pd.DataFrame) -> str: # one data set's ledger
     "Return how many claims have which standing, and the decided ones in full"
     claims = claims[~claims.standing.str.startswith("not tested")] if len(claims) else claims
     if claims.empty: return "These trainings test none of the paper's claims."
     decided = claims[claims.verdict.isin(["supported", "contradicted"])]
     counts = claims.verdict.value_counts()
-    open_ones = claims[~claims.claim.isin(decided.claim)].standing.str.split(":| with ").str[0]
+    open_ones = claims.drop(decided.index).standing.str.split(":| with ").str[0]
     rest = [_counted(number, standing) for standing, number in open_ones.value_counts().items()]
     words = [_counted(counts.get(name, 0), name) for name in ("supported", "contradicted")]
     text = f"Of the {len(claims)} claims of the paper tested here, {_listed(words + rest)}."
@@ -156,6 +172,7 @@ def _claims(claims: pd.DataFrame) -> str: # one data set's ledger
              f"({row.claim}: {_typeset(row.interval)})." for row in decided.itertuples()]
     if not lines: return text
     note = "The intervals of one claim are simultaneous; nothing is corrected across claims."
+    if {*decided.claim} & {"C10", "C11"}: note = f"{note} {_WINDOW}"
     if len(lines) == 1: return f"{text} {lines[0]} {note}"
     return "\n\n".join([text, "\n".join(f"- {line}" for line in lines), note])
 
@@ -188,17 +205,29 @@ def _table(organs: pd.DataFrame, losses, tolerance, confidence) -> str: # of one
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
+# %% ../../nbs/55a_evidence.answer.ipynb #4c9df455
+def _rising(runs: pd.DataFrame) -> str: # rows of convergence.csv of one data set
+    "Return how many trainings were still gaining when they ended; empty if none, or unknown"
+    known = runs.still_rising.dropna().astype(bool) if "still_rising" in runs else pd.Series()
+    if not known.sum(): return ""
+    several = f"{known.sum()} of {len(known)} trainings were"
+    number = several if len(known) > 1 else "The training was"
+    order = ", and another order" if runs.loss.nunique() > 1 else ""
+    return (f"{number} still rising at the last epoch: longer training may give higher "
+            f"scores{order}.")
+
 # %% ../../nbs/55a_evidence.answer.ipynb #9990ea48
 def answer(
     params: Params,
-    tables: dict, # as `study_tables` returns them: organs, tests, claims, contrasts
+    tables: dict, # as `study_tables` returns them
 ) -> str:
     "Return what a study found, per data set: what it rests on, differences, a table, claims"
     parts = []
     for dataset in params.study.datasets:
-        names = "organs", "tests", "claims", "contrasts"
-        organs, tests, claims, effects = (table[table.dataset == dataset] if len(table) else table
-                                          for table in (tables[name] for name in names))
+        names = "organs", "tests", "claims", "contrasts", "convergence"
+        organs, tests, claims, effects, runs = (
+            table[table.dataset == dataset] if len(table) else table
+            for table in (tables[name] for name in names))
         if organs.empty: continue
         split = judging_splits(organs).get(dataset, "valid")
         organs = organs[organs.split == split]
@@ -208,7 +237,8 @@ def answer(
         tolerance = pick_evaluation(params, dataset).surface_tolerance
         parts += [_about(params, dataset, organs), _differences(tests, sure),
                   _effects(effects, sure),
-                  _table(organs, params.study.losses, tolerance, sure), _claims(claims)]
+                  _table(organs, params.study.losses, tolerance, sure), _rising(runs),
+                  _claims(claims)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 # %% ../../nbs/55a_evidence.answer.ipynb #80fcbe17

@@ -117,7 +117,9 @@ def patient_values(
             rows += [head | value for value in _of_heart(of_heart, measures)]
     values = pd.DataFrame(rows, columns=columns)
     units = [name for name in columns if name not in ("reference", "predicted", "error")]
-    values = values.groupby(units, sort=False, as_index=False)[["reference", "predicted"]].mean()
+    sides = ["reference", "predicted"]
+    values[sides] = values[sides].where(values[sides].notna().all(axis=1))  # both or neither
+    values = values.groupby(units, sort=False, as_index=False)[sides].mean()
     return values.assign(error=values.predicted - values.reference)
 
 # %% ../../nbs/51b_evidence.derived.ipynb #50716ae4

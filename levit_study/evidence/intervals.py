@@ -183,14 +183,18 @@ def bootstrap_interval(
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #a774cf27
 def tabulate_trainings(values, patients, seeds, folds, strata) -> tuple[Tabulated, np.ndarray]:
-    "Return the `Tabulated` of values by training (a seed in a fold), and each training's fold"
+    "Return the `Tabulated` of values by training (a seed in a fold; folds alike), and the folds"
     values = np.asarray(values, dtype=float)
     kept = ~np.isnan(values)
     seeds, folds = (pd.factorize(np.asarray(each)[kept], sort=True)[0] for each in (seeds, folds))
     width = seeds.max() + 1 if len(seeds) else 1
     labels = folds * width + seeds
     patients, strata = (np.asarray(each)[kept] for each in (patients, strata))
-    return tabulate_values(values[kept], patients, labels, strata), np.unique(labels) // width
+    table, of_fold = tabulate_values(values[kept], patients, labels, strata), np.unique(labels)
+    of_fold = of_fold // width
+    number = np.bincount(of_fold)[of_fold]  # of trainings in each one's fold
+    alike = number.max(initial=1) / number  # a fold with more seeds counts no more
+    return Tabulated(table.sums * alike, table.counts * alike), of_fold
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #3bef3a56
 def _patient_folds(table, folds):
@@ -285,12 +289,12 @@ def fold_interval(
     sides = [each for each in (corrected, nested) if np.isfinite(each.low)]
     if not sides: return nested
     surest = max(sides, key=lambda each: each.p)
-    names = "t", "bootstrap"
+    drawn = nested.method if nested.method == "bootstrap" else "nested t"  # with few units
     parts = [f"{name} [{side.low:+.3f}, {side.high:+.3f}]"
-             for name, side in zip(names, (corrected, nested), strict=True)]
+             for name, side in (("t", corrected), (drawn, nested))]
     return nested._replace(
         low=min(each.low for each in sides), high=max(each.high for each in sides),
-        method="wider of corrected t and bootstrap over folds, seeds and patients",
+        method=f"wider of corrected t and {drawn} over folds, seeds and patients",
         error=surest.error, freedom=surest.freedom, parts=", ".join(parts))
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #f5252712
@@ -306,7 +310,8 @@ def mean_interval(
         return bootstrap_interval(values, rows.patient, rows.seed, strata, confidence, resamples)
     table, folds = tabulate_trainings(values, rows.patient, rows.seed, rows.fold, strata)
     if not table.sums.size: return Interval(np.nan, np.nan, np.nan, 0, 0, 0, "none")
-    return fold_interval(table, folds, confidence, resamples)
+    found = fold_interval(table, folds, confidence, resamples)
+    return found._replace(n=int(np.isfinite(values).sum()))
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #3203aff3
 def folds_t(

@@ -81,11 +81,12 @@ def _squares(block):
     return np.array([*sums, (rest**2).sum()]), np.array(freedom)
 
 # %% ../../nbs/54_evidence.planning.ipynb #d7266de7
-def _between_folds(blocks, of_patients, size):
-    "Return the variance between trainings of folds with one seed each; NaN for one fold"
-    means = [block.mean() for block in blocks]
-    if len(means) < 2: return np.nan
-    return max(0, np.var(means, ddof=1) - of_patients / size)
+def _between_folds(blocks, of_patients, confidence):
+    "Return the variance between trainings of several folds, without what their patients add"
+    means = np.concatenate([block.mean(1) for block in blocks])
+    freedom = len(means) - 1
+    lowest = stats.chi2.ppf(1 - confidence, freedom) if confidence else freedom
+    return max(0, np.var(means) * len(means) / lowest - of_patients)
 
 # %% ../../nbs/54_evidence.planning.ipynb #6f0b608f
 def spreads_of(
@@ -102,8 +103,9 @@ def spreads_of(
     patients, trainings, rest = sums / np.where(freedom > 0, lowest, 1)
     chance = sums[2] / max(1, freedom[2])  # what the other two contain: its estimate, not its limit
     seeds, size = np.mean([block.shape for block in blocks], axis=0)
-    between = max(0, (trainings - chance) / size)
-    if not freedom[1]: between = _between_folds(blocks, patients, size)
+    of_patients = max(0, sums[0] / max(1, freedom[0]) - chance) / seeds + chance
+    between = max(0, (trainings - chance) / size) if freedom[1] else np.nan
+    if len(blocks) > 1: between = _between_folds(blocks, of_patients / size, confidence)
     variances = max(0, (patients - chance) / seeds), between, rest
     return Spreads(*(float(variance) ** .5 for variance in variances))
 

@@ -34,14 +34,18 @@ def _within_folds(random, folds, draws):
         weights[:, inside] = _draw(random, inside.sum(), draws)
     return weights
 
-def _drawn_folds(random, part, draws):
-    "Return how often each fold comes up: {fold: (draws, 1)}; 0 where a loss has no training"
-    by_loss = [set(rows.fold) for _, rows in part.groupby("loss")]
-    shared = sorted(set.intersection(*by_loss))
-    if len(shared) < 2: return {fold: np.ones((draws, 1)) for fold in set.union(*by_loss)}
-    weights = _draw(random, len(shared), draws)
-    absent = {fold: np.zeros((draws, 1)) for fold in set.union(*by_loss)}
-    return absent | {fold: weights[:, [k]] for k, fold in enumerate(shared)}
+def _comparable(part):
+    "Return the rows with a Dice in the folds that all losses have one in; all folds if none is"
+    part = part.dropna(subset=["dice"])
+    shared = set.intersection(*(set(rows.fold) for _, rows in part.groupby("loss")))
+    return part[part.fold.isin(shared)] if shared else part
+
+def _drawn_folds(random, folds, draws):
+    "Return how often each fold comes up: {fold: (draws, 1)}"
+    folds = sorted(set(folds))
+    if len(folds) < 2: return {fold: np.ones((draws, 1)) for fold in folds}
+    weights = _draw(random, len(folds), draws)
+    return {fold: weights[:, [k]] for k, fold in enumerate(folds)}
 
 # %% ../../nbs/54a_evidence.ranking.ipynb #8dcb40e8
 def _drawn_means(
@@ -49,11 +53,11 @@ def _drawn_means(
     draws=2000,
 ) -> tuple[list, np.ndarray, np.ndarray]:
     "Return losses, their means, and their means in each draw: (losses,), (draws, losses)"
+    part = _comparable(part.assign(patient=patients_of(part)))
     random, losses = np.random.default_rng(0), list(dict.fromkeys(part.loss))
-    part = part.assign(patient=patients_of(part)).dropna(subset=["dice"])
     part = part.assign(patient=pd.factorize(part.patient, sort=True)[0])
     patients = _within_folds(random, part.groupby("patient").fold.first().to_numpy(), draws)
-    chosen, means, drawn = _drawn_folds(random, part, draws), [], []
+    chosen, means, drawn = _drawn_folds(random, part.fold, draws), [], []
     for loss in losses:
         rows = part[part.loss == loss]
         columns = (rows[name] for name in ("dice", "patient", "seed", "fold", "structure"))
@@ -75,6 +79,7 @@ def ranking(
     for dataset, judged in judging_cases(cases).groupby("dataset", sort=False):
         for structure, part in by_structure(judged):
             if part.dice.isna().all(): continue
+            part = _comparable(part)
             losses, means, drawn = _drawn_means(part, draws)
             shares, place = _rank_shares(drawn), stats.rankdata(-means, "min")
             patients, seeds = patients_of(part).nunique(), part.groupby("loss").seed.nunique()

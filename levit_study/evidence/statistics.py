@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SEED_SD', 'PRIOR', 'UNKNOWN', 'ALL', 'THESE', 'ANY', 'SEEDS_AS_ONE', 'paired_differences', 'these_interval',
-           'difference_interval', 'Spread', 'pooled_spread', 'training_means', 'judged_interval', 'seed_interval',
-           'holm', 'rank_biserial', 'left_out_note', 'count_one_sided', 'by_structure', 'allowing_for_spread',
-           'seeds_as_one', 'only_repeated', 'without_empty', 'judged_parts', 'paired_tests']
+           'difference_interval', 'Spread', 'pooled_spread', 'existing', 'training_means', 'judged_interval',
+           'seed_interval', 'holm', 'rank_biserial', 'left_out_note', 'count_one_sided', 'by_structure',
+           'allowing_for_spread', 'seeds_as_one', 'only_repeated', 'without_empty', 'judged_parts', 'paired_tests']
 
 # %% ../../nbs/51_evidence.statistics.ipynb #110e9bfc
 from itertools import combinations, product
@@ -107,13 +107,21 @@ def pooled_spread(
     return Spread(max(sd, at_least), prior + freedom, freedom, assumed)
 
 # %% ../../nbs/51_evidence.statistics.ipynb #b91f8d4d
+def existing(cases: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the structures that some reference shows, where the table says so
+
+    One that a network once invented has Dice 0 there and no value elsewhere: no structure."""
+    if "voxels" not in cases: return cases
+    there = cases[cases.voxels > 0].structure.unique()
+    return cases[cases.structure.isin(there)] if len(there) else cases
+
 def training_means(
     cases: pd.DataFrame, # of one data set and split
     value="dice",        # column
 ) -> pd.DataFrame:
     "Return a row per training: the mean over structures of the means over cases, as `value`"
     keys = ["loss", "seed", "fold"]
-    means = cases.groupby([*keys, "structure"])[value].mean()
+    means = existing(cases).groupby([*keys, "structure"])[value].mean()
     return means.groupby(keys).mean().rename("value").reset_index()
 
 # %% ../../nbs/51_evidence.statistics.ipynb #4003ab5f
@@ -221,10 +229,10 @@ ALL = "mean of structures"
 THESE, ANY = "these trainings", "any training"  # what a difference can be asked of
 
 def by_structure(cases: pd.DataFrame):
-    "Yield (structure, its rows) in the data's order, and last all rows where there are several"
+    "Yield (structure, its rows) in the data's order, and last those of all that exist, if several"
     structures = list(dict.fromkeys(cases.structure))
     for structure in structures: yield structure, cases[cases.structure == structure]
-    if len(structures) > 1: yield ALL, cases
+    if len(structures) > 1: yield ALL, existing(cases)
 
 # %% ../../nbs/51_evidence.statistics.ipynb #1350f7b8
 def _targets(pairs, spread, confidence, resamples):

@@ -11,7 +11,8 @@ import pandas as pd
 from .intervals import mean_interval, patients_of
 from .manifests import read_manifest
 from .results import judging_cases
-from .statistics import difference_interval, paired_differences
+from .statistics import allowing_for_spread, paired_differences
+from .statistics import pooled_spread, training_means
 from ..params import Params, pick_evaluation
 
 # %% ../../nbs/54c_evidence.transfer.ipynb #a9e5ad81
@@ -67,15 +68,16 @@ def _patients_trained(
 
 # %% ../../nbs/54c_evidence.transfer.ipynb #cf9f6819
 _COLUMNS = ("task dataset patients start loss dice dice_low dice_high gain gain_low gain_high "
-            "judged trainings").split()
+            "target judged trainings").split()
 
-def _gain(rows, others, sure) -> tuple:
-    "Return the mean paired difference of two data sets' rows with its interval; NaN without others"
-    if others is None or not len(others): return (float("nan"),) * 3
+def _gain(rows, others, sure, assumed) -> tuple:
+    "Return the mean paired difference of two data sets' rows, its limits and what they are about"
+    if others is None or not len(others): return (*(float("nan"),) * 3, "")
     both = pd.concat([rows.assign(loss="start"), others.assign(loss="random")])
     pairs = paired_differences(both, "start", "random")
-    gain = difference_interval(pairs, *sure)
-    return gain.estimate, gain.low, gain.high
+    spread = pooled_spread(training_means(both), assumed)
+    target, gain = allowing_for_spread(pairs, spread, *sure)
+    return gain.estimate, gain.low, gain.high, target
 
 def _rows_of_group(params, names, judged, manifests, sure) -> list[tuple]:
     "Return a row for each data set and loss of one group"
@@ -88,8 +90,9 @@ def _rows_of_group(params, names, judged, manifests, sure) -> list[tuple]:
             mean = mean_interval(part, part.dice, *sure)
             other = beside.get(number) if start != RANDOM else None
             others = judged[(judged.dataset == other) & (judged.loss == loss)] if other else None
+            gain = _gain(part, others, sure, pick_evaluation(params, name).seed_sd)
             rows.append((names[0], name, number, start, loss, mean.estimate, mean.low, mean.high,
-                         *_gain(part, others, sure), mean.patients, mean.trainings))
+                         *gain, mean.patients, mean.trainings))
     return rows
 
 # %% ../../nbs/54c_evidence.transfer.ipynb #58e3c651

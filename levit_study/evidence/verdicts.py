@@ -16,7 +16,8 @@ from .claims import CLAIMS, claim_cases, size_slopes, slope_difference
 from .claims import smallest_third
 from .intervals import patients_of
 from .results import PROTOCOLS, judging_cases
-from .statistics import SEED_SD, UNKNOWN, count_one_sided, judged_interval
+from .statistics import SEED_SD, UNKNOWN, count_one_sided, existing
+from .statistics import judged_interval
 from .statistics import left_out_note, paired_differences, pooled_spread
 from .statistics import seed_interval, training_means
 from .tables import convergence
@@ -70,7 +71,7 @@ def _out_of_reach(reach: _Reach, bound: float) -> str:
     "Return in words that no outcome could decide, and what it would take; empty if one could"
     if reach.n > 1 and reach.half_width(reach.n) < bound: return ""
     needed, plural = reach.needed(bound), "s" * (reach.n != 1)
-    takes = f"it would take {needed}" if needed else "more of them would not do"
+    takes = f"it would take {needed}" if needed else "even 1,000 would not do"
     if np.isnan(reach.sd): takes = "it would take at least 2"  # one shows no spread
     return f"out of reach with {reach.n} training{plural} per loss ({takes})"
 
@@ -115,7 +116,7 @@ def _judged_rows(claim, cases):
 
 def _over_patients(claim, study):
     "Return the `_Evidence` of a claim about segmentations: paired differences over patients"
-    rows, measure = _judged_rows(claim, study.cases), claim.measure
+    rows, measure = _judged_rows(claim, existing(study.cases)), claim.measure
     if rows.empty: return _Evidence("no case has been evaluated")
     if rows[measure].isna().all(): return _Evidence(f"the runs' cases.csv do not give {measure}")
     part = _shared_trainings(claim, rows)
@@ -164,8 +165,8 @@ def _patients_note(pairs, intervals, spread, measure):
     return "; ".join(filter(None, notes))
 
 # %% ../../nbs/52a_evidence.verdicts.ipynb #f6c92b14
-_ONE_TRAINING = ("one training per loss: how much trainings differ by chance is unknown; "
-                 "at least two seeds, better five, are needed")
+_ONE_TRAINING = ("one training per loss, whose course decides nothing: at least two seeds, better "
+                 "five, are needed")
 
 def _reach_of(differences, folds, spread, confidence, losses):
     "Return the `_Reach` of an interval over trainings"
@@ -178,8 +179,7 @@ def _reach_of(differences, folds, spread, confidence, losses):
 def _paired_trainings(claim, long):
     "Return a row per training that all of a claim's losses have, a column per loss"
     values = long.pivot_table(index=["seed", "fold"], columns="loss", values="value")
-    values = values.reindex(columns=_losses(claim))
-    return values.dropna() if values.notna().all(axis=1).any() else values
+    return values.reindex(columns=_losses(claim)).dropna()
 
 def _over_trainings(claim, study):
     "Return the `_Evidence` of a claim about the course of a training: differences over trainings"
@@ -190,14 +190,12 @@ def _over_trainings(claim, study):
     known = measure in _SPREAD
     spread = pooled_spread(long, study.seed_sd * _SPREAD[measure]) if known else None
     values = _paired_trainings(claim, long)
+    if values.empty: return _Evidence(f"no training is shared by {' and '.join(_losses(claim))}")
     folds = values.index.get_level_values("fold")
     options = confidence, _RESOLUTION.get(measure, 1e-4), spread, folds
     differences = [(values[first] - values[second]).to_numpy() for first, second in claim.pairs]
     intervals = tuple(seed_interval(each, *options) for each in differences)
     number = min(interval.trainings for interval in intervals)
-    if not number:
-        reason = "no seed has been trained with both losses"
-        return _Evidence(reason, PROTOCOLS["valid"], intervals, values.mean().to_dict())
     bound = claim.margin or (runs.epochs.max() if measure == "best_epoch" else 1)
     losses = long.loss.nunique()
     reaches = [_reach_of(each, folds, spread, confidence, losses) for each in differences]
@@ -269,6 +267,7 @@ def _beside(claim, study, evidence):
         elif name == "between_trainings": texts.append(_between_trainings(claim, study))
         else:
             table = study.runs if claim.over == "trainings" else study.cases
+            table = _shared_trainings(claim, table)
             values = table.groupby(["loss", "structure"] if "structure" in table else "loss")[name]
             values = values.sum() if name == "missed" else values.mean()
             if "structure" in table:

@@ -159,16 +159,6 @@ def _studies_table(studies, link="{}") -> str: # Markdown; link: how a page's pa
             for study in studies]
     return to_markdown(pd.DataFrame(rows))
 
-# %% ../../nbs/63c_report.studies.ipynb #edef9d3e
-def _caveat(study):
-    "What limits a decided claim about the early epochs; empty where none is decided"
-    claims = study.table("claims")
-    if claims.empty: return ""
-    decided = claims[claims.verdict.isin(["supported", "contradicted"])].claim
-    if not set(decided) & {"C10", "C11"}: return ""
-    return ("The window of the early epochs (C10, C11) was fixed on 27 November 2026: trainings "
-            "seen before that day suggest a result, later ones test it (see the log).")
-
 # %% ../../nbs/63c_report.studies.ipynb #6de0b333
 def _html(markdown):
     "Markdown as HTML, wide tables in a box that scrolls"
@@ -199,8 +189,7 @@ def _answered(study, place):
     "The answer of one study under its title, with its figure of learning curves"
     title, page = escape(study.params.study.title), f"{place}{study.page}.html"
     more = f'<p><a href="{page}">Its tables, figures and records</a></p>'
-    return [f"<h3>{title}</h3>", _html(study.answer()), _html(_caveat(study)), more,
-            _figure(study, "fig2")]
+    return [f"<h3>{title}</h3>", _html(study.answer()), more, _figure(study, "fig2")]
 
 def front_html(
     studies: list[PublishedStudy],
@@ -249,7 +238,7 @@ def _study_page(study) -> Page:
     tested = _tested(study)
     about = f"{_setting(study)}. Judged on {_judged_on(study)}."
     text = [f"# {escaped(study.name)}: {escaped(study.params.study.title)}", about,
-            study.answer(), _caveat(study)]
+            study.answer()]
     cells = [new_markdown_cell("\n\n".join(text))]
     if len(tested):
         tested = tested.assign(**{"data set": tested.dataset.map(_titles(study))})

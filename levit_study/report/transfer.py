@@ -19,7 +19,8 @@ def dice_against_patients(
     confidence=.95, # of the table's intervals
 ): # -> Picture
     "Draw mean Dice against training patients: a panel per loss, a line per start"
-    columns = ["task", "patients", "start", "loss", "dice", "dice_low", "dice_high", "gain"]
+    columns = ["task", "patients", "start", "loss", "dice", "dice_low", "dice_high", "gain",
+               "trainings"]
     table = checked(table, "dice_against_patients", columns)
     looks = {start: dict(zip(("color", "linestyle", "marker"), look)) for start, look
              in zip(table.start.unique(), LOOKS * len(table))}
@@ -35,8 +36,9 @@ def dice_against_patients(
         axis.set(title=title, xlabel="Training patients (log)", ylim=(0, 1))
     axes[0].set_ylabel("Dice (0 to 1), mean over structures")
     legend_below(figure, [Line2D([], [], label=start, **look) for start, look in looks.items()])
+    chance = "patients and trainings" if table.trainings.max() > 1 else "patients"
     body = (f"Lines: mean over cases and trainings; bars: {100*confidence:g} % intervals over"
-            " patients and trainings. Smaller sets are subsets of larger ones; the test"
+            f" {chance}. Smaller sets are subsets of larger ones; the test"
             " patients are the same throughout.")
     of_task = table.assign(dataset=table.task)
     title = "Dice against the number of training patients"
