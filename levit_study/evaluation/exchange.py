@@ -20,8 +20,8 @@ from ..data.channels import read_channels
 from ..data.labels import label_table, map_labels
 from ..data.dataset import FOLD, SPLITS
 from ..data.layouts import find_cases
-from ..data.nifti import _as_stored, first_line, header_affine, read_nifti_pair
-from ..data.nifti import read_oriented, write_label_map, write_nifti
+from ..data.nifti import _as_stored, first_line, header_affine, header_shape
+from ..data.nifti import read_nifti_pair, read_oriented, write_label_map, write_nifti
 from ..data.splits import SPARE
 from .elsewhere import check_dataset
 from ..files import StudyError, write_json, written_whole
@@ -118,10 +118,11 @@ def _first_channel(case: Case):
 
 # %% ../../nbs/45_evaluation.exchange.ipynb #d7aca748
 def _place_labels(case: Case, target, data: Data):
-    "A case's label map in the study's values, on its image's grid"
-    if data.label_map is None: return _place_file(case.label, target)
+    "A case's label map in the study's values, on its image's grid: the file itself if it is so"
     scan = _first_channel(case)
-    _, label, _, _ = read_nifti_pair(case.image, case.label, scan)
+    _, label, _, notes = read_nifti_pair(case.image, case.label, scan)
+    mended = notes != scan[3] or len(header_shape(case.label)) != 3 or label.dtype.kind == "f"
+    if data.label_map is None and not mended: return _place_file(case.label, target)
     mapped = map_labels(label, label_table(data.label_map, data.structures), case.label)
     write_label_map(target, mapped, scan[2])
 

@@ -177,11 +177,12 @@ def _diagonal(shape, spacing=None):
     return float(np.linalg.norm(np.multiply(shape, spacing)))
 
 # %% ../../nbs/40_evaluation.metrics.ipynb #26dad99b
-def _distances_of(prediction, reference, spacing):
+def _distances_of(prediction, reference, spacing, axes=None):
     "Return the lists that the distances come from, those of the surface Dice, those in voxels"
     surfaces = _surface_points(prediction, reference)
-    in_voxels = _point_distances(surfaces)
+    in_voxels = _point_distances(surfaces)  # MedPy's: of a single slice every voxel is surface
     if spacing is None: return *slice_distances(prediction, reference), in_voxels
+    if axes is not None: surfaces = _surface_points(prediction, reference, axes)
     in_mm = _point_distances(surfaces, spacing)
     return in_mm, in_mm, in_voxels
 
@@ -189,12 +190,14 @@ def _distances_of(prediction, reference, spacing):
 def _structure_metrics(prediction, reference, spacing=None, tolerance=None):
     "Return the metrics of one structure, given as two masks; undefined ones are NaN"
     voxels, diagonal = prediction.size, _diagonal(prediction.shape, spacing)
+    thick = [axis for axis, number in enumerate(prediction.shape) if number > 1]
+    axes = thick if 0 < len(thick) < prediction.ndim else None  # a single slice is no surface
     prediction, reference = _cropped(prediction, reference)
     masks = reference, prediction, prediction & reference
     positive, predicted, both = (int(np.count_nonzero(mask)) for mask in masks)
     overlap = _overlap(both, predicted, positive, voxels)
     found = positive and predicted
-    distances = _distances_of(prediction, reference, spacing) if found else [None] * 3
+    distances = _distances_of(prediction, reference, spacing, axes) if found else [None] * 3
     *lists, in_voxels = distances
     if tolerance is None:
         tolerance = 1 if spacing is None else 2

@@ -175,6 +175,11 @@ def _model(network) -> dict:
 # %% ../../nbs/43_evaluation.predict.ipynb #1fa9e1ad
 def _write(files: ScanFiles, labels, header, about: dict, maps: Maps | None = None):
     "Write a scan's maps, JSON file and label map; `StudyError` if one cannot be written"
+    try:
+        for path in files.made_before: path.unlink(missing_ok=True)  # of another label map
+        files.side.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(files.side, error) from None
     if maps is not None: maps.write(files, header)
     try:
         for path in (files.labels, files.picture)[:1 + files.pictured]:
@@ -216,17 +221,14 @@ def _segment(network, data: Data, files: ScanFiles, assume_axes=False, progress=
         "notes": volume.notes,
         "use": _use,
     } | ({} if maps is None else maps.record())
+    if files.pictured: about["picture"] = files.picture.name
     _write(files, labels, header, about, maps)
     return volumes, volume, labels
 
 # %% ../../nbs/43_evaluation.predict.ipynb #e302d072
 def _kept_volumes(network, files: ScanFiles) -> dict:
     "The volumes of a label map that is there; `StudyError` unless it is this network's"
-    try:
-        about = json.loads(files.side.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        about = None
-    about = about if isinstance(about, dict) else {}
+    about = files.about
     volumes, made = about.get("volumes_ml"), [about.get(k) for k in ("scan", "model", "predicted")]
     known = isinstance(volumes, dict) and volumes.keys() == network.card["structures"].keys()
     wanted = [_scan_digests(files), _model(network), network.settings.record()]
@@ -280,14 +282,26 @@ def _draw(outputs: Outputs, files: ScanFiles, volume, labels, card):
         raise cannot_write(files.picture, error) from None
 
 # %% ../../nbs/43_evaluation.predict.ipynb #f88dfe2b
+def _has_maps(network, files: ScanFiles, names) -> bool:
+    "Whether the maps that are asked for were made with the label map that is there"
+    made, there = files.about.get("maps") or {}, set(files.made_before)
+    wanted = {files.map_file(name) for name in names}
+    if not wanted: return True
+    complete = wanted <= there and all(path.exists() for path in wanted)
+    return complete and made.get("temperature") == _temperature(network)
+
 def _one_scan(network, data, files: ScanFiles, scans: Scans, outputs: Outputs, progress) -> dict:
     "Segment a scan, or keep what is there, with its picture; return its volumes in ml"
-    names, there = map_names(outputs, data.structures), [*map(files.map_file, files.maps)]
-    kept = outputs.existing == "keep" and all(path.exists() for path in (files.labels, *there))
+    names, kept = map_names(outputs, data.structures), outputs.existing == "keep"
+    kept = kept and files.labels.exists()
     if kept:
-        volumes = _kept_volumes(network, files)
-        if outputs.overlay is None or files.picture.exists(): return volumes
+        volumes = _kept_volumes(network, files)  # refuses another's, which is never replaced
+        kept = _has_maps(network, files, names)
+    if kept:
+        drawn = files.picture in files.made_before and files.picture.exists()
+        if outputs.overlay is None or drawn: return volumes
         shown = _read_kept(data, files)
+        write_json(files.side, files.about | {"picture": files.picture.name})
     else:
         volumes, *shown = _segment(network, data, files, scans.assume_axes, progress, names)
     if outputs.overlay is not None:
@@ -356,7 +370,8 @@ def predict(
             written.append(each)
             if progress: _say_notes(each)
         except Exception as problem:
-            problems.append((_one_line(each.scan, problem), problem))
+            older = f" ({each.labels} is an older result)" if each.labels.exists() else ""
+            problems.append((_one_line(each.scan, problem) + older, problem))
     if progress and single and rows:
         in_words = ", ".join(f"{name} {rows[0][name]:.1f} ml" for name in data.structures)
         print(f"{in_words} (also in {files[0].side})", file=sys.stderr)
@@ -370,6 +385,7 @@ def _finish(outputs: Outputs, rows, structures, problems, count):
     lines = [line for line, _ in problems]
     if count > 1 and lines:
         lines = [f"{len(lines)} of {count} scans could not be segmented: {'; '.join(lines)}"]
+        if rows: lines.append(f"the label maps of the others are in {outputs.labels}")
     if outputs.volumes is not None and rows:
         try:
             _write_table(outputs.volumes, rows, structures)

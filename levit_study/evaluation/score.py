@@ -8,6 +8,7 @@ __all__ = ['Rules', 'score_case', 'score', 'mean_scores', 'write_scores', 'score
 # %% ../../nbs/44_evaluation.score.ipynb #4963541e
 import math
 import re
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
@@ -62,6 +63,8 @@ def _parse_label_map(texts, option="--label-map"):
     if not texts: return None
     if len(texts) == 1 and "=" not in texts[0]: return texts[0]
     values = _parse_pairs(texts, option)
+    if len(values) < len(texts):
+        raise StudyError(f"{option}: a value is given twice; give each its own structure")
     number = re.compile(r"\d{1,9}").fullmatch
     return {key: int(value) if number(value) else value for key, value in values.items()}
 
@@ -80,13 +83,21 @@ def _label_files(folder) -> dict: # case -> list of files
     paths = [path for path in paths if _stem(path) != path.name and path.is_file()]
     if not paths: raise StudyError(f"{folder}: holds no .nii or .nii.gz file; label maps are read")
     files = {}
-    for path in paths: files.setdefault(_bare(_stem(path)), []).append(path)
+    for path in paths: files.setdefault(_stem(path), []).append(path)
+    return files
+
+def _without_marks(side, other) -> dict: # of `_label_files`
+    "The files of a folder by their case: a mark goes where the other folder has no such name"
+    files = {}
+    for stem, paths in side.items():
+        files.setdefault(stem if stem in other else _bare(stem), []).extend(paths)
     return files
 
 # %% ../../nbs/44_evaluation.score.ipynb #00fac141
 def _pair_files(predictions, references): # ({case: (prediction, reference)}, problems)
     "Pair the files of two folders; what has no partner, or two, is a line of `problems`"
-    sides, pairs, problems = (_label_files(predictions), _label_files(references)), {}, []
+    named, pairs, problems = [_label_files(each) for each in (predictions, references)], {}, []
+    sides = [_without_marks(*each) for each in (named, named[::-1])]
     for case in sorted(sides[0].keys() | sides[1].keys()):
         files = [side.get(case, []) for side in sides]
         doubled = [paths[1] for paths in files if len(paths) > 1]
@@ -141,10 +152,10 @@ def score(
 
 # %% ../../nbs/44_evaluation.score.ipynb #7b3314c3
 def mean_scores(table: pd.DataFrame) -> pd.DataFrame:
-    "Per structure the cases and the means of Dice, Jaccard, HD95 and surface Dice"
+    "Per structure the cases with a Dice and the means of Dice, Jaccard, HD95 and surface Dice"
     by_structure = table.assign(hd95=with_worst_case(table)).groupby("structure", sort=False)
     means = by_structure[["dice", "jaccard", "hd95", "nsd"]].mean()
-    return by_structure.case.nunique().rename("cases").to_frame().join(means)
+    return by_structure.dice.count().rename("cases").to_frame().join(means)
 
 # %% ../../nbs/44_evaluation.score.ipynb #efb2c9bb
 _HEADER = b"split,case,patient,structure,dice,"
@@ -158,6 +169,7 @@ def _check_output(path):
     if header != _HEADER:
         problem = "exists already, and holds no scores"
         raise StudyError(f"--output {path}: {problem}; name another file, or remove it")
+    print(f"{path}: older scores, which are replaced", file=sys.stderr)
 
 # %% ../../nbs/44_evaluation.score.ipynb #88e6bf88
 def write_scores(table: pd.DataFrame, path):

@@ -6,6 +6,7 @@
 __all__ = ['Scans', 'Outputs', 'ScanFiles', 'labels_beside', 'scan_files', 'cannot_write', 'check_targets']
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #d0e92319
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -54,6 +55,23 @@ class ScanFiles:
     def targets(self):
         maps = [self.map_file(name) for name in self.maps]
         return [self.labels, self.side, *maps] + [self.picture] * self.pictured
+
+    @property
+    def about(self) -> dict:
+        "What the JSON file beside the label map says of it; empty where it says nothing"
+        try: about = json.loads(self.side.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError): about = None
+        return about if isinstance(about, dict) else {}
+
+    @property
+    def made_before(self) -> list[Path]:
+        "The maps and the picture that were made with the label map, as its JSON file lists them"
+        maps = self.about.get("maps")
+        names = maps.get("files") if isinstance(maps, dict) else None
+        names = names if isinstance(names, list) else []
+        names = [name for name in names if re.fullmatch(r"[A-Za-z0-9_-]+", str(name))]
+        drawn = self.about.get("picture") == self.picture.name
+        return [*map(self.map_file, names)] + [self.picture] * drawn
 
     def map_file(self, name): return self._beside("_maps") / f"{name}.nii.gz"
 
@@ -146,9 +164,12 @@ def _scans_of_channels(paths, output, more, channels, numbers):
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #e60c40a3
 def _beside_its_scan(path) -> bool:
-    "Whether a file is a challenge's label map: NAME_gt beside NAME"
+    "Whether a file is a label map: a challenge's NAME_gt beside NAME, or our NAME_labels"
     name, marked = re.subn(r"_gt(?=\.nii(\.gz)?$)", "", path.name, flags=re.IGNORECASE)
-    return bool(marked) and path.with_name(name).exists()
+    if marked: return path.with_name(name).exists()
+    stem = re.fullmatch(r"(.+)_labels\.nii\.gz", path.name)
+    ours = stem and ScanFiles(path, path).about.get("volumes_ml") is not None
+    return bool(ours) and any(path.with_name(stem[1] + end).exists() for end in (".nii.gz", ".nii"))
 
 def scan_files(scans: Scans, outputs: Outputs, maps=(), channels=None) -> list[ScanFiles]:
     """Pair each scan with its files; `channels`: names of those that the weights know
