@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['check_names', 'check_folds', 'check_contrasts', 'check_ablation', 'check_zooms', 'check_graphs', 'check_warmup',
-           'check_phantoms', 'dealing', 'deciding']
+           'check_classes', 'check_phantoms', 'dealing', 'deciding']
 
 # %% ../nbs/00f_consistency.ipynb #4e60797a
 from difflib import get_close_matches
+from .files import StudyError
 
 def check_names(section: str, known, used):
     "Raise `ValueError` unless the names can stand in a path and those that are used are defined"
@@ -90,6 +91,36 @@ def check_warmup(
         if warmup <= epochs: continue
         place = f"datasets.{run.dataset}.training.warmup_epochs = {warmup:g}"
         raise ValueError(f"{place}: {run.loss} trains for {epochs} epochs; give that or fewer")
+
+# %% ../nbs/00f_consistency.ipynb #57816b50
+def _settings_within(settings: dict):
+    "Yield a loss's settings, and those of the losses inside it"
+    yield settings
+    for inner in [settings.get("of"), *(settings.get("terms") or ())]:
+        if isinstance(inner, dict): yield from _settings_within(inner)
+
+_TRIED = {"frequency_weighted", "dice_weighted", "uncertainty_weighted"}  # not every loss fits
+
+def check_classes(
+    runs, # `params.Run`s
+):
+    "Raise `ValueError` for a loss whose settings do not fit the number of classes"
+    for run in runs:
+        classes, place = len(run.data.structures) + 1, f"losses.{run.loss}"
+        about = f"{run.dataset} has {classes} classes with the background"
+        for settings in _settings_within(run.loss_settings):
+            if "." in settings["kind"]: continue  # another's own names
+            ignored, factors = settings.get("ignore_index"), settings.get("alpha")
+            if isinstance(ignored, int) and not 0 <= ignored < classes:
+                raise ValueError(f"{place}: ignore_index = {ignored}: {about}; name one of 0 to "
+                                 f"{classes - 1}, or leave it out")
+            if isinstance(factors, list) and len(factors) != classes:
+                raise ValueError(f"{place}: alpha = {factors}: {about}; give a number for each")
+        kinds = {settings["kind"] for settings in _settings_within(run.loss_settings)}
+        if any("." in kind for kind in kinds) or kinds & _TRIED:
+            from levit_study.losses.interface import try_loss
+            try: try_loss(run.loss_settings, classes)
+            except StudyError as error: raise ValueError(f"{place}: {error}") from None
 
 # %% ../nbs/00f_consistency.ipynb #2c9dc7d9
 def check_phantoms(datasets: dict):

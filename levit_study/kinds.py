@@ -38,12 +38,13 @@ def per_class(
 # %% ../nbs/00a_kinds.ipynb #e209bc42
 class Settings(BaseModel):
     "Settings of a loss of this study; one that is not listed is refused"
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True,
+                              protected_namespaces=())
 
 
 class AnyLoss(Settings):
     "What every loss may be given"
-    ignore_index: int|None = None # label of pixels to leave out, such as 255; None: all count
+    ignore_index: int|None = None # class whose pixels the loss leaves out; None: all count
 
 # %% ../nbs/00a_kinds.ipynb #2564eaf7
 class Region(AnyLoss):

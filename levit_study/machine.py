@@ -38,7 +38,7 @@ def _release(package):
         return None
 
 # %% ../nbs/02_machine.ipynb #eb1184e2
-_RECORDED = ("levit-study", "torch", "timm", "numpy", "lightning-fabric")
+_RECORDED = ("levit-study", "torch", "timm", "numpy", "lightning-fabric", "monai")
 
 def describe_machine() -> dict:
     "Return the releases of Python and of the libraries, the processor, its cores and the GPU"

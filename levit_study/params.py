@@ -16,8 +16,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from pydantic import ValidationInfo, field_validator, model_validator
 from ruamel.yaml import YAML, YAMLError
 
-from .consistency import check_ablation, check_contrasts, check_folds, check_graphs
-from .consistency import check_names, check_phantoms, check_warmup, check_zooms, dealing
+from .consistency import check_ablation, check_classes, check_contrasts, check_folds
+from .consistency import check_graphs, check_names, check_phantoms, check_warmup
+from .consistency import check_zooms, dealing
 from .files import StudyError, brief, yaml_problem
 from .networks import LEVIT, Chosen, Freezing, check_freezing, check_network
 from .inputs import Inputs, check_orientation, check_patient, young
@@ -332,6 +333,7 @@ class Params(Section):
             check_freezing(runs)
             check_graphs(runs)
             check_warmup(runs)
+            check_classes(runs)
 
 # %% ../nbs/01_params.ipynb #67dde75f
 def _known_keys(place) -> list[str]:

@@ -14,7 +14,7 @@ from .files import StudyError
 class Augmentation:
     "Probabilities per sample, ranges drawn from uniformly; `StudyError` for a value out of range"
     turn: float = 0.0            # probability of a quarter turn and a mirroring, both exact
-    mirror: float = 0.0          # probability of an exact left-right mirroring
+    mirror: float = 0.0          # probability of an exact left-right mirroring, unless turned
     affine: float = 0.0          # probability of rotation, scaling and shift, unless turned
     rotation: float = 0.0        # largest angle in degrees
     scale: float = 0.0           # largest change of size: 0.25 scales by 1/1.25 to 1.25
@@ -62,6 +62,9 @@ RECIPES = {
 }
 
 # %% ../nbs/00b_recipes.ipynb #e4940080
+_NEEDS = {"rotation": "affine", "scale": "affine", "shift": "affine",
+          "elastic_shift": "elastic", "elastic_nodes": "elastic"}  # a strength its probability
+
 def augmentation(
     spec, # a recipe's name, an `Augmentation`, or a mapping of its fields and `recipe`, the start
 ) -> Augmentation:
@@ -78,4 +81,13 @@ def augmentation(
     if unknown:
         allowed = ", ".join(["recipe", *known])
         raise StudyError(f"augmentation.{unknown[0]}: unknown key; known here: {allowed}")
-    return replace(RECIPES[name], **changes)
+    settings = replace(RECIPES[name], **changes)
+    for key in changes:
+        needed = _NEEDS.get(key)
+        if needed and changes[key] and not getattr(settings, needed):
+            raise StudyError(f"augmentation.{key} = {changes[key]}: has no effect while "
+                             f"augmentation.{needed} is 0; raise that, or leave it out")
+    if changes.get("affine") and not (settings.rotation or settings.scale or settings.shift):
+        raise StudyError(f"augmentation.affine = {changes['affine']}: has no effect while "
+                         "rotation, scale and shift are 0; give one of them")
+    return settings

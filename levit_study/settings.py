@@ -39,6 +39,17 @@ def _problem(
     allowed = model.model_fields[name].description or problem["msg"].replace("Input should be ", "")
     return f"setting {name!r} is {settings[name]!r}, but must be {allowed}"
 
+# %% ../nbs/00c_settings.ipynb #ff68601e
+def _check_bounded(terms:list[Mapping]): # each with kind and weight
+    "Raise `StudyError` for a term that a learned weight would drive without end"
+    for term in terms:
+        if term["kind"] in ("boundary", "uncertainty_weighted"):
+            reason = "can be below 0, and a learned weight would grow without end"
+        elif not term["weight"]: reason = "has weight 0, so nothing limits what is learned for it"
+        else: continue
+        raise StudyError(f"loss 'uncertainty_weighted': the term {term['kind']!r} {reason}; "
+                         "leave it out, or take kind: hybrid, whose weights are given")
+
 # %% ../nbs/00c_settings.ipynb #859e6838
 def full_settings(
     kind:str, # name of the loss, for the message
@@ -58,6 +69,7 @@ def full_settings(
         values["of"] = _checked_inner(values["of"])
     if issubclass(model, SumOfLosses):
         values["terms"] = _checked_terms(values["terms"])
+    if kind == "uncertainty_weighted": _check_bounded(values["terms"])
     return values
 
 # %% ../nbs/00c_settings.ipynb #eefe7d9e
@@ -67,6 +79,8 @@ _WEIGHTS = {"focal": ["alpha"], "baseline": ["ce_weight", "dice_weight"],
 def _check_weights(kind:str, values:Mapping):
     "Raise `StudyError` for a loss that is 0 whatever is predicted"
     weights = [values[name] for name in _WEIGHTS.get(kind, [])]
+    if kind == "boundary" and not (values["start"] or values["step"]):
+        raise StudyError("loss 'boundary': start and step are 0, so it stays 0; raise one")
     if not weights or any(any(w) if isinstance(w, list) else w for w in weights): return
     names = " and ".join(_WEIGHTS[kind])
     raise StudyError(f"loss {kind!r}: {names} = 0 makes it 0 whatever is predicted; raise it")

@@ -136,6 +136,12 @@ def _check_jobs(
             counts = f"{len(jobs)} found, {len(bad)} bad, {copies} left out as copies"
             raise StudyError(f"{data.folder}: no case is left to {purpose} ({counts}); "
                              "check data.folder and data.split")
+    used = [job for job in jobs if job.used]
+    for fold in range(len(used[0].folds)):
+        for split, purpose in (("train", "train on"), ("valid", "choose the epoch on")):
+            if any(job.folds[fold] == split for job in used): continue
+            raise StudyError(f"{data.folder}: fold{fold} has no case to {purpose}; lower "
+                             "data.split.folds or data.split.nested, or give more patients")
 
 # %% ../../nbs/19_data.prepare.ipynb #1b45d1fd
 @contextmanager

@@ -210,7 +210,7 @@ def _rising(runs: pd.DataFrame) -> str: # rows of convergence.csv of one data se
     "Return how many trainings were still gaining when they ended; empty if none, or unknown"
     known = runs.still_rising.dropna().astype(bool) if "still_rising" in runs else pd.Series()
     if not known.sum(): return ""
-    several = f"{known.sum()} of {len(known)} trainings were"
+    several = f"{known.sum()} of {len(known)} trainings {'was' if known.sum() == 1 else 'were'}"
     number = several if len(known) > 1 else "The training was"
     order = ", and another order" if runs.loss.nunique() > 1 else ""
     return (f"{number} still rising at the last epoch: longer training may give higher "

@@ -103,6 +103,7 @@ class UncertaintyWeightedLoss(HybridLoss):
             values = torch.stack([weight * term.value(comparison) for weight, term in pairs])
             return ((-self.log_variance).exp() * values + self.log_variance / 2).sum()
         values, present = self.by_class(comparison)
+        if comparison.class_weights is not None: present = present * comparison.class_weights
         known = self.log_variance is not None
         s = self.vector("log_variance", comparison) if known else torch.zeros_like(values)
         return (((-s).exp() * values + s / 2) * present).sum() / present.sum().clamp(min=1)

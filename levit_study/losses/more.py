@@ -146,7 +146,9 @@ def _jaccard_steps(
     seen = foreground.cumsum(0)
     intersection = seen[-1] - seen
     union = seen[-1] + (~foreground).cumsum(0)
-    return torch.where(foreground, 1 / union, intersection / (union * (union - 1)).clamp(min=1))
+    grown = intersection / (union * (union - 1)).clamp(min=1)
+    grown = torch.where(union > 1, grown, 1.)  # of an absent class the largest error counts
+    return torch.where(foreground, 1 / union, grown)
 
 # %% ../../nbs/27_losses.more.ipynb #4757fe13
 def _lovasz_extension(

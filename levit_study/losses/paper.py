@@ -177,7 +177,7 @@ class CombinedLoss(SegmentationLoss):
         parts = [term.by_class(comparison) for term in self.terms]
         means = [_mean_of_rows(values, present) for values, present in parts]
         total = sum(weight * mean for weight, (mean, _) in zip(self.weights, means, strict=True))
-        return total, means[0][1]
+        return total, torch.stack([present for _, present in means]).any(0)  # for one of the terms
 
 # %% ../../nbs/26_losses.paper.ipynb #509c5575
 def _mean_of_rows(

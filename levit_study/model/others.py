@@ -115,13 +115,19 @@ class OtherNetwork(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16): return self.body(x).float()
 
 # %% ../../nbs/21a_model.others.ipynb #e1a33204
+def _alike(one, other):
+    "Whether both are tensors of one shape"
+    return all(isinstance(each, torch.Tensor) for each in (one, other)) and one.shape == other.shape
+
 def _output(network, settings, num_classes, images):
-    "Return what a network gives of `images`, built on their device"
+    "Return what a network gives of `images`, built on their device; in training where it differs"
     channels = images.shape[1]
     with torch.device(images.device): body = _build_body(network, settings, num_classes, channels)
     if not any(p.requires_grad for p in body.parameters()):
         raise StudyError(f"network {network}: has no parameter to train")
-    with torch.no_grad(): return body.eval()(images)
+    with torch.no_grad():
+        learning, judged = body.train()(images), body.eval()(images)
+    return judged if _alike(learning, judged) else learning
 
 @lru_cache(16)
 def _tried(network, settings, *shape):
@@ -141,7 +147,9 @@ def try_network(network, settings, num_classes, size, in_channels=1):
     "Raise `StudyError` unless the network gives logits (B,num_classes,size,size)"
     logits = _tried(network, json.dumps(settings), num_classes, size, in_channels)
     if not isinstance(logits, torch.Tensor):
-        raise StudyError(f"network {network}: gives a {type(logits).__name__}, no tensor of logits")
+        kind = type(logits).__name__
+        raise StudyError(f"network {network}: gives a {kind}, no tensor of logits, at least in "
+                         "training; write a function that builds it without that")
     expected, shape = (2, num_classes, size, size), tuple(logits.shape)
     if shape != expected:
         raise StudyError(f"network {network}: gives {shape} of two images of {size} pixels; "

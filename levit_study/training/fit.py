@@ -168,7 +168,7 @@ def train_epoch(
         set_rate(t, learning_rate_at(training, t.epoch - 1 + step / steps))
         numbers = range(len(batches))[step * training.accumulate:(step + 1) * training.accumulate]
         drawn = ((number, *augmented(t, slices, batches[number])) for number in numbers)
-        learn(t, drawn, len(numbers), finite)
+        learn(t, drawn, [len(batches[number]) for number in numbers], finite)
         if t.average is not None: t.average.update_parameters(unwrapped(t.model))
         t.step = step + 1
         stop = watch.step_done(sum(len(batches[number]) for number in numbers))

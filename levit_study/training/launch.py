@@ -101,7 +101,8 @@ def train(
         raise StudyError(f"{params}: {key}, but {started} processes were started; make them equal")
     import torch
     from levit_study.training.fit import fit
-    if settings.compute.threads: torch.set_num_threads(settings.compute.threads)
+    if threads := settings.compute.threads:  # of the training, however many processes it has
+        torch.set_num_threads(max(1, threads // (started or 1)))
     with _claim(models):
         if wanted == 1 or started: return fit(run, store, reports, models, device)
         names = [dataset, loss, "--seed", str(seed), "--params", str(params), "--device", device]

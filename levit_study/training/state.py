@@ -24,6 +24,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from importlib.metadata import version
 from ..files import StudyError, digest_of_code, hash_file, own_files
 from ..networks import LEVIT, UNET, start_file, unet_settings
 from ..consistency import deciding
@@ -230,7 +231,9 @@ def _record_of(run: Run, criterion: torch.nn.Module, model: torch.nn.Module) -> 
     full = check_loss(run.loss_settings, run.loss)  # defaults filled in: their table may grow
     record = deciding(run.record()) | {"full_loss_settings": full}
     other = None if run.model.network == LEVIT else model
-    if run.model.network == UNET: record["full_settings"] = unet_settings(run.model.settings)
+    if run.model.network == UNET:
+        record["full_settings"] = unet_settings(run.model.settings)
+        record["monai"] = version("monai")  # whose network it is
     record["code"] = training_code(criterion, bool(pretrained), other)
     if isinstance(pretrained, str): record["pretrained"] = hash_file(start_file(pretrained))
     return record

@@ -47,16 +47,16 @@ def set_rate(t: Trainer, rate: float):
 def one_step(
     t: Trainer,
     batches,    # yields the number in the epoch, images and labels of each
-    parts: int, # how many there are
+    sizes,      # slices in each
     finite,     # with `see_loss` and `see_norm`
 ):
-    "Learn from the batches of a step"
+    "Learn from the batches of a step, each slice counting alike"
     for part, (number, images, labels) in enumerate(batches, 1):
-        with t.fabric.no_backward_sync(t.model, enabled=part < parts):
+        with t.fabric.no_backward_sync(t.model, enabled=part < len(sizes)):
             logits = t.model(images)
             loss = t.criterion(logits, labels)
             finite.see_loss(number, loss, logits)
-            t.fabric.backward(loss / parts)
+            t.fabric.backward(loss / (sum(sizes) / len(images)))
         _add_to_sums(t, logits, labels, loss)
     if t.encoder: t.encoder.drop_gradients()
     if t.run.training.clip_norm: finite.see_norm(number, _clip(t))
@@ -92,7 +92,7 @@ class _Recorded:
     "A step that repeats itself on batches of one shape, from where the first one lay"
     def __init__(self, t: Trainer, record, images, labels):
         self.images, self.labels, self.kept = images.clone(), labels.clone(), _Kept()
-        about = t, [(0, self.images, self.labels)], 1, self.kept
+        about = t, [(0, self.images, self.labels)], [len(images)], self.kept
         try: self.repeat = record(lambda: one_step(*about))
         except torch.OutOfMemoryError: raise
         except RuntimeError as error:
@@ -121,9 +121,9 @@ class GraphedSteps:
         "Forget the record and its memory; the next epoch's first step is done as it is"
         self.recorded, self.first = None, max(self.first, 1)
 
-    def __call__(self, t: Trainer, batches, parts: int, finite):
+    def __call__(self, t: Trainer, batches, sizes, finite):
         (number, images, labels), = batches
-        def plain(): one_step(t, [(number, images, labels)], 1, finite)
+        def plain(): one_step(t, [(number, images, labels)], sizes, finite)
         if self.first:
             self.first -= 1
             return self.aside(plain)
