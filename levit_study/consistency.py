@@ -117,7 +117,7 @@ def check_classes(
             if isinstance(factors, list) and len(factors) != classes:
                 raise ValueError(f"{place}: alpha = {factors}: {about}; give a number for each")
         kinds = {settings["kind"] for settings in _settings_within(run.loss_settings)}
-        if any("." in kind for kind in kinds) or kinds & _TRIED:
+        if any("." in name for name in kinds) or kinds & _TRIED:
             from levit_study.losses.interface import try_loss
             try: try_loss(run.loss_settings, classes)
             except StudyError as error: raise ValueError(f"{place}: {error}") from None

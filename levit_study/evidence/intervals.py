@@ -310,8 +310,8 @@ def mean_interval(
         return bootstrap_interval(values, rows.patient, rows.seed, strata, confidence, resamples)
     table, folds = tabulate_trainings(values, rows.patient, rows.seed, rows.fold, strata)
     if not table.sums.size: return Interval(np.nan, np.nan, np.nan, 0, 0, 0, "none")
-    found = fold_interval(table, folds, confidence, resamples)
-    return found._replace(n=int(np.isfinite(values).sum()))
+    interval = fold_interval(table, folds, confidence, resamples)
+    return interval._replace(n=int(np.isfinite(values).sum()))
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #3203aff3
 def folds_t(

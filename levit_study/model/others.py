@@ -147,8 +147,8 @@ def try_network(network, settings, num_classes, size, in_channels=1):
     "Raise `StudyError` unless the network gives logits (B,num_classes,size,size)"
     logits = _tried(network, json.dumps(settings), num_classes, size, in_channels)
     if not isinstance(logits, torch.Tensor):
-        kind = type(logits).__name__
-        raise StudyError(f"network {network}: gives a {kind}, no tensor of logits, at least in "
+        given = type(logits).__name__
+        raise StudyError(f"network {network}: gives a {given}, no tensor of logits, at least in "
                          "training; write a function that builds it without that")
     expected, shape = (2, num_classes, size, size), tuple(logits.shape)
     if shape != expected:

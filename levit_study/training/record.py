@@ -213,7 +213,7 @@ def memory_hint(t: Trainer, setting="batch_size") -> str:
     lack = f"{t.name}: {name} has too little memory for {setting} {number}"
     remedy = f"set datasets.{run.dataset}.training.{setting}: {half}"
     if setting != "batch_size": return f"{lack}; {remedy}"
-    return f"{lack}; {remedy} and accumulate: {twice} (the same steps), or batch_size: auto"
+    return f"{lack}; {remedy} and accumulate: {twice} (as many steps), or batch_size: auto"
 
 # %% ../../nbs/30c_training.record.ipynb #59ef1082
 @contextmanager
