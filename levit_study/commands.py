@@ -114,6 +114,7 @@ def _add_score(commands):
     add("--as", dest="name", help="name under which the report shows the scores; needs --dataset")
     command.set_defaults(run=_score)
 
+# %% ../nbs/72_commands.ipynb #6eea0e23
 def _score(a):
     from levit_study.evaluation.score import mean_scores, score_folders, write_scores
     if a.name and not a.dataset: raise StudyError("--as needs --dataset, whose report will show it")
@@ -122,6 +123,7 @@ def _score(a):
     print(mean_scores(table).to_string(float_format=lambda x: f"{x:.4f}"))
     if a.output: write_scores(table, a.output)
 
+# %% ../nbs/72_commands.ipynb #c3ec166a
 def _add_export_splits(commands):
     about = "write a data set with this study's splits in nnU-Net's format"
     command = commands.add_parser("export-splits", help=about)

@@ -99,6 +99,7 @@ def _settings_within(settings: dict):
     for inner in [settings.get("of"), *(settings.get("terms") or ())]:
         if isinstance(inner, dict): yield from _settings_within(inner)
 
+# %% ../nbs/00f_consistency.ipynb #a607410d
 _TRIED = {"frequency_weighted", "dice_weighted", "uncertainty_weighted"}  # not every loss fits
 
 def check_classes(

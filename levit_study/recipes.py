@@ -65,6 +65,7 @@ RECIPES = {
 _NEEDS = {"rotation": "affine", "scale": "affine", "shift": "affine",
           "elastic_shift": "elastic", "elastic_nodes": "elastic"}  # a strength its probability
 
+# %% ../nbs/00b_recipes.ipynb #090e3d19
 def augmentation(
     spec, # a recipe's name, an `Augmentation`, or a mapping of its fields and `recipe`, the start
 ) -> Augmentation:

@@ -17,7 +17,8 @@ from levit_study.files import StudyError
 from levit_study.data.abdomen import ct_field
 from levit_study.data.heart import mr_shares
 from levit_study.data.phantom import make_phantom
-from levit_study.data.nifti import affine_wrong, header_affine, write_label_map
+from levit_study.data.affines import affine_wrong, header_affine
+from levit_study.data.nifti import write_label_map
 from levit_study.data.labels import acdc_structures, check_anatomy, label_table, map_labels, numberings, synapse_structures
 from levit_study.data.volumes import check_volume, read_scan, read_volume, scale_intensity, shared_orientation
 from levit_study.data.layouts import Case, find_cases

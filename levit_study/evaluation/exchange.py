@@ -15,13 +15,14 @@ from pathlib import Path
 import h5py
 import nibabel as nib
 import numpy as np
+from ..data.affines import header_affine
 from ..data.cases import Case
 from ..data.channels import read_channels
 from ..data.labels import label_table, map_labels
 from ..data.dataset import FOLD, SPLITS
 from ..data.layouts import find_cases
-from ..data.nifti import _as_stored, first_line, header_affine, header_shape
-from ..data.nifti import read_nifti_pair, read_oriented, write_label_map, write_nifti
+from ..data.nifti import _as_stored, first_line, header_shape, read_nifti_pair
+from ..data.nifti import read_oriented, write_label_map, write_nifti
 from ..data.splits import SPARE
 from .elsewhere import check_dataset
 from ..files import StudyError, write_json, written_whole

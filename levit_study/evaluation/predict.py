@@ -20,7 +20,8 @@ import torch
 from pydantic import ValidationError
 from ..files import StudyError, hash_file, write_json, written_whole
 from ..params import Data, as_line
-from ..data.nifti import no_orientation, read_nifti_pair, write_label_map
+from ..data.affines import no_orientation
+from ..data.nifti import read_nifti_pair, write_label_map
 from ..data.volumes import read_scan
 from ..data.voxels import reading
 from ..model.weights import read_card
@@ -290,6 +291,7 @@ def _has_maps(network, files: ScanFiles, names) -> bool:
     complete = wanted <= there and all(path.exists() for path in wanted)
     return complete and made.get("temperature") == _temperature(network)
 
+# %% ../../nbs/43_evaluation.predict.ipynb #9d256b3b
 def _one_scan(network, data, files: ScanFiles, scans: Scans, outputs: Outputs, progress) -> dict:
     "Segment a scan, or keep what is there, with its picture; return its volumes in ml"
     names, kept = map_names(outputs, data.structures), outputs.existing == "keep"

@@ -171,6 +171,7 @@ def _beside_its_scan(path) -> bool:
     ours = stem and ScanFiles(path, path).about.get("volumes_ml") is not None
     return bool(ours) and any(path.with_name(stem[1] + end).exists() for end in (".nii.gz", ".nii"))
 
+# %% ../../nbs/42a_evaluation.targets.ipynb #7148ee35
 def scan_files(scans: Scans, outputs: Outputs, maps=(), channels=None) -> list[ScanFiles]:
     """Pair each scan with its files; `channels`: names of those that the weights know
 

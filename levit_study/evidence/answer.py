@@ -26,6 +26,7 @@ def _trainings(organs: pd.DataFrame, losses) -> dict: # of one data set and spli
     "Return from how many trainings of each loss the numbers are"
     return organs[organs.loss.isin(losses)].groupby("loss").trainings.max().to_dict()
 
+# %% ../../nbs/55a_evidence.answer.ipynb #4e8a45a4
 def _repeats(study) -> str: # of folds and seeds, where there are both
     "Return of what the trainings of a loss are a product; empty without folds"
     folds, seeds = len(study.folds), len(study.seeds)
@@ -74,6 +75,7 @@ def _stricter(decided, confidence) -> str: # decided rows of tests.csv or contra
     values = _listed([f"{p:.3f}" for p in lost.folds_p_holm])
     return f" {reading} {what} {verb} not established (p {values})."
 
+# %% ../../nbs/55a_evidence.answer.ipynb #8ba5e7d6
 def _verdict(rows, confidence) -> str: # rows: of tests.csv
     "Return which differences hold after Holm's correction, and how large the others may be"
     decided = (rows.p_holm < 1 - confidence) & (rows.low * rows.high > 0)
@@ -91,6 +93,7 @@ def _verdict(rows, confidence) -> str: # rows: of tests.csv
     whose = "The intervals" if len(equal) + len(parts) == 0 else "The other intervals"
     return f"{text} {whose}, taken singly, do not exclude differences of up to {reach.max():.3f}."
 
+# %% ../../nbs/55a_evidence.answer.ipynb #7925223d
 def _overall(table):
     "Return the rows of the mean of structures; of a single structure its own"
     return table[table.structure == (ALL if (table.structure == ALL).any() else table.structure)]
@@ -114,6 +117,7 @@ def _differences(tests: pd.DataFrame, confidence=.95) -> str: # tests: one data 
     return (f"Compared with {reference}, mean Dice changes by {_listed(parts)} ({how})."
             f"{''.join(also)} {_verdict(every, confidence)}")
 
+# %% ../../nbs/55a_evidence.answer.ipynb #31f79640
 _EFFECTS = "Effects across several losses"
 
 def _effects(contrasts: pd.DataFrame, confidence=.95) -> str: # contrasts: one data set and split
@@ -151,6 +155,7 @@ def _within(sentence: str) -> str:
     first = sentence.split()[0]
     return sentence if first[1:] != first[1:].lower() else sentence[0].lower() + sentence[1:]
 
+# %% ../../nbs/55a_evidence.answer.ipynb #63fa1a2d
 _WINDOW = ("The window of the early epochs (C10, C11) was fixed on 27 November 2026, after "
            "trainings on ACDC had been seen: earlier trainings suggest a result, later ones "
            "test it.")

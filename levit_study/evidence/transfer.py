@@ -70,6 +70,7 @@ def _patients_trained(
 _COLUMNS = ("task dataset patients start loss dice dice_low dice_high gain gain_low gain_high "
             "target judged trainings").split()
 
+# %% ../../nbs/54c_evidence.transfer.ipynb #60c3b899
 def _gain(rows, others, sure, assumed) -> tuple:
     "Return the mean paired difference of two data sets' rows, its limits and what they are about"
     if others is None or not len(others): return (*(float("nan"),) * 3, "")

@@ -114,6 +114,7 @@ def _judged_rows(claim, cases):
     named = rows.case + " " + rows.structure
     return rows.assign(patient=patients_of(rows), case=named, structure="small")
 
+# %% ../../nbs/52a_evidence.verdicts.ipynb #bae46e36
 def _over_patients(claim, study):
     "Return the `_Evidence` of a claim about segmentations: paired differences over patients"
     rows, measure = _judged_rows(claim, existing(study.cases)), claim.measure
@@ -176,11 +177,13 @@ def _reach_of(differences, folds, spread, confidence, losses):
         return _Reach(confidence, sd, n - 1, n, 1, 1 / (number - 1) if number > 1 else 0)
     return _Reach(confidence, spread.sd * 2**.5, spread.freedom, n, losses)
 
+# %% ../../nbs/52a_evidence.verdicts.ipynb #39693efc
 def _paired_trainings(claim, long):
     "Return a row per training that all of a claim's losses have, a column per loss"
     values = long.pivot_table(index=["seed", "fold"], columns="loss", values="value")
     return values.reindex(columns=_losses(claim)).dropna()
 
+# %% ../../nbs/52a_evidence.verdicts.ipynb #9e2b509b
 def _over_trainings(claim, study):
     "Return the `_Evidence` of a claim about the course of a training: differences over trainings"
     runs, measure, confidence = study.runs, claim.measure, study.confidence

@@ -11,6 +11,7 @@ import inspect
 import os
 import sys
 import torch
+import warnings
 from difflib import get_close_matches
 from pydantic import BaseModel, ConfigDict, create_model
 from torch import nn
@@ -217,7 +218,8 @@ def try_loss(
     "Raise `StudyError` unless the loss gives a number and a gradient for this many classes"
     labels = torch.arange(128).view(2, 8, 8) % num_classes
     try:
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng([]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below
             logits = torch.randn(2, num_classes, 8, 8, requires_grad=True)
             made = build_loss(**settings)
             made.set_class_frequency(torch.full((num_classes,), 1 / num_classes))

@@ -119,6 +119,7 @@ def _alike(one, other):
     "Whether both are tensors of one shape"
     return all(isinstance(each, torch.Tensor) for each in (one, other)) and one.shape == other.shape
 
+# %% ../../nbs/21a_model.others.ipynb #59664a49
 def _output(network, settings, num_classes, images):
     "Return what a network gives of `images`, built on their device; in training where it differs"
     channels = images.shape[1]

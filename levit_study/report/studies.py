@@ -64,6 +64,7 @@ def _params_of(path, changed): # changed: when, so that an edited file is read a
     "The settings of a published study"
     return load_params(path, elsewhere=True)
 
+# %% ../../nbs/63c_report.studies.ipynb #51ae6d7d
 def _in_readme(root):
     "The names of the studies whose answer README shows in full, in its order"
     try: shown = shown_answers(Path(root, "README.md").read_text(encoding="utf-8"))
@@ -185,12 +186,14 @@ def _effects(studies, place):
     link = lambda study: f"[{escaped(study.params.study.title)}]({place}{study.page}.html)"
     return "\n".join(_html(f"{part} ({link(study)})") for study, part in parts if part)
 
+# %% ../../nbs/63c_report.studies.ipynb #0e966dd2
 def _answered(study, place):
     "The answer of one study under its title, with its figure of learning curves"
     title, page = escape(study.params.study.title), f"{place}{study.page}.html"
     more = f'<p><a href="{page}">Its tables, figures and records</a></p>'
     return [f"<h3>{title}</h3>", _html(study.answer()), more, _figure(study, "fig2")]
 
+# %% ../../nbs/63c_report.studies.ipynb #853819b3
 def front_html(
     studies: list[PublishedStudy],
     place="", # of the site as the page sees it: "" or "site/"
