@@ -18,7 +18,7 @@ from .files import STOPPING, StudyError
 from .job import Job, study_digest
 from .matrix import Cell, Cost, all_cells, call_dvc, changed_stages, expected_cost
 from .matrix import missing_cells, recorded_runs, spoken_time
-from .params import Params, load_params
+from .params import Params, load_params, pick_run
 from .slurm import Request, check_shared, check_slurm, check_time, queue, queued_cells
 
 # %% ../nbs/70d_submit.ipynb #e7926416
@@ -52,17 +52,38 @@ def _plan_lines(
 # %% ../nbs/70d_submit.ipynb #d9ea42f9
 def _worker_variables(
     workers: int,
-    cores: int,          # that this process may use
+    cores: int,           # that this process may use
     gpus: list[str] = (), # their numbers; none: on CPUs
+    processes: int = 1,   # of each training
 ) -> list[dict]:
     "Return each worker's environment; `StudyError` if there are more workers than GPUs or cores"
-    limits = [(cores, "cores"), (len(gpus) or cores, "GPUs")]
+    limits = [(cores, "cores"), (len(gpus) // processes if gpus else cores, "GPUs")]
     number, name = min(limits, key=lambda limit: limit[0])
     if not 1 <= workers <= number:
-        advice = f"give 1 to {number}" + (", or set compute.device: cpu" if name == "GPUs" else "")
-        raise StudyError(f"--local {workers}: only {number} {name} are available; {advice}")
-    threads = {"OMP_NUM_THREADS": str(cores // workers)}
-    return [threads | ({"CUDA_VISIBLE_DEVICES": gpus[k]} if gpus else {}) for k in range(workers)]
+        raise StudyError(f"--local {workers}: {_too_many(number, name, processes)}")
+    threads = {"OMP_NUM_THREADS": str(max(cores // (workers * processes), 1))}
+    shares = [",".join(gpus[k * processes:(k + 1) * processes]) for k in range(workers)]
+    return [threads | ({"CUDA_VISIBLE_DEVICES": share} if gpus else {}) for share in shares]
+
+def _too_many(
+    number: int,    # of workers that would be possible
+    name: str,      # of what there is too little
+    processes: int, # of each training
+) -> str:
+    "Return what to do where too many trainings are asked for at once"
+    if name == "cores": return f"only {number} cores are available; give 1 to {number}"
+    each = f"{processes} GPUs" if processes > 1 else "a GPU"
+    give = f"give 1 to {number}, or " if number else ""
+    return f"there are GPUs for {number} at a time, with {each} each; {give}set compute.device: cpu"
+
+def _check_gpus(
+    gpus: int,      # of each job; 0: trained on CPUs
+    processes: int, # of the training with most
+):
+    "Raise `StudyError` if the processes of a training would have to share a GPU"
+    if 0 < gpus < processes:
+        raise StudyError(f"--gpus {gpus}: training.processes is {processes}, and each needs a GPU; "
+                         f"give --gpus {processes}")
 
 # %% ../nbs/70d_submit.ipynb #3287dc6f
 def _visible_gpus(device: str) -> list[str]: # `compute.device`
@@ -150,9 +171,13 @@ def submit(
 ):
     "Run or queue what is missing from this folder's study; `StudyError` for what is wrong"
     params = load_params()
-    if request: check_slurm(request)
-    else: variables = _worker_variables(workers, _cores(), _visible_gpus(params.compute.device))
-    if request: check_shared(request)
+    if request:
+        check_slurm(request)
+        check_shared(request)
+        _check_gpus(request.gpus, _processes(params))
+    else:
+        gpus, processes = _visible_gpus(params.compute.device), _processes(params)
+        variables = _worker_variables(workers, _cores(), gpus, processes)
     if not dry_run: _prepare(params)
     queued = queued_cells(all_cells(params)) if request else {}
     for cell, number in queued.items(): say(f"{cell}: in the queue already, as job {number}")
@@ -176,6 +201,11 @@ def submit(
 def _cores() -> int:
     "Return the cores that this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+def _processes(params: Params) -> int:
+    "Return the most processes that a training of the study runs in"
+    runs = [pick_run(params, *cell) for cell in all_cells(params)]
+    return max(run.training.processes for run in runs)
 
 # %% ../nbs/70d_submit.ipynb #3aac10d3
 def _here(cells: list[Cell], variables: list[dict], say):
