@@ -17,7 +17,7 @@ from pydantic import ValidationInfo, field_validator, model_validator
 from ruamel.yaml import YAML, YAMLError
 
 from .consistency import check_ablation, check_classes, check_contrasts, check_folds
-from .consistency import check_graphs, check_names, check_phantoms, check_warmup
+from .consistency import check_graphs, check_names, check_phantoms, check_schedule
 from .consistency import check_zooms, dealing
 from .files import StudyError, brief, yaml_problem
 from .networks import LEVIT, Chosen, Freezing, check_freezing, check_network
@@ -332,7 +332,7 @@ class Params(Section):
             runs = [pick_run(self, name, loss, 0) for loss in self.study.losses]
             check_freezing(runs)
             check_graphs(runs)
-            check_warmup(runs)
+            check_schedule(runs)
             check_classes(runs)
 
 # %% ../nbs/01_params.ipynb #67dde75f
