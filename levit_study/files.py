@@ -166,8 +166,11 @@ def hash_file(
     path, # file to read; ~ stands for the user's home
 ): # hexadecimal
     "Return the SHA-256 of a file's content; `StudyError` if it cannot be read"
+    place = Path(path).expanduser()
+    if place.is_fifo() or place.is_socket() or place.is_char_device():
+        raise StudyError(f"{path}: is not a file that ends, but a pipe or device; remove it")
     try:
-        with open(Path(path).expanduser(), "rb") as file:
+        with open(place, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         advice = "check the file and its permissions"

@@ -27,7 +27,7 @@ def notebook_code(
 # %% ../nbs/69_stages.ipynb #2dc3a57c
 ROOMS = {
     "prepare": """data.affines data.nifti data.channels data.labels data.volumes data.folders
-        data.cases data.modalities data.layouts data.splits data.folds data.shapes
+        data.cases data.modalities data.decathlon data.layouts data.splits data.folds data.shapes
         data.abdomen data.heart data.phantom data.slices data.context data.dataset
         data.voxels data.store data.jobs data.manifest data.prepare""",
     "train": """recipes data.augment data.context data.dataset model.upsampling

@@ -15,7 +15,7 @@ from levit_study.training import state
 
 # The rooms that decide no stage's numbers: they speak, measure, describe, check or start.
 NOTHING = """consistency files inputs kinds networks settings params machine stages pipeline matrix job slurm submit submit_command publish_command bench commands data.fingerprint model.weights model.export model.drawing
-             training.record training.launch losses.pictures evaluation.engine evaluation.targets evaluation.predict evaluation.sharing evaluation.ensemble evaluation.maps
+             training.record training.launch losses.pictures evaluation.engine evaluation.loading evaluation.targets evaluation.predict evaluation.sharing evaluation.ensemble evaluation.maps
              evaluation.score evaluation.exchange evaluation.ensemble_runs evidence.simulation evidence.choice evidence.planning evidence.publishing
              report.data_figures report.examples report.overlay""".split()
 # A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing
@@ -55,7 +55,13 @@ def imported(code, package=()):
 def reached(root, stage):
     "All rooms that a stage's notebook imports, and these, and so on"
     cells = json.loads((root / f"nbs/study/{stage}.ipynb").read_text())["cells"]
-    todo, seen = set(imported("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))), set()
+    first = imported("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
+    return set().union(*(imports_of(root, room) for room in first))
+
+
+def imports_of(root, room):
+    "A room, all rooms that it imports, and these, and so on"
+    todo, seen = {room}, set()
     while todo:
         room = todo.pop()
         path = root / "levit_study" / f"{room.replace('.', '/')}.py"
@@ -91,9 +97,11 @@ def test_what_a_stage_reaches_decides_its_numbers_or_is_named_as_not(root, stage
     assert set(ROOMS[stage]) - late <= reached(root, stage)
 
 
-def test_prepared_cases_and_trainings_are_known_by_the_same_rooms():
+def test_prepared_cases_and_trainings_are_known_by_the_same_rooms(root):
     """A prepared case by what turns its file into slices; a training by its stage's rooms, its data by the prepared pixels, its loss by its classes' rooms."""
     assert set(jobs.PREPARING) < set(ROOMS["prepare"])
+    speak = {"files", "data.cases"}   # what an error says, and where a file lies
+    assert imports_of(root, "data.voxels") - speak == set(jobs.PREPARING)
     by_loss = {"losses.paper", "losses.more", "losses.topk", "losses.boundary", "losses.adaptive"}   # of these only those that a loss uses
     assert set(state.TRAINING) == set(ROOMS["train"]) - by_loss
 

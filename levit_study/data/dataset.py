@@ -230,7 +230,7 @@ def oversampled(
     seed,       # of the training
     epoch,      # any non-negative integer
     rank=0,     # this process
-): # (N,) int64 positions
+): # (N,) int64: samples; of sample s, s % slices is the position of its slice
     "Return the order with the last places of each batch given to slices that show a structure"
     shown = shows.any(0)
     if not share or not shown.any(): return order
@@ -238,7 +238,8 @@ def oversampled(
     members = [np.flatnonzero(shows[:, structure]) for structure in rarest_first]
     given = int(np.ceil(share * batch_size - 1e-9))
     places = np.flatnonzero(np.arange(len(order)) % batch_size >= batch_size - given)
-    random, order = np.random.default_rng([seed, epoch, 1, rank]), order.copy()
+    random, samples = np.random.default_rng([seed, epoch, 1, rank]), order.copy()
     for turn, place in enumerate(places):
-        order[place] = random.choice(members[turn % len(members)])
-    return order
+        draw = 1 + rank * len(order) + turn  # no two of an epoch alike
+        samples[place] = random.choice(members[turn % len(members)]) + draw * len(shows)
+    return samples

@@ -84,8 +84,8 @@ def plan_case(
     return Job(case, files, _case_key(case, [file["sha256"] for file in files], data))
 
 # %% ../../nbs/18d_data.jobs.ipynb #7a3b9147
-PREPARING = ("data.nifti", "data.channels", "data.labels", "data.volumes", "data.slices",
-             "data.voxels")
+PREPARING = ("data.affines", "data.nifti", "data.channels", "data.labels", "data.volumes",
+             "data.slices", "data.voxels")
 
 @cache
 def code_digest():

@@ -12,33 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from ..files import StudyError
 from .cases import Case, check_patients, patient_of
-from .folders import entry_of, folder_levels, matching, read_json, read_list
+from .decathlon import find_decathlon
+from .folders import by_key, entry_of, folder_levels, matching, pairs, read_list
 from .folders import read_text, refuse_other_formats, within
-from .modalities import channel_files, pick_channels
-
-# %% ../../nbs/13_data.layouts.ipynb #c6fe07cd
-def _by_key(pattern, *folders):
-    "Return {key: [paths]} of the folders' files whose name matches; the first group is the key"
-    paths = {}
-    for folder in folders:
-        for name, match in matching(folder, pattern).items():
-            paths.setdefault(match[1], []).append(folder/name)
-    return paths
-
-# %% ../../nbs/13_data.layouts.ipynb #e7e31fb3
-def _pairs(images, labels):
-    "Yield (key, image, label, problem) of two {key: [paths]}: exactly one of each is no problem"
-    for key in sorted(images | labels):
-        scans, maps = images.get(key, []), labels.get(key, [])
-        problem = None
-        if len(scans) > 1 or len(maps) > 1:
-            second = (scans if len(scans) > 1 else maps)[1]
-            problem = f"{second}: a second file for case {key}: keep one"
-        elif not maps:
-            problem = f"{scans[0]}: no label map for this image: add it, or remove the image"
-        elif not scans:
-            problem = f"{maps[0]}: no image for this label map: add it, or remove the label map"
-        yield key, (scans or maps)[0], maps[0] if maps else None, problem
+from .modalities import pick_channels
 
 # %% ../../nbs/13_data.layouts.ipynb #e84e1567
 def _find_btcv(folder):
@@ -46,10 +23,10 @@ def _find_btcv(folder):
     pattern = r"(\d{4})\.nii(?:\.gz)?"
     for base in (within(folder, "Training"), folder):
         images, labels = (
-            _by_key(part + pattern, base, within(base, part)) for part in ("img", "label"))
+            by_key(part + pattern, base, within(base, part)) for part in ("img", "label"))
         if images or labels: break
     return [Case(f"case{key}", f"case{key}", image, label, problem=problem)
-            for key, image, label, problem in _pairs(images, labels)]
+            for key, image, label, problem in pairs(images, labels)]
 
 # %% ../../nbs/13_data.layouts.ipynb #938aea30
 def _read_info(folder):
@@ -68,7 +45,7 @@ def _named_frames(info):
 # %% ../../nbs/13_data.layouts.ipynb #c96eeab0
 def _frames(folder, ending=""):
     "Return {two digits: [paths]} of a patient's frames, written as frame1 or frame01"
-    named = _by_key(rf"{folder.name}_frame0*(\d+){ending}\.nii(?:\.gz)?", folder)
+    named = by_key(rf"{folder.name}_frame0*(\d+){ending}\.nii(?:\.gz)?", folder)
     return {number.zfill(2): paths for number, paths in named.items()}
 
 # %% ../../nbs/13_data.layouts.ipynb #fc313a29
@@ -79,7 +56,7 @@ def _find_patient(folder, split=None):
     absent = [number for number in _named_frames(info) if number not in images | labels]
     for number in absent: images[number] = [folder/f"{patient}_frame{number}.nii.gz"]
     cases = []
-    for number, image, label, problem in _pairs(images, labels):
+    for number, image, label, problem in pairs(images, labels):
         if number in absent:
             problem = f"{image}: named in Info.cfg but absent: fetch it again"
         name = f"{patient}_frame{number}"
@@ -95,8 +72,9 @@ def _find_acdc(folder):
     for name, split in (("training", None), ("testing", "test"), ("", None)):
         base = within(folder, name) if name else folder
         patients = [base/patient for patient in matching(base, r"patient\d+")]
-        cases += [case for patient in patients if patient.is_dir()
-                  for case in _find_patient(patient, split)]
+        here = [case for patient in patients if patient.is_dir()
+                for case in _find_patient(patient, split)]
+        if split != "test" or any(case.label for case in here): cases += here
     return cases
 
 # %% ../../nbs/13_data.layouts.ipynb #d4663e5b
@@ -249,74 +227,9 @@ def _find_transunet(folder):
              for place in places for name, split in _transunet_lists.items()}
     return _listed_cases(volumes, slices, lists, _transunet_volume, folders)
 
-# %% ../../nbs/13_data.layouts.ipynb #dd313595
-def _by_case(images, labels):
-    """Return {case: [paths]} of {stem: [paths]}
-
-    nnU-Net appends the channel's four digits, but a case's name may itself end in four digits."""
-    cases = {}
-    for stem, paths in images.items():
-        bare = re.sub(r"_\d{4}$", "", stem)
-        whole = stem in labels or (bare not in labels and f"{bare}_0000" not in images)
-        cases.setdefault(stem if whole else bare, []).extend(paths)
-    return cases
-
-# %% ../../nbs/13_data.layouts.ipynb #04809b0e
-def _first_fold(folder):
-    "Return {case: split} of the first fold of splits_final.json; {} if there is none"
-    path = within(folder, "splits_final.json")
-    folds = read_json(path)
-    if not folds: return {}
-    try: train, valid = folds[0]["train"], folds[0]["val"]
-    except (KeyError, IndexError, TypeError): train = valid = None
-    if not isinstance(train, list) or not isinstance(valid, list):
-        raise StudyError(f"{path}: no list of folds with 'train' and 'val': correct or remove it")
-    splits = dict.fromkeys(map(str, train), "train") | dict.fromkeys(map(str, valid), "valid")
-    both = [str(name) for name in train if splits[str(name)] == "valid"]
-    if both: raise StudyError(f"{path}: case {both[0]} is in train and in val: take it out of one")
-    return splits
-
-# %% ../../nbs/13_data.layouts.ipynb #d898dc1e
-def _decathlon_part(folder, part, splits):
-    "Return the cases of imagesTr and labelsTr ('Tr'), or those of imagesTs with label maps ('Ts')"
-    stem = r"([^.].*?)\.nii(?:\.gz)?"
-    labels = _by_key(stem, within(folder, f"labels{part}"))
-    images = _by_case(_by_key(stem, within(folder, f"images{part}")), labels)
-    if part == "Ts":
-        images = {key: paths for key, paths in images.items() if key in labels}
-    several, cases = {key: channel_files(key, paths) for key, paths in images.items()}, []
-    first = {key: paths[:1] if several[key] else paths for key, paths in images.items()}
-    for key, image, label, problem in _pairs(first, labels):
-        split, more = splits.get(key, "test" if part == "Ts" else None), several.get(key, ())
-        cases.append(Case(key, patient_of(key), image, label, None, split, (), problem, more))
-    return cases
-
-# %% ../../nbs/13_data.layouts.ipynb #99bbbbb8
-def _unfetched(about, folder, names):
-    "Return the cases that dataset.json lists as training and that are not among `names`"
-    entries = about.get("training")
-    entries = entries if isinstance(entries, list) else []
-    listed = {Path(str(entry.get("image"))).name for entry in entries if isinstance(entry, dict)}
-    cases = []
-    for name in sorted(listed):   # with or without the channel that the file's name ends in
-        key, path = name.split(".")[0], folder/"imagesTr"/name
-        if not {key, re.sub(r"_\d{4}$", "", key)} & names:
-            problem = f"{path}: listed in dataset.json but absent: fetch it again"
-            cases.append(Case(key, patient_of(key), path, problem=problem))
-    return cases
-
-# %% ../../nbs/13_data.layouts.ipynb #2f9363f4
-def _find_decathlon(folder):
-    "Return the cases of a data set in Decathlon's or nnU-Net's form"
-    about = read_json(within(folder, "dataset.json"))
-    if not isinstance(about, dict): return []
-    splits = _first_fold(folder)
-    cases = _decathlon_part(folder, "Tr", splits) + _decathlon_part(folder, "Ts", splits)
-    return cases + _unfetched(about, folder, {case.name for case in cases})
-
 # %% ../../nbs/13_data.layouts.ipynb #8f540694
 layouts = {"btcv": _find_btcv, "transunet": _find_transunet, "acdc": _find_acdc,
-           "ssl4mis": _find_ssl4mis, "decathlon": _find_decathlon}
+           "ssl4mis": _find_ssl4mis, "decathlon": find_decathlon}
 
 _how_to_get = {
     "btcv": "RawData/Training/img/img0001.nii.gz …, RawData/Training/label/label0001.nii.gz … "
@@ -363,12 +276,12 @@ def _by_patient(cases, pattern):
     "Return the cases with the patients that `pattern` reads from their names"
     if pattern is None: return cases
     matches = {case.name: re.search(pattern, case.name) for case in cases}
-    strange = [case.name for case in cases if not case.problem and not matches[case.name]]
+    named = {name: match[1] for name, match in matches.items() if match and match[1]}
+    strange = [case.name for case in cases if not case.problem and case.name not in named]
     if strange:
         raise StudyError(f"data.patient = {pattern!r}: does not match the case {strange[0]} "
                          f"({len(strange)} of {len(cases)} cases): correct the pattern")
-    return [replace(case, patient=matches[case.name][1]) if matches[case.name] else case
-            for case in cases]
+    return [replace(case, patient=named.get(case.name, case.patient)) for case in cases]
 
 # %% ../../nbs/13_data.layouts.ipynb #a99b2c3d
 def find_cases(

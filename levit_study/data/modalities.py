@@ -10,6 +10,7 @@ import re
 from dataclasses import replace
 from ..files import StudyError
 from .folders import folder_levels, read_json, within
+from .labels import label_table
 
 # %% ../../nbs/12c_data.modalities.ipynb #e4b3a767
 def _number(key, path):
@@ -97,11 +98,15 @@ def pick_channels(
 def check_form(
     folder,     # where the data set lies
     structures, # dict name -> label value
+    label_map=None, # see `label_table`
 ):
-    "Raise `StudyError` for regions and for pictures, where the highest dataset.json announces them"
+    """Raise `StudyError` where the highest dataset.json announces what cannot be read, or numbers a
+    structure otherwise than the study does"""
     for level in folder_levels(folder):
         paths = [path for base in level if (path := within(base, "dataset.json")).is_file()]
-        for path in paths: _check_announced(path, structures)
+        for path in paths:
+            _check_announced(path, structures)
+            _check_numbers(path, structures, label_table(label_map, structures))
         if paths: return
 
 def _check_announced(path, structures):
@@ -119,3 +124,18 @@ def _check_announced(path, structures):
             joined = ", ".join(map(str, parts))
             raise StudyError(f"{path}: '{name}' is a region of the labels {joined}, and a voxel "
                              "belongs to one structure: name those labels in data.structures")
+
+# %% ../../nbs/12c_data.modalities.ipynb #ba994a40
+def _check_numbers(path, structures, table):
+    "Raise `StudyError` if a structure that dataset.json names has another value there"
+    about = read_json(path)
+    labels = about.get("labels") if isinstance(about, dict) else None
+    labels = labels.items() if isinstance(labels, dict) else ()
+    # Decathlon writes {"1": "spleen"}, nnU-Net {"spleen": 1}
+    pairs = [pair if str(pair[1]).isdecimal() else pair[::-1] for pair in labels]
+    stored = {str(name).lower(): int(value) for name, value in pairs if str(value).isdecimal()}
+    for name, wanted in structures.items():
+        value = stored.get(name.lower())
+        if value is None or value < len(table) and table[value] == wanted: continue
+        raise StudyError(f"{path}: '{name}' is label {value} there, in data.structures {wanted}: "
+                         f"correct it, or set data.label_map to {{{value}: {name}, …}}")

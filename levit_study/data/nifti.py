@@ -236,12 +236,12 @@ def _label_affine(header, like, paths):
     return (image, [same_affine]) if alike else (affine, [])
 
 # %% ../../nbs/10_data.nifti.ipynb #dd5886a8
-def _check_grids(label_path, image_path, shapes, affines, lost=False):
+def _check_grids(label_path, image_path, shapes, affines, lost=False, stored=None):
     """Return a note if image and label map are a little apart; `StudyError` if more
 
-    `lost`: whether the image's header gives no orientation."""
+    `lost`: whether the image's header gives no orientation; `stored`: the shapes in the files."""
     if shapes[0] != shapes[1]:
-        drawn, scanned = (text_shape(shape) for shape in shapes[::-1])
+        scanned, drawn = (text_shape(shape) for shape in stored or shapes)
         sizes = f"label map of {drawn} voxels for an image of {scanned} ({image_path})"
         raise StudyError(f"{label_path}: {sizes}: find the matching file")
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shapes[0]) - 1)
@@ -275,7 +275,8 @@ def read_nifti_pair(image_path, label_path=None, scan=None):
         stored, rounded = _whole_labels(stored, label_header)
         label, label_affine = canonical(stored, label_affine)
         shapes, affines = (image.shape, label.shape), (affine, label_affine)
-        beside = _check_grids(*paths, shapes, affines, no_orientation in notes)
+        in_files = [each.get_data_shape()[:3] for each in (header, label_header)]
+        beside = _check_grids(*paths, shapes, affines, no_orientation in notes, in_files)
     return image, label, affine, notes + rounded + grid + beside
 
 # %% ../../nbs/10_data.nifti.ipynb #4337ab02

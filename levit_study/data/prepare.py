@@ -117,12 +117,12 @@ def _prepare_missing(
     return len(missing)
 
 # %% ../../nbs/19_data.prepare.ipynb #3d8a3bd3
-def _check_jobs(
+def _refuse_bad(
     jobs,   # all `Job`s
     data,   # the data set's settings
     errors, # text file to write: a line per bad case
-):
-    "Raise `StudyError` for bad cases unless they are to be skipped, and for an empty split"
+): # number of bad cases
+    "Raise `StudyError` for bad cases, unless they are to be skipped"
     bad = [job for job in jobs if job.problem]
     errors.unlink(missing_ok=True)
     if bad and not data.skip_bad:
@@ -130,10 +130,23 @@ def _check_jobs(
             partial.write_text("".join(f"{job.case.name}: {job.problem}\n" for job in bad))
         more = f" (and {len(bad) - 1} more, see {errors})" if len(bad) > 1 else ""
         raise StudyError(f"{bad[0].problem}{more}; data.skip_bad: true leaves such cases out")
+    return len(bad)
+
+def _split(jobs, data, digests, folds, errors):
+    "Split as `split_jobs` does; where too few cases are left, the bad ones are the reason to name"
+    try: split_jobs(jobs, data, digests, folds)
+    except StudyError:
+        _refuse_bad(jobs, data, errors)
+        raise
+
+# %% ../../nbs/19_data.prepare.ipynb #e1d366ec
+def _check_jobs(jobs, data, errors):
+    "Raise `StudyError` for bad cases, see `_refuse_bad`, and for an empty split"
+    bad = _refuse_bad(jobs, data, errors)
     for split, purpose in (("train", "train on"), ("valid", "validate on")):
         if not any(job.split == split and job.used for job in jobs):
             copies = sum(bool(job.left_out) for job in jobs)
-            counts = f"{len(jobs)} found, {len(bad)} bad, {copies} left out as copies"
+            counts = f"{len(jobs)} found, {bad} bad, {copies} left out as copies"
             raise StudyError(f"{data.folder}: no case is left to {purpose} ({counts}); "
                              "check data.folder and data.split")
     used = [job for job in jobs if job.used]
@@ -242,7 +255,7 @@ def prepare(
     splits = Path(splits or manifest.with_name("splits.csv"))
     errors = manifest.with_name("errors.txt")
     outputs = _Outputs(Path(store), manifest, splits, errors)
-    check_form(data.folder, data.structures)
+    check_form(data.folder, data.structures, data.label_map)
     cases = find_cases(data.folder, data.layout, data.patient, data.channels)
     data = share_orientation(data, cases)
     jobs = [plan_case(case, data) for case in cases]
@@ -252,7 +265,7 @@ def prepare(
         prepared, digests = find_prepared(store)
         with tqdm(unit="case", desc=name, disable=not progress, mininterval=0.5) as bar:
             while True:  # a second round only where copies were found and cases change places
-                split_jobs(jobs, data, digests, folds)
+                _split(jobs, data, digests, folds, errors)
                 if not _prepare_missing(jobs, store, data, prepared, workers, bar): break
                 digests |= {key: case.digest for key, case in prepared.items()}
         _check_jobs(jobs, data, errors)

@@ -109,8 +109,10 @@ def split_cases(
         splits = _nested(splits, cases, nested, seed, stratify)
     for split in ("train", "valid"):
         if split not in splits.values():
-            raise StudyError(f"split: no case is left for '{split}' of {len(cases)} by '{kind}': "
-                             "add cases or change the fractions")
+            patients = len({case.patient for case in cases})
+            raise StudyError(f"split: no case is left for '{split}' of {len(cases)} ({patients} "
+                             f"patients, see data.patient) by '{kind}': add cases or change the "
+                             "fractions")
     check_patients(splits, cases)
     return splits
 

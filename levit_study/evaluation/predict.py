@@ -7,114 +7,27 @@ __all__ = ['predict']
 
 # %% ../../nbs/43_evaluation.predict.ipynb #434959b4
 import csv
-import importlib
 import json
 import sys
-import types
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 import numpy as np
 import torch
-from pydantic import ValidationError
 from ..files import StudyError, hash_file, write_json, written_whole
-from ..params import Data, as_line
+from ..params import Data
 from ..data.affines import no_orientation
 from ..data.nifti import read_nifti_pair, write_label_map
 from ..data.volumes import read_scan
 from ..data.voxels import reading
 from ..model.weights import read_card
-from .card import card_file, settings_for, temperature_for
-from .ensemble import load_ensemble, weight_files
-from .inference import PredictionSettings, load_network, predict_volume
+from .card import card_file, temperature_for
+from .ensemble import weight_files
+from .inference import predict_volume
+from .loading import card_data, network_for
 from .maps import Maps, map_names
 from .targets import Outputs, ScanFiles, Scans, cannot_write
 from .targets import check_targets, scan_files
-
-# %% ../../nbs/43_evaluation.predict.ipynb #9a9e0572
-def _card_data(card: dict, weights) -> Data:
-    "What a card says of the images that its network is for, checked as `params.yaml` is"
-    if "intensity" not in card:
-        remedy = "these weights were not saved by a training of this study"
-        raise StudyError(f"{weights}: its card does not say the intensity; {remedy}")
-    size, classes, channels = card["image_size"], card["num_classes"], card.get("in_channels", 1)
-    names = ("structures", "intensity", "window", "crop", "channels", "context", "shown_channel")
-    given = {key: card[key] for key in names if key in card}
-    try:
-        data = Data(folder="", size=size[0], **given)
-    except ValidationError as error:
-        raise StudyError(as_line(error, f"{weights}: model card")) from None
-    if len(set(size)) > 1 or channels != data.in_channels:
-        problem = f"is for images of {size} pixels and {channels} channels"
-        raise StudyError(f"{weights}: {problem}; its card should say square ones of "
-                         f"{data.in_channels}: take weights that a training of this study saved")
-    if classes > 256: raise StudyError(f"{weights}: has {classes} classes; a label map holds 256")
-    if len(data.structures) + 1 != classes:
-        problem = f"its card names {len(data.structures)} structures"
-        network = f"its network has {classes} classes with the background"
-        raise StudyError(f"{weights}: {problem}, {network}")
-    return data
-
-# %% ../../nbs/43_evaluation.predict.ipynb #cdfec1a1
-def _settings_of(files, changes: dict) -> PredictionSettings:
-    "How to predict with these weights; `StudyError` where an ensemble's were evaluated differently"
-    each = [settings_for(file, read_card(file), **changes) for file in files]
-    for file, (settings, _) in zip(files, each, strict=True):
-        if settings != each[0][0]:
-            both = f"predicts with {settings}, {files[0]} with {each[0][0]}"
-            remedy = "give --flips, --zooms and --largest-regions for all"
-            raise StudyError(f"{file}: {both}; {remedy}")
-    origins = dict.fromkeys(origin for _, origin in each)
-    print(f"predicting with {each[0][0]} ({'; '.join(origins)})", file=sys.stderr)
-    return each[0][0]
-
-# %% ../../nbs/43_evaluation.predict.ipynb #85caf2ae
-_COMPILER = "torch._dynamo.utils"
-
-@contextmanager
-def _without_compiler():
-    "A block in which an import does not bring torch's compiler"
-    small, disable = types.ModuleType(_COMPILER), torch.compiler.disable
-    small.is_compile_supported = lambda device: False
-    sys.modules[_COMPILER], torch.compiler.disable = small, lambda function, **_: function
-    try: yield
-    finally:
-        torch.compiler.disable = disable
-        del sys.modules[_COMPILER]
-
-# %% ../../nbs/43_evaluation.predict.ipynb #2a79c489
-def _import_timm():
-    "Import timm, and not torch's compiler with it, unless one of them is there already"
-    if _COMPILER in sys.modules or "timm" in sys.modules: return
-    try:
-        with _without_compiler(): importlib.import_module("timm")
-    except (ImportError, AttributeError, TypeError): pass  # it asks for more: it gets all of it
-
-# %% ../../nbs/43_evaluation.predict.ipynb #bfa49566
-def _network_for(files, changes: dict, device, precision, look=None):
-    """The network of a weight file, or the ensemble of several, and the images that it is for;
-    `look` reads the first scan's image, see `load_engine`"""
-    data = _card_data(read_card(files[0]), files[0])
-    _import_timm()
-    compute = device, precision
-    if precision == "int8":
-        from levit_study.evaluation.engine import load_engine
-        _check_engine(files, device)
-        return load_engine(files[0], _settings_of(files, changes), partial(look, data)), data
-    if len(files) == 1: return load_network(files[0], _settings_of(files, changes), *compute), data
-    ensemble = load_ensemble(files, device=device, precision=precision)
-    print(f"{ensemble.title} networks, probabilities averaged", file=sys.stderr)
-    return replace(ensemble, settings=_settings_of(files, changes)), data
-
-# %% ../../nbs/43_evaluation.predict.ipynb #6da2fcd3
-def _check_engine(files, device):
-    "Raise `StudyError` for what OpenVINO's engine is not for"
-    if len(files) > 1:
-        raise StudyError(f"engine openvino: predicts with one weight file, here are {len(files)}; "
-                         "name one, or leave the engine out")
-    if device not in ("auto", "cpu"):
-        raise StudyError(f"engine openvino: predicts on the CPU, not on '{device}'; leave one out")
 
 # %% ../../nbs/43_evaluation.predict.ipynb #9f363f89
 def _few_values(image) -> int:
@@ -122,6 +35,20 @@ def _few_values(image) -> int:
     part = np.unique(image.ravel()[::max(1, image.size // 100_000)])
     return len(part) if len(part) > 16 else len(np.unique(image))
 
+# %% ../../nbs/43_evaluation.predict.ipynb #0b1fdef2
+_DARK = 0.2  # of the range
+
+def _too_dark(image, data: Data) -> list[str]:
+    "Note a scan of which all but a thousandth of the voxels lie in the lowest fifth of the range"
+    rules = data.intensity.values() if isinstance(data.intensity, dict) else [data.intensity]
+    if "minmax" not in rules: return []
+    channels = np.moveaxis(image, 1, 0) if image.ndim == 4 else image[None]
+    tops = [float(np.quantile(channel, 0.999)) for channel in channels]
+    if min(tops) >= _DARK: return []
+    return [f"99.9 % of its voxels lie in the lowest {100 * min(tops):.2g} % of the range: the "
+            "network sees a dark image; cut off the few bright voxels, and segment it again"]
+
+# %% ../../nbs/43_evaluation.predict.ipynb #81dd145f
 def _read(files: ScanFiles, data: Data, assume_axes: bool):
     "A scan as a `Volume`, and its header; `StudyError` if it does not say how the patient lies"
     scan, channels = files.scan, files.channels
@@ -142,6 +69,7 @@ def _read(files: ScanFiles, data: Data, assume_axes: bool):
     if no_orientation in volume.notes and not assume_axes:
         remedy = "correct it, or take NIfTI's default axes with --assume-axes"
         raise StudyError(f"{scan}: its header gives no orientation (no affine); {remedy}")
+    volume.notes.extend(_too_dark(volume.image, data))
     return volume, header
 
 # %% ../../nbs/43_evaluation.predict.ipynb #0703c5af
@@ -316,7 +244,7 @@ def _one_scan(network, data, files: ScanFiles, scans: Scans, outputs: Outputs, p
 def _map_files(outputs: Outputs, weights) -> tuple:
     "The names of the maps that are asked for; the weights' card knows the structures"
     if not (outputs.probabilities or outputs.uncertainty): return ()
-    return tuple(map_names(outputs, _card_data(read_card(weights[0]), weights[0]).structures))
+    return tuple(map_names(outputs, card_data(read_card(weights[0]), weights[0]).structures))
 
 # %% ../../nbs/43_evaluation.predict.ipynb #3e4a037f
 def _channels(weights):
@@ -362,7 +290,7 @@ def predict(
     if progress: _say_channels(files, channels)
     check_targets(files, outputs, [*weights, *map(card_file, weights)])
     look = partial(_first_image, files, scans.assume_axes)
-    network, data = _network_for(weights, changes or {}, device, precision, look)
+    network, data = network_for(weights, changes or {}, device, precision, look)
     rows, written, problems, single = [], [], [], len(files) == 1
     shown = {"disable": not progress or single, "file": sys.stderr, "ncols": 100}
     for each in tqdm(files, unit="scan", desc="predict", **shown):

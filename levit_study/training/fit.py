@@ -102,11 +102,11 @@ def _batches_of(order: torch.Tensor, batch_size: int, run: Run) -> tuple: # of i
     return batches
 
 # %% ../../nbs/31_training.fit.ipynb #80f0b36c
-def augmented(t: Trainer, slices, index) -> tuple: # images, labels
-    "Return the slices of a batch as they look in this epoch"
+def augmented(t: Trainer, slices, samples) -> tuple: # images, labels
+    "Return the samples of a batch, see `oversampled`, as they look in this epoch"
     training = t.run.training
-    draw = training.augmentation, t.run.seed, t.epoch, index, t.run.data.modalities
-    return augment(*slices.batch(index, t.fabric.device), *draw)
+    draw = training.augmentation, t.run.seed, t.epoch, samples, t.run.data.modalities
+    return augment(*slices.batch(samples % len(slices), t.fabric.device), *draw)
 
 # %% ../../nbs/31_training.fit.ipynb #cdb72f76
 _LOOK = 50  # steps
@@ -139,8 +139,9 @@ class Finite:
         "Raise `StudyError` for a batch by its number in the epoch"
         t, step = self.t, number // self.t.run.training.accumulate
         if loss is None or loss.isfinite(): stop_for_gradient(t, step, norm)
-        index = self.batches[number]
-        about = augmented(t, self.slices, index), logits, loss, self.slices.case_of(index)
+        samples = self.batches[number]
+        cases = self.slices.case_of(samples % len(self.slices))
+        about = augmented(t, self.slices, samples), logits, loss, cases
         stop_for_loss(t, step, *about, self.folder)
 
 # %% ../../nbs/31_training.fit.ipynb #ae4fa6c5
