@@ -96,7 +96,7 @@ def setting_names(
 # %% ../nbs/00a_kinds.ipynb #7c05471c
 define("cross_entropy")
 define("focal",
-    gamma=(number(0), 2.0), # focus on hard pixels; 0 is cross-entropy (Lin et al.: 2)
+    gamma=(number(0), 2.0), # focus on hard pixels; 0 leaves alpha x cross-entropy (Lin et al.: 2)
     alpha=(per_class(0), 0.25), # factor, for all classes or per class (Lin et al.: 0.25)
 )
 define("dice", Region,

@@ -94,7 +94,7 @@ def _choose_affine(forms, sizes):
     "Return the affine of {name: rigid affine} that agrees with the voxel `sizes`, and notes"
     agreeing = [n for n, form in forms.items() if np.allclose(_lengths(form), sizes, 0.005, 0)]
     if not agreeing:
-        affine = next(iter(forms.values()))
+        affine = next(iter(forms.values())).copy()
         affine[:3, :3] *= sizes/_lengths(affine)
         return affine, [affine_wrong]
     if len(agreeing) < len(forms): return forms[agreeing[0]], [sform_wrong]
@@ -103,7 +103,7 @@ def _choose_affine(forms, sizes):
 
 # %% ../../nbs/09_data.affines.ipynb #6b796b66
 def header_affine(header, path="header"):
-    "Return the affine (stored index to mm) that a header deserves, and notes; `StudyError` if none"
+    "Return the affine to trust (stored index to mm), and notes; `StudyError` if there is none"
     header, units = _in_mm(_mended(header))
     sizes = header["pixdim"][1:4].astype(float)
     coded = _coded_affines(header)

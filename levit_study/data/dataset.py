@@ -141,8 +141,8 @@ class SliceSet:
     def __len__(self): return len(self.indices)
 
     def to(self, device):
-        """Move the slices to a device, where a batch is one gather; slices on disk stay there, and
-        those that its memory is too small for where they are"""
+        """Move the slices to a device, where a batch is one gather; they stay where they are if
+        they are read from disk, or if the device's memory is too small"""
         if self.images is None: return self
         try: self.images, self.labels = self.images.to(device), self.labels.to(device)
         except torch.OutOfMemoryError: pass
@@ -174,7 +174,7 @@ class SliceSet:
         indices,      # positions in this set
         device="cpu", # where the batch is wanted
     ): # (B,channels,size,size) float32 in [0, 1]; (B,size,size) int64
-        "Return a batch: a channel, or those of the scan, or of each the 2 context + 1 slices"
+        "Return a batch; its channels are the scan's, those of 2 `context` + 1 slices each"
         indices = torch.as_tensor(np.asarray(indices), dtype=torch.long)
         if self.context:
             images, labels = self._with_neighbours(indices.numpy())
@@ -192,7 +192,7 @@ class SliceSet:
         return self.store.tables["slices/voxels"][self.indices][:, 1:] > 0
 
     def some_cases(self, share):
-        "Return the set of the first cases, evenly spaced, that hold at most `share` of the slices"
+        "Return the set of evenly spaced cases with about `share` of the slices; at least one case"
         names = np.array(self.case_of(np.arange(len(self))))
         cases, counts = np.unique(names, return_counts=True)
         most = max(int(share * len(self) // counts.mean()), 1)

@@ -102,8 +102,8 @@ def split_cases(
     else:
         raise StudyError(f"split: '{kind}' is unknown: choose lists, benchmark or fraction")
     if test and kind != "fraction":
-        raise StudyError(f"split.test = {test:g}: '{kind}' says already who tests; set it to 0, "
-                         "or split by 'fraction'")
+        raise StudyError(f"split.test = {test:g}: '{kind}' already assigns the test cases; set it "
+                         "to 0, or split by 'fraction'")
     _check_places(splits, kind)
     if nested and "valid" in splits.values():
         splits = _nested(splits, cases, nested, seed, stratify)

@@ -143,11 +143,9 @@ def _distance_measures(distances, strict, tolerance, either):
 # %% ../../nbs/40_evaluation.metrics.ipynb #bdae22a8
 def _transunet(dice, in_voxels, predicted):
     "Return Dice and HD95 (voxels) by the published convention: for comparison, not for conclusions"
-    if in_voxels is not None:
-        dice, distance = dice, pooled_hd95(*in_voxels)
-    else:
-        dice, distance = float(predicted > 0), 0.0
-    return {"transunet_dice": dice, "transunet_hd95": distance}
+    if in_voxels is None:  # a structure that is absent: found is right there
+        return {"transunet_dice": float(predicted > 0), "transunet_hd95": 0.0}
+    return {"transunet_dice": dice, "transunet_hd95": pooled_hd95(*in_voxels)}
 
 # %% ../../nbs/40_evaluation.metrics.ipynb #5796ff6c
 def _ratio(part, whole):

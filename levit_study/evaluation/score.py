@@ -182,11 +182,10 @@ def write_scores(table: pd.DataFrame, path):
 # %% ../../nbs/44_evaluation.score.ipynb #1ef9e09a
 def _rules(options, params: Params | None) -> Rules:
     "What the options of `levit-study score` ask for"
-    option = "--reference-label-map"
     if options.tolerance is not None and not 0 < options.tolerance < math.inf:
         raise StudyError(f"--tolerance {options.tolerance:g}: give a distance above 0, in mm")
-    numberings = _parse_label_map(options.label_map), None
-    numberings = numberings[0], _parse_label_map(options.reference_label_map, option)
+    numberings = (_parse_label_map(options.label_map),
+                  _parse_label_map(options.reference_label_map, "--reference-label-map"))
     if params is None:
         return Rules(_parse_structures(options.structures), *numberings, options.tolerance)
     check_dataset(params, options.dataset)

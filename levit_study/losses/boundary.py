@@ -28,7 +28,8 @@ def signed_distance(
     "Distance of each pixel `(H,W)` to the region's outline, in pixels, below 0 inside"
     other = ~region if valid is None else ~region & valid
     if not region.any() or not other.any(): return np.zeros(region.shape, np.float32)
-    near = _box(region) if valid is None else ... # the nearest pixel outside lies in the box, too
+    # the nearest pixel outside lies in the region's box, too, unless it is unknown
+    near = _box(region) if valid is None else np.s_[:, :]
     distance = distance_transform_edt(~region) - .5
     inwards = .5 - distance_transform_edt(~other[near])
     distance[near] = np.where(region[near], inwards, distance[near])

@@ -203,8 +203,11 @@ def build_loss(
     kind:str, # a registered name, or the dotted path of a class
     **settings, # what the loss may be given, see `levit_study.kinds`
 ) -> SegmentationLoss:
-    """Make a loss from its entry in params.yaml; `StudyError` for an unknown kind or setting, or
-    a value out of range"""
+    """Make a loss from its entry in params.yaml
+
+    It is called as `loss(logits, target)`: logits (B,C,H,W), target (B,H,W) integers from 0, the
+    background, to C - 1 (or `ignore_index`); it returns a scalar, float32 or float64 as the logits.
+    Raises `StudyError` for an unknown kind or setting, or a value out of range."""
     cls = loss_class(kind)
     made = cls(**full_settings(kind, settings_of(cls), settings))
     if isinstance(made, SegmentationLoss): return made
@@ -213,7 +216,7 @@ def build_loss(
 # %% ../../nbs/25_losses.interface.ipynb #30fc6118
 def try_loss(
     settings, # an entry of params.yaml: kind and settings
-    num_classes,
+    num_classes, # with the background
 ):
     "Raise `StudyError` unless the loss gives a number and a gradient for this many classes"
     labels = torch.arange(128).view(2, 8, 8) % num_classes

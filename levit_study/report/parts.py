@@ -15,7 +15,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from .look import DOUBLE, MM, Picture, patient_names
+from ..evidence.intervals import patients_of
+from .look import DOUBLE, MM, Picture
 
 # %% ../../nbs/60a_report.parts.ipynb #e3a6c734
 def wrapped(text, width=20):
@@ -56,7 +57,7 @@ def _sample(table, dataset, about):
     part, counts = table[table["dataset"] == dataset], []
     patients, volumes = about.patients.get(dataset), about.cases.get(dataset)
     if "case" in part:
-        patients, volumes = patient_names(part).nunique(), part["case"].nunique()
+        patients, volumes = patients_of(part).nunique(), part["case"].nunique()
     elif "patient" in part:
         patients = part["patient"].nunique()
     counts += [counted(n, word) for n, word in ((patients, "patient"), (volumes, "volume")) if n]

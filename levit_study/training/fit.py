@@ -50,7 +50,7 @@ def fit(
     start = getattr(unwrapped(t.model), "load_report", None)
     if start: say(f"{t.name}: starts from {start}")
     if t.encoder: say(f"{t.name}: {t.encoder}")
-    if not t.batch_size: t.batch_size = _common_batch(t, store.num_classes)
+    if not t.batch_size: t.batch_size = _common_batch(t)
     resume(t, models, say)
     with all_saved(t), watched(t, len(train), say, progress) as watch:
         while not t.complete:
@@ -164,7 +164,7 @@ def train_epoch(
     batches = _batches_of(torch.as_tensor(order), t.batch_size, t.run)
     steps = math.ceil(len(batches) / training.accumulate)
     finite = Finite(t, slices, batches, folder)
-    learn = _way_to_learn(t)
+    learn = _steps_of(t)
     for step in range(t.step, steps):
         set_rate(t, learning_rate_at(training, t.epoch - 1 + step / steps))
         numbers = range(len(batches))[step * training.accumulate:(step + 1) * training.accumulate]
@@ -179,7 +179,7 @@ def train_epoch(
     return True
 
 # %% ../../nbs/31_training.fit.ipynb #a09e633b
-def _way_to_learn(t: Trainer):
+def _steps_of(t: Trainer):
     "Return how this epoch's steps are done"
     asked = t.run.training.cuda_graph and t.fabric.device.type == "cuda"
     if asked and t.graphed is None: t.graphed = GraphedSteps()
@@ -190,9 +190,6 @@ def share_buffers(fabric: Fabric, model):
     "Give every process the first one's running statistics"
     if fabric.world_size == 1: return
     for buffer in model.buffers(): torch.distributed.broadcast(buffer, 0)
-
-# %% ../../nbs/31_training.fit.ipynb #2bae7c6b
-_SEEN = 0.08  # share of the training slices that is scored as validation is
 
 # %% ../../nbs/31_training.fit.ipynb #5d5f87de
 @torch.no_grad()
@@ -223,6 +220,9 @@ def _settle_norms(
     for norm, momentum in zip(norms, momenta, strict=True): norm.momentum = momentum
     network.eval()
 
+# %% ../../nbs/31_training.fit.ipynb #2bae7c6b
+_SCORED = 0.08  # share of the training slices that is scored as validation is
+
 # %% ../../nbs/31_training.fit.ipynb #6892af93
 def close_epoch(
     t: Trainer,
@@ -240,7 +240,7 @@ def close_epoch(
     with fabric.autocast():
         judged = t.weights, t.plain_criterion
         valid_loss, valid_counts = validate(fabric, *judged, valid, num_classes, batch_size)
-        seen = train.some_cases(_SEEN)
+        seen = train.some_cases(_SCORED)
         _, seen_counts = validate(fabric, *judged, seen, num_classes, batch_size)
     seen_scores = mean_scores(seen_counts, structures, "train_case")
     train_dice = torch.as_tensor(dice_from_counts(*counts.cpu().double()))
@@ -261,7 +261,7 @@ def close_epoch(
     }
 
 # %% ../../nbs/31_training.fit.ipynb #c82a2152
-def _try_batch(t: Trainer, num_classes: int, batch_size: int):
+def _try_batch(t: Trainer, batch_size: int):
     "Run a training step of that many slices without the optimiser, and undo its changes"
     device, size = t.fabric.device, t.run.data.size
     network = unwrapped(t.model).train()  # without DDP: processes try different sizes
@@ -279,22 +279,22 @@ def _try_batch(t: Trainer, num_classes: int, batch_size: int):
         network.zero_grad(set_to_none=True)
         t.plain_criterion.zero_grad(set_to_none=True)  # a loss may learn weights
 
-def _fits(*batch) -> bool:
+def _fits(t: Trainer, batch_size: int) -> bool:
     "Whether the GPU has the memory for a batch, see `_try_batch`"
-    try: _try_batch(*batch)
+    try: _try_batch(t, batch_size)
     except torch.OutOfMemoryError: return False
     finally: torch.cuda.empty_cache()
     return True
 
-def _largest_batch(t: Trainer, num_classes: int, limit: int = 256) -> int:
+def _largest_batch(t: Trainer, limit: int = 256) -> int:
     "Return how many slices a step can safely hold, a power of two; 8 on a CPU"
     if t.fabric.device.type != "cuda": return 8  # its memory is not the limit
     fits = 1
-    while fits < limit and _fits(t, num_classes, 2 * fits): fits *= 2
+    while fits < limit and _fits(t, 2 * fits): fits *= 2
     return max(fits // 2, 1)
 
 # %% ../../nbs/31_training.fit.ipynb #d4abb1b3
-def _common_batch(t: Trainer, num_classes: int) -> int:
+def _common_batch(t: Trainer) -> int:
     "Return the largest batch that fits in every process"
-    fits = torch.tensor(_largest_batch(t, num_classes), device=t.fabric.device)
+    fits = torch.tensor(_largest_batch(t), device=t.fabric.device)
     return int(t.fabric.all_gather(fits).min())

@@ -67,7 +67,7 @@ def _make_optimiser(
 
 # %% ../../nbs/30_training.state.ipynb #14dc0c89
 class MovingAverage(AveragedModel):
-    "Averaged weights; their steps are counted on the processor, so that no GPU is asked for them"
+    "Averaged weights; the steps are counted on the CPU, so that reading them never waits for a GPU"
     def __init__(
         self,
         model,
