@@ -47,7 +47,7 @@ ROOMS = {
         evidence.choices evidence.claims evidence.verdicts evidence.networks
         evidence.paper evidence.survival evidence.ranking evidence.imbalance
         evidence.transfer evidence.answer evidence.published report.look report.parts
-        report.provenance report.imbalance report.transfer report.contrasts
+        report.provenance report.selection report.imbalance report.transfer report.contrasts
         report.ablation report.figures report.differences report.design report.behaviour
         report.clinical report.segmentations report.viewer report.charts""",
     "site": """evaluation.elsewhere evidence.results evidence.manifests report.look

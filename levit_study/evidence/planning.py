@@ -301,8 +301,11 @@ def _check(request):
             raise StudyError(f"--{name}: {least} is not a number of {name}; give 1 or more")
     for name in ("difference", "patient_sd", "seed_sd", "seconds", "epochs"):
         value, option = getattr(request, name), name.replace("_", "-")
-        if value is not None and not 0 <= value < np.inf or value == 0 and name == "difference":
-            raise StudyError(f"--{option} {value:g}: give a number above 0")
+        if value is None: continue
+        positive = name == "difference"  # the others may be 0
+        if not 0 <= value < np.inf or (positive and value == 0):
+            least = "above 0" if positive else "of 0 or more"
+            raise StudyError(f"--{option} {value:g}: give a number {least}")
     for name in ("alpha", "power"):
         if not 0 < getattr(request, name) < 1:
             raise StudyError(f"--{name} {getattr(request, name):g}: give a share between 0 and 1")

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'NATIVE', 'COLUMNS', 'best_and_last', 'judging_splits', 'judging_cases', 'training_grid', 'read_table',
-           'read_record', 'Results', 'runs_of', 'collect', 'special_trainings', 'list_runs', 'telling_slice',
-           'kept_predictions', 'segmented_cases', 'examples']
+           'read_record', 'Results', 'runs_of', 'collect', 'special_trainings', 'list_runs']
 
 # %% ../../nbs/50_evidence.results.ipynb #3289dd5d
 import json
@@ -294,76 +293,3 @@ def list_runs(root=".") -> pd.DataFrame:
             rows.append(names | {"fold": "".join(fold).removeprefix("fold")} | numbers)
     table = pd.DataFrame(rows)
     return table if rows and table.fold.any() else table.drop(columns="fold", errors="ignore")
-
-# %% ../../nbs/50_evidence.results.ipynb #d35fbf75
-def _typical_cases(
-    cases: pd.DataFrame, # one data set's cases, of one split
-) -> dict[str, str]:
-    "Return the worst, median and best case by mean Dice over structures, losses and seeds"
-    order = cases.groupby("case")["dice"].mean().dropna().sort_values(kind="stable").index
-    if len(order) == 0: return {}
-    median = {"typical": order[len(order) // 2]}
-    return median | {"best": order[-1], "worst": order[0]} if len(order) > 2 else median
-
-# %% ../../nbs/50_evidence.results.ipynb #d4afef9c
-def telling_slice(
-    label: np.ndarray, # (slices, rows, columns) label map
-) -> int:
-    "Return the slice with the most structures, and then with the most of the smallest structure"
-    values = np.unique(label[label > 0])
-    sizes = np.array([[(plane == value).sum() for value in values] for plane in label])
-    if sizes.size == 0: return len(label) // 2
-    return int(np.lexsort((sizes[:, sizes.sum(0).argmin()], (sizes > 0).sum(1)))[-1])
-
-# %% ../../nbs/50_evidence.results.ipynb #9a1754bc
-def kept_predictions(cases: pd.DataFrame, in_folds: bool, root) -> dict[str, Path]:
-    """Return {loss: file} with the predictions of one case, of the first seed that has them
-
-    `StudyError` if a loss has none."""
-    kept, missing = {}, {}
-    names = cases[["dataset", "loss", "seed", "fold"]].drop_duplicates()
-    for dataset, loss, seed, fold in names.itertuples(index=False):
-        folder = run_folders(dataset, loss, seed, root, fold if in_folds else None)[1]
-        path = folder / "predictions.h5"
-        (kept if path.exists() else missing).setdefault(loss, path)
-    for loss, path in missing.items():
-        if loss not in kept:
-            raise StudyError(f"{path}: missing; run dvc repro evaluate, or dvc pull")
-    return kept
-
-
-def segmented_cases(results: Results, dataset: str, split: str) -> pd.DataFrame:
-    "Return the rows of a split's cases with label maps of every loss; other methods have none"
-    cases = results.cases[(results.cases.dataset == dataset) & (results.cases.split == split)]
-    cases = cases[cases.loss.isin(results.runs.loss)]
-    losses = cases.groupby("case").loss.transform("nunique")  # one may be left out of a fold
-    return cases[losses == cases.loss.nunique()]
-
-# %% ../../nbs/50_evidence.results.ipynb #b749e924
-def examples(
-    results: Results,
-    dataset: str,
-    split: str, # whose cases
-    root=".",
-    shown: int = 0, # which channel of a scan of several
-) -> list[dict]:
-    "Return slices of the typical, best and worst case with each loss's prediction, for figure 4"
-    import h5py
-    from levit_study.data.dataset import PreparedStore
-    from levit_study.data.native import stored_volume
-    store = PreparedStore(Path(root, "data", "prepared", f"{dataset}.h5"))
-    cases = segmented_cases(results, dataset, split)
-    slices = []
-    for role, case in _typical_cases(cases).items():
-        kept = kept_predictions(cases[cases.case == case], results.in_folds, root)
-        volume, predictions = stored_volume(store, case, channel=shown), {}
-        number = telling_slice(volume.label)
-        for loss, path in kept.items():
-            with h5py.File(path) as file: predictions[loss] = file[case][number]
-        slices.append({
-            "dataset": dataset, "case": case, "slice": number, "role": role,
-            "image": volume.image[number], "reference": volume.label[number],
-            "predictions": predictions, "structures": store.structures,
-            "spacing": volume.spacing[1:] if volume.spacing else None,
-        })
-    return slices

@@ -50,7 +50,8 @@ def grids_to(
     grids = [grid]
     for _ in range(doublings):
         grids.append(doubled(grids[-1]))
-    return grids + [fine] * (grids[-1] != fine) + [doubled(fine)]
+    if grids[-1] != fine: grids.append(fine)
+    return [*grids, doubled(fine)]
 
 # %% ../../nbs/20a_model.grids.ipynb #9826bc01
 def resize_biases(

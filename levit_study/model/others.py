@@ -67,7 +67,8 @@ def _sizes(builder, path, **sizes):
     anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     named = {}
     for size, value in sizes.items():
-        names = [name for name in _NAMES[size] if name in parameters] or [size] * anything
+        names = [name for name in _NAMES[size] if name in parameters]
+        if anything: names.append(size)
         if not names:
             others = ", ".join(_NAMES[size][1:])
             raise StudyError(f"network {path}: takes no {size} (nor {others}); "

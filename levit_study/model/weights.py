@@ -50,25 +50,34 @@ def save_weights(
 def _is_number(value, most=1024):
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
+def _is_text(value): return isinstance(value, str)
+
+def _are(fits, values): return isinstance(values, list) and all(map(fits, values))
+
+def _can_be_built(settings, network) -> bool:
+    "Whether a card's settings have no width that is out of range; other networks take anything"
+    if not isinstance(settings, dict): return False
+    widths = settings.get("widths")
+    if network != UNET or widths is None: return True
+    return _are(lambda width: _is_number(width, WIDEST), widths)
+
 def _wrong_value(card: dict) -> str:
     "Say which value of a card no network can have, before it takes all the memory; else nothing"
     size, channels, encoders = card["image_size"], card["in_channels"], card.get("encoders", 1)
-    names, settings = card.get("channels"), card.get("settings", {})
-    widths = settings.get("widths") if isinstance(settings, dict) else None
-    unet = card.get("network") == UNET and widths is not None  # other networks take anything
+    variant, names = card["variant"], card.get("channels")
+    counted = _is_number(channels) and _is_number(encoders, 32)
     right = {
         "num_classes": _is_number(card["num_classes"]),
         "in_channels": _is_number(channels),
-        "image_size": isinstance(size, list) and len(size) == 2 and all(map(_is_number, size)),
-        "variant": card["variant"] is None or isinstance(card["variant"], str),
-        "encoders": _is_number(encoders, 32) and _is_number(channels) and channels % encoders == 0,
-        "channels": names is None or isinstance(names, list)
-                    and all(isinstance(name, str) for name in names),
-        "settings": isinstance(settings, dict) and not unet or isinstance(widths, list | tuple)
-                    and all(_is_number(width, WIDEST) for width in widths)}
+        "image_size": _are(_is_number, size) and len(size) == 2,
+        "variant": variant is None or _is_text(variant),
+        "encoders": counted and channels % encoders == 0,
+        "channels": names is None or _are(_is_text, names),
+        "settings": _can_be_built(card.get("settings", {}), card.get("network"))}
     wrong = next((name for name, fits in right.items() if not fits), None)
     return f"{wrong} is out of range: {str(card.get(wrong))[:80]}" if wrong else ""
 
+# %% ../../nbs/22_model.weights.ipynb #8e87ef3c
 def read_card(
     path,   # a weight file of this study
 ):          # dict

@@ -317,7 +317,7 @@ def _ticked(items: pd.DataFrame, records: Records) -> pd.DataFrame:
     for row in items.itertuples():
         name, _, words = row.rule.partition(" ")
         given = Tick(row.state, row.evidence.replace("{page}", records.page or ""))
-        tick = _RULES[name](records, *[words] * bool(words)) if name else given
+        tick = _RULES[name](records, *([words] if words else [])) if name else given
         rows.append((row.item, row.asks_for, *tick))
     return pd.DataFrame(rows, columns=["item", "asks for", "state", "evidence"])
 

@@ -104,7 +104,8 @@ def _scores(study): # Markdown
     whole, titles, words = _judging(study), _titles(study), []
     for dataset, rows in whole.groupby("dataset", sort=False):
         scores = [f"{loss_name(row.loss)} {row.dice:.3f}" for row in rows.itertuples()]
-        words.append(f"{escaped(titles[dataset])}: " * (len(titles) > 1) + ", ".join(scores))
+        title = f"{escaped(titles[dataset])}: " if len(titles) > 1 else ""
+        words.append(title + ", ".join(scores))
     return "; ".join(words)
 
 # %% ../../nbs/63c_report.studies.ipynb #a7c1d2e5
@@ -245,8 +246,9 @@ def _study_page(study) -> Page:
     cells = [new_markdown_cell("\n\n".join(text))]
     if len(tested):
         tested = tested.assign(**{"data set": tested.dataset.map(_titles(study))})
-        several = ["data set"] * (len(study.params.study.datasets) > 1)
-        tested = tested[[*several, "claim", "statement", "standing", "interval"]]
+        columns = ["data set", "claim", "statement", "standing", "interval"]
+        several = len(study.params.study.datasets) > 1
+        tested = tested[columns if several else columns[1:]]
         cells.append(new_markdown_cell(f"## The paper's claims\n\n{to_markdown(tested)}"))
     cells += [new_markdown_cell("## Figures"), *_shown_figures(study),
               new_markdown_cell(_RECORDS.format(name=study.name))]

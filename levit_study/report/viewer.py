@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from ..data.dataset import PreparedStore
 from ..data.native import stored_volume
-from ..evidence.results import Results, kept_predictions, segmented_cases
-from ..evidence.results import telling_slice
+from ..evidence.results import Results
 from ..files import StudyError
 from .look import About, structure_colors
+from .selection import kept_predictions, segmented_cases, telling_slice
 from .segmentations import ERRORS
 
 # %% ../../nbs/61b_report.viewer.ipynb #7f818f93
