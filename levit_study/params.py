@@ -143,7 +143,7 @@ class Data(Section, Inputs):
     @classmethod
     def _numbered_from_one(cls, structures):
         if sorted(structures.values()) != list(range(1, len(structures) + 1)):
-            raise ValueError("the label values must be 1, 2, 3 … without a gap")
+            raise ValueError("the label values must be 1, 2, 3 … without a gap or background")
         return structures
 
 # %% ../nbs/01_params.ipynb #c3973594

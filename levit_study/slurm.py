@@ -128,7 +128,8 @@ def _check_partition(request: Request):
 def check_slurm(request: Request):
     "Raise `StudyError` where Slurm, submitit or the partition is missing, or Slurm refuses"
     if not all(map(shutil.which, ("sbatch", "sinfo", "squeue", "scontrol", "srun"))):
-        raise StudyError("no Slurm here (sbatch is not found): use --local N, or a login node")
+        raise StudyError("no Slurm here (sbatch is not found): use a login node, or --local N "
+                         "(with --dry-run it shows what is missing and costs)")
     try: import submitit  # noqa: F401
     except ImportError:
         advice = "run make env (or pip install '.[slurm]')"

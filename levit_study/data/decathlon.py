@@ -83,9 +83,9 @@ def _unfetched(about, folder, names):
 
 # %% ../../nbs/12d_data.decathlon.ipynb #53453d4c
 def _check_number(about, folder, number):
-    "Raise `StudyError` if dataset.json announces more training cases than the `number` known"
-    announced = about.get("numTraining")
-    if isinstance(announced, int) and announced > number:
+    "Raise `StudyError` if dataset.json, without a list, announces more than `number` cases"
+    announced, listed = about.get("numTraining"), isinstance(about.get("training"), list)
+    if isinstance(announced, int) and announced > number and not listed:
         raise StudyError(f"{within(folder, 'dataset.json')}: numTraining is {announced}, imagesTr "
                          f"holds {number} cases: fetch the others, or correct the number")
 

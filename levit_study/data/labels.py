@@ -51,7 +51,8 @@ def label_table(
     for raw, value in _value_pairs(label_map, allowed).items():
         value = (structures or {}).get(value, value)
         if value not in allowed | {0}:
-            remedy = f"use 0 or {', '.join(map(str, sorted(allowed)[:20]))}"
+            names = ", ".join(f"{name} ({number})" for name, number in (structures or {}).items())
+            remedy = f"use 0 or {names or 'a number from 1 to 254'}"
             what = f"{raw} leads to {brief(value, 60)}, which is not a structure"
             raise StudyError(f"label_map: {what}: {remedy}")
         if not str(raw).isdecimal() or len(str(raw)) > 9 or int(raw) >= 2**16:
@@ -90,7 +91,8 @@ def map_labels(
     if len(strange):
         values = ", ".join(f"{value:g}" for value in strange[:8])
         what = f"label value{'s' * (len(strange) > 1)} {values} not among the structures"
-        remedy = "set label_map to the file's numbering, or map them to 0 to ignore them"
+        remedy = ("set label_map (--label-map, --reference-label-map) to the file's numbering, or "
+                  "map them to 0 to ignore them")
         raise StudyError(f"{where}: {what}: {remedy}")
     return mapped
 

@@ -47,7 +47,8 @@ def text_shape(shape):
 
 _one_array = {1: "give the volume that it is a slice of", 2: "give one slice per file",
               4: "give the channels on a fourth axis, or a file each",
-              3: "give one volume per file (one time point of a series), or name data.channels"}
+              3: "give one volume per file (of a time series by nibabel.four_to_three), or name "
+                 "the channels of which it consists in data.channels"}
 
 def check_shape(path, shape, dimensions=3):
     "Return `shape` without trailing ones; `StudyError` unless it has `dimensions` sensible axes"

@@ -28,7 +28,9 @@ def weight_files(
         # what a training resumes from is the same network again
         files += [path for path in beneath if path.parent.name != "checkpoints"] or [place]
         if place.is_dir() and files[-1] == place:
-            raise StudyError(f"{place}: no best.safetensors beneath it; name a folder of runs")
+            others = sorted(path.name for path in place.glob("*.safetensors"))
+            advice = f"name {others[0]} itself" if others else "name a folder of runs"
+            raise StudyError(f"{place}: no best.safetensors beneath it; {advice}")
     resolved = [path.resolve() for path in files]
     for path, target in zip(files, resolved, strict=True):
         if resolved.count(target) > 1:

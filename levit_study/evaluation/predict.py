@@ -229,6 +229,7 @@ def _one_scan(network, data, files: ScanFiles, scans: Scans, outputs: Outputs, p
         kept = _has_maps(network, files, names)
     if kept:
         drawn = files.picture in files.made_before and files.picture.exists()
+        _say(files, "kept, these weights made its label map before")
         if outputs.overlay is None or drawn: return volumes
         shown = _read_kept(data, files)
         write_json(files.side, files.about | {"picture": files.picture.name})
@@ -260,11 +261,15 @@ def _say_channels(files, names):
     if taken: print("predict:", "; ".join(taken), file=sys.stderr)
 
 # %% ../../nbs/43_evaluation.predict.ipynb #fd822235
+def _say(files: ScanFiles, text: str):
+    "Say something of a scan, above the bar"
+    from tqdm import tqdm
+    tqdm.write(f"{files.scan.name}: {text}", file=sys.stderr)
+
 def _say_notes(files: ScanFiles):
     "Say what is odd about a scan: its volumes may rest on it"
-    from tqdm import tqdm
     for note in json.loads(files.side.read_text(encoding="utf-8")).get("notes") or []:
-        tqdm.write(f"{files.scan.name}: {note}", file=sys.stderr)
+        _say(files, note)
 
 def _say_pictures(written: list[ScanFiles]):
     "Say where the pictures are"

@@ -193,6 +193,20 @@ def _rules(options, params: Params | None) -> Rules:
     tolerance = usual if options.tolerance is None else options.tolerance
     return Rules(params.datasets[options.dataset].data.structures, *numberings, tolerance)
 
+# %% ../../nbs/44_evaluation.score.ipynb #5c89ad6f
+def _left_out(cases, dataset: str, root) -> list[str]:
+    "Say which cases the study judges by no split, as its prepared data say: its report lacks them"
+    path = Path(root, "reports", "data", dataset, "splits.csv")
+    try: splits = pd.read_csv(path, dtype=str).set_index("case")
+    except (OSError, ValueError, KeyError): return []  # not prepared yet
+    places = splits[[name for name in splits if name == "split" or name.startswith("fold")]]
+    judged = places.index[places.isin(["valid", "test", "fold"]).any(axis=1)]
+    other = sorted(set(cases) - set(judged))
+    if not other: return []
+    names = ", ".join(other[:3]) + (" …" if len(other) > 3 else "")
+    return [f"{len(other)} of {len(set(cases))} cases are not evaluated in this study ({names}): "
+            "its report will leave them out"]
+
 # %% ../../nbs/44_evaluation.score.ipynb #e330af01
 def score_folders(options) -> tuple: # (table, problems), see `score`
     "Do what `levit-study score` was asked for: its parsed options"
@@ -207,6 +221,7 @@ def score_folders(options) -> tuple: # (table, problems), see `score`
         about = {"predictions": str(options.predictions), "references": str(options.references)}
         about |= asdict(rules) | {"problems": problems}
         kept = {case: pairs[case] for case in table.case.unique()}
+        problems = problems + _left_out(kept, options.dataset, root)
         try: keep_elsewhere(folder, table, about, kept)
         except OSError as error:
             problem = f"cannot be written ({error.strerror or error})"

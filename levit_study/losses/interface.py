@@ -218,14 +218,19 @@ def try_loss(
     settings, # an entry of params.yaml: kind and settings
     num_classes, # with the background
 ):
-    "Raise `StudyError` unless the loss gives a number and a gradient for this many classes"
+    """Raise `StudyError` unless the loss gives a number and a gradient for this many classes, in a
+    second epoch too, when classes have unequal frequencies and Dice"""
     labels = torch.arange(128).view(2, 8, 8) % num_classes
+    unequal = torch.linspace(0.2, 0.8, num_classes)
     try:
         with torch.random.fork_rng([]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below
             logits = torch.randn(2, num_classes, 8, 8, requires_grad=True)
             made = build_loss(**settings)
-            made.set_class_frequency(torch.full((num_classes,), 1 / num_classes))
+            made.set_class_frequency(unequal / unequal.sum())
+            made(logits, labels).backward()
+            made.update_from_training(unequal)
+            made.update_from_validation(unequal)
             value = made(logits, labels)
             value.backward()
     except StudyError: raise

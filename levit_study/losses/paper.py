@@ -79,7 +79,8 @@ class RegionLoss(SegmentationLoss):
     needs = frozenset({"regions"})
 
     def class_values(self, overlap, predicted, reference, squared):
-        raise NotImplementedError(f"{type(self).__name__} must define class_values(...)")
+        raise NotImplementedError(f"{type(self).__name__} must define class_values(self, "
+                                  "overlap, predicted, reference, squared)")
 
     def rows(self, part):
         "A row per image, or their sum as one row"

@@ -90,8 +90,9 @@ def _build_body(
     try: body = builder(**sizes, **settings)
     except StudyError: raise
     except Exception as error:
-        reason = _in_a_line(error)
-        raise StudyError(f"network {network}: cannot be built with {settings}: {reason}") from None
+        takes = ", ".join(name for name in inspect.signature(builder).parameters)
+        raise StudyError(f"network {network}: cannot be built with {settings}: "
+                         f"{_in_a_line(error)}; it takes {takes}") from None
     if not isinstance(body, nn.Module): raise StudyError(f"network {network}: builds no nn.Module")
     return body
 
