@@ -100,8 +100,8 @@ def check_form(
     structures, # dict name -> label value
     label_map=None, # see `label_table`
 ):
-    """Raise `StudyError` where the highest dataset.json announces what cannot be read, or numbers a
-    structure otherwise than the study does"""
+    """Raise `StudyError` where the highest dataset.json announces what cannot be read, or gives a
+    structure another number than the study does"""
     for level in folder_levels(folder):
         paths = [path for base in level if (path := within(base, "dataset.json")).is_file()]
         for path in paths:
