@@ -264,7 +264,7 @@ def micrometres(folder): save(ct(folder)[0], ct_arrays()[0], np.diag([-1500, -20
 @kind("error", "beside the image's grid", "label0002.nii.gz")
 def label_on_a_shifted_grid(folder): save(ct(folder)[1], ct_arrays()[1], AFFINE + np.array([[0, 0, 0, 40]] + [[0]*4]*3))
 
-@kind("error", "10 x 8 x 12|x 10 x 12 voxels for an image of 8 x 10 x 12", "label0002.nii.gz")
+@kind("error", "x 10 x 7 voxels for an image of 12 x 10 x 8", "label0002.nii.gz")
 def label_of_another_shape(folder): ct(folder, label=ct_arrays()[1][:, :, 1:])
 
 @kind("error", "voxels for an image of", "label0002.nii.gz")

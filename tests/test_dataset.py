@@ -164,12 +164,12 @@ def test_other_pixels_are_other_data(raw, tmp_path, monkeypatch):
 
 
 def test_two_scans_of_one_patient_stay_together(tmp_path):
-    "Names of a data set's own, such as BIDS's sessions"
+    "Names of a data set's own; sessions as BIDS names them are known"
     for number in range(12): write_scan(tmp_path / "acdc", number)
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/dataset.json").write_text(json.dumps({"labels": {"background": 0, "a": 1}}))
     for place in ("imagesTr", "labelsTr"): (tmp_path / "raw" / place).mkdir()
-    for number, name in enumerate(f"sub-{n}_ses-{k}" for n in range(6) for k in (1, 2)):
+    for number, name in enumerate(f"P{n}_visit{k}" for n in range(6) for k in (1, 2)):
         scan = tmp_path / f"acdc/training/patient{number:03d}/patient{number:03d}_frame01"
         (tmp_path / f"raw/imagesTr/{name}.nii.gz").symlink_to(f"{scan}.nii.gz")
         (tmp_path / f"raw/labelsTr/{name}.nii.gz").symlink_to(f"{scan}_gt.nii.gz")
@@ -178,9 +178,12 @@ def test_two_scans_of_one_patient_stay_together(tmp_path):
         splits = {}
         for name, case in record["cases"].items(): splits.setdefault(name.split("_")[0], set()).add(case["split"])
         return record["patients"], max(map(len, splits.values()))
-    assert patients(patient="(sub-[0-9]+)_") == ({"train": 4, "valid": 1, "test": 1}, 1)
+    assert patients(patient="(P[0-9]+)_") == ({"train": 4, "valid": 1, "test": 1}, 1)
     assert sum(patients()[0].values()) == 12
-    with pytest.raises(StudyError, match="data.patient = .*does not match the case sub-0_ses-1 .12 of 12"): patients(patient="(pat[0-9]+)")
+    with pytest.raises(StudyError, match="data.patient = .*does not match the case P0_visit1 .12 of 12"): patients(patient="(pat[0-9]+)")
+    for part in ("images", "labels"):
+        for path in (tmp_path / f"raw/{part}Tr").iterdir(): path.rename(path.with_name(path.name.replace("P", "sub-").replace("visit", "ses-")))
+    assert patients() == ({"train": 4, "valid": 1, "test": 1}, 1)
 
 
 def test_linked_folders_are_told(tmp_path):

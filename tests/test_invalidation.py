@@ -21,10 +21,10 @@ NOTHING = """consistency files inputs kinds networks settings params machine sta
 # A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing
 # (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.
 REACHED = {
-    "prepare": ["files", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "report", "data.fingerprint",
+    "prepare": ["files", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "report", "evidence.intervals", "data.fingerprint",
                 "data.native", "data.augment"],
     "train": ["files", "params", "consistency", "inputs", "kinds", "networks", "settings", "machine", "model.weights", "training.record", "training.launch",
-              "report", "data.cases"],
+              "report", "evidence.intervals", "data.cases"],
     "evaluate": ["files", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained", "model.freezing",
                  "training.record", "training.state", "data.augment", "data.affines", "data.nifti", "data.channels", "data.labels", "data.volumes"],
     "report": ["files", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.augment", "data.affines", "data.nifti",
