@@ -219,6 +219,12 @@ def _has_maps(network, files: ScanFiles, names) -> bool:
     complete = wanted <= there and all(path.exists() for path in wanted)
     return complete and made.get("temperature") == _temperature(network)
 
+# %% ../../nbs/43_evaluation.predict.ipynb #b447e2b5
+def _say(files: ScanFiles, text: str):
+    "Say something of a scan, above the bar"
+    from tqdm import tqdm
+    tqdm.write(f"{files.scan.name}: {text}", file=sys.stderr)
+
 # %% ../../nbs/43_evaluation.predict.ipynb #9d256b3b
 def _one_scan(network, data, files: ScanFiles, scans: Scans, outputs: Outputs, progress) -> dict:
     "Segment a scan, or keep what is there, with its picture; return its volumes in ml"
@@ -261,11 +267,6 @@ def _say_channels(files, names):
     if taken: print("predict:", "; ".join(taken), file=sys.stderr)
 
 # %% ../../nbs/43_evaluation.predict.ipynb #fd822235
-def _say(files: ScanFiles, text: str):
-    "Say something of a scan, above the bar"
-    from tqdm import tqdm
-    tqdm.write(f"{files.scan.name}: {text}", file=sys.stderr)
-
 def _say_notes(files: ScanFiles):
     "Say what is odd about a scan: its volumes may rest on it"
     for note in json.loads(files.side.read_text(encoding="utf-8")).get("notes") or []:
