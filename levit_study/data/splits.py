@@ -40,7 +40,13 @@ def _every_so_many(items, number):
     return {items[int((i + 0.5) * len(items)/number)] for i in range(number)}
 
 # %% ../../nbs/14_data.splits.ipynb #2d873f34
-def by_fraction(cases, valid, test, seed, stratify):
+def by_fraction(
+    cases,    # `Case`s
+    valid,    # fraction of the patients, 0 to 1; at least one where there are two or more
+    test,     # likewise, beside those whom the source calls test; rounded, so perhaps none
+    seed,     # of the shuffling
+    stratify, # whether each pathology group gives its share
+):
     "Return {case name: split} by fractions of patients; whom the source calls test stays test"
     groups = {case.patient: (case.group or "") if stratify else ""
               for case in cases if case.split != "test"}

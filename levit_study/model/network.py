@@ -24,7 +24,14 @@ VARIANTS = {
 # %% ../../nbs/21_model.network.ipynb #3e887ea9
 class LevitUNet(nn.Module):
     "LeViT-UNet: float logits (B, num_classes, H, W) of images (B, in_channels, H, W)"
-    def __init__(self, variant, num_classes, in_channels=1, image_size=224, drop_path=None):
+    def __init__(
+        self,
+        variant,         # "128s", "192" or "384"
+        num_classes,     # the background counts
+        in_channels=1,
+        image_size=224,  # side, or (height, width), in pixels: multiples of 32
+        drop_path=None,  # rate of dropped residuals; None: the public code's
+    ):
         super().__init__()
         encoder = levit_encoder(variant, in_channels, image_size, drop_path)
         self.variant, self.num_classes, self.in_channels = variant, num_classes, in_channels
