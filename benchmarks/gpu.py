@@ -51,7 +51,8 @@ from levit_study.model.precision import autocast_precision, reproducible
 from levit_study.params import Data, Model, Run, Training, load_params
 from levit_study.training.fit import fit, train_epoch
 from levit_study.training.record import Stopped
-from levit_study.training.state import make_fabric, make_trainer
+from levit_study.training.state import make_trainer
+from levit_study.training.device import make_fabric
 from levit_study.training.step import _aside, _record
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"

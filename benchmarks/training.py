@@ -36,7 +36,8 @@ from levit_study.model.build import keep_memory, levit_unet
 from levit_study.model.precision import autocast_precision
 from levit_study.params import Data, load_params, pick_run
 from levit_study.training.fit import close_epoch, train_epoch
-from levit_study.training.state import make_fabric, make_trainer
+from levit_study.training.state import make_trainer
+from levit_study.training.device import make_fabric
 
 SIZE, BATCH = 224, 8
 PARAMS = Path(__file__).parents[1] / "params.yaml"

@@ -116,11 +116,11 @@ def _add_score(commands):
 
 # %% ../nbs/72_commands.ipynb #6eea0e23
 def _score(a):
-    from levit_study.evaluation.score import mean_scores, score_folders, write_scores
+    from levit_study.evaluation.score import structure_means, score_folders, write_scores
     if a.name and not a.dataset: raise StudyError("--as needs --dataset, whose report will show it")
     table, problems = score_folders(a)
     for line in problems: print(f"levit-study: {line}", file=sys.stderr)
-    print(mean_scores(table).to_string(float_format=lambda x: f"{x:.4f}"))
+    print(structure_means(table).to_string(float_format=lambda x: f"{x:.4f}"))
     if a.output: write_scores(table, a.output)
 
 # %% ../nbs/72_commands.ipynb #c3ec166a
@@ -246,11 +246,12 @@ def _add_plan(commands):
     command.set_defaults(run=_plan)
 
 def _plan(a):
-    from levit_study.evidence.planning import Request, describe_plan
+    from levit_study.evidence.planning import PlanRequest, describe_plan
     if a.records is None and (a.patient_sd is None or a.seed_sd is None):
         enter_project()
         a.records = "reports/runs"
-    print(describe_plan(Request(**{name: getattr(a, name) for name in Request._fields})))
+    asked = {name: getattr(a, name) for name in PlanRequest._fields}
+    print(describe_plan(PlanRequest(**asked)))
 
 # %% ../nbs/72_commands.ipynb #72d61c47
 def _add_bench(commands):

@@ -15,8 +15,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .files import StudyError, digest_of_code, hash_file, held_alone, own_files
-from .files import tied
+from .files import StudyError, hash_file
+from .code import digest_of_code, own_files
+from .processes import held_alone, tied
 from .matrix import Cell
 from .stages import notebook_code
 

@@ -18,8 +18,12 @@ from ruamel.yaml import YAML
 from ruamel.yaml.tokens import AliasToken
 
 import levit_study
-from .files import STOPPING, StudyError, digest_of_code
-from .files import end_with_parent, hash_file, own_files, without_web_grammar
+from .files import StudyError
+from .processes import STOPPING
+from .code import digest_of_code
+from .files import hash_file, without_web_grammar
+from .processes import end_with_parent
+from .code import own_files
 from .files import write_json, written_whole
 from .stages import ROOMS, code_digests
 

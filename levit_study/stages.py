@@ -10,7 +10,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from .files import StudyError, bare_code, digest_of_code
+from .files import StudyError
+from .code import bare_code, digest_of_code
 
 # %% ../nbs/69_stages.ipynb #7db7460a
 def notebook_code(
@@ -34,8 +35,8 @@ ROOMS = {
         model.grids model.network model.fusion model.others model.pretrained
         model.freezing model.precision model.build losses.comparison losses.interface
         losses.paper losses.more losses.topk losses.boundary losses.adaptive
-        training.state training.checkpoint training.scores training.course training.step
-        training.fit""",
+        training.device training.state training.checkpoint training.scores training.course
+        training.step training.fit""",
     "evaluate": """data.slices data.context data.dataset data.native model.upsampling
         model.grids model.network model.fusion model.others model.precision model.build
         model.inference training.course evaluation.metrics evaluation.inference

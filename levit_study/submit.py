@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from math import ceil
 from pathlib import Path
 
-from .files import STOPPING, StudyError
+from .files import StudyError
+from .processes import STOPPING
 from .job import Job, study_digest
 from .matrix import Cell, Cost, all_cells, call_dvc, changed_stages, expected_cost
 from .matrix import missing_cells, recorded_runs, spoken_time

@@ -15,7 +15,8 @@ from levit_study.params import load_params
 from levit_study.training import fit as loop
 from levit_study.training import step
 from levit_study.training.scores import _counts_class_by_class, dice_from_counts
-from levit_study.training.state import make_fabric, make_trainer, unwrapped
+from levit_study.training.state import make_trainer, unwrapped
+from levit_study.training.device import make_fabric
 from levit_study.training.step import GraphedSteps
 
 PARAMS = load_params(__file__.replace("test_graphs.py", "params.yaml"))

@@ -11,25 +11,25 @@ from ruamel.yaml import YAML
 from levit_study.data import jobs
 from levit_study.losses import build_loss
 from levit_study.stages import ROOMS
-from levit_study.training import state
+from levit_study.training import identity
 
 # The rooms that decide no stage's numbers: they speak, measure, describe, check or start.
-NOTHING = """consistency files inputs kinds networks settings params machine stages pipeline matrix job slurm submit submit_command publish_command bench commands data.fingerprint model.weights model.export model.drawing
+NOTHING = """consistency files code processes training.identity inputs kinds networks settings params machine stages pipeline matrix job slurm submit submit_command publish_command bench commands data.fingerprint model.weights model.export model.drawing
              training.record training.launch losses.pictures evaluation.engine evaluation.loading evaluation.targets evaluation.predict evaluation.sharing evaluation.ensemble evaluation.maps
-             evaluation.score evaluation.exchange evaluation.ensemble_runs evidence.simulation evidence.choice evidence.planning evidence.publishing
+             evaluation.score evaluation.exchange evaluation.ensemble_runs evidence.simulation evidence.choice evidence.spreads evidence.power evidence.planning evidence.publishing
              report.data_figures report.examples report.overlay""".split()
 # A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing
 # (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.
 REACHED = {
-    "prepare": ["files", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "report", "evidence.intervals", "data.fingerprint",
+    "prepare": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "report", "evidence.intervals", "data.fingerprint",
                 "data.native", "data.augment"],
-    "train": ["files", "params", "consistency", "inputs", "kinds", "networks", "settings", "machine", "model.weights", "training.record", "training.launch",
+    "train": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "machine", "model.weights", "training.record", "training.identity", "training.launch",
               "report", "evidence.intervals", "data.cases"],
-    "evaluate": ["files", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained", "model.freezing",
-                 "training.record", "training.state", "data.augment", "data.affines", "data.nifti", "data.channels", "data.labels", "data.volumes"],
-    "report": ["files", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.augment", "data.affines", "data.nifti",
+    "evaluate": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained", "model.freezing",
+                 "training.record", "training.device", "training.identity", "training.state", "data.augment", "data.affines", "data.nifti", "data.channels", "data.labels", "data.volumes"],
+    "report": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.augment", "data.affines", "data.nifti",
                "data.channels", "data.labels", "data.volumes"],
-    "site": ["files", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "data", "training", "evidence.statistics",
+    "site": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "data", "training", "evidence.statistics",
              "evidence.intervals", "evidence.answer", "evidence.claims", "evidence.tables", "evaluation"],
 }
 
@@ -103,7 +103,7 @@ def test_prepared_cases_and_trainings_are_known_by_the_same_rooms(root):
     speak = {"files", "data.cases"}   # what an error says, and where a file lies
     assert imports_of(root, "data.voxels") - speak == set(jobs.PREPARING)
     by_loss = {"losses.paper", "losses.more", "losses.topk", "losses.boundary", "losses.adaptive"}   # of these only those that a loss uses
-    assert set(state.TRAINING) == set(ROOMS["train"]) - by_loss
+    assert set(identity.TRAINING) == set(ROOMS["train"]) - by_loss
 
 
 def written(folder, environment):
@@ -207,7 +207,7 @@ def test_a_training_knows_the_own_modules_that_its_loss_uses(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in [name for name in sys.modules if name.split(".")[0] == "own"]: monkeypatch.delitem(sys.modules, name)
-    code = state.training_code(build_loss("own.my_losses.Power"))
+    code = identity.training_code(build_loss("own.my_losses.Power"))
     assert {"own.my_losses", "own.powers"} < code.keys()
 
 
@@ -223,15 +223,15 @@ def test_a_constant_of_an_own_module_counts_however_it_is_imported(tmp_path, mon
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in [name for name in sys.modules if name.split(".")[0] == "own"]: monkeypatch.delitem(sys.modules, name)
     criterion = build_loss("own.my_losses.Power")
-    before = state.training_code(criterion)
+    before = identity.training_code(criterion)
     assert "own.unused" not in before and "own" not in before
     (tmp_path / "own/config.py").write_text("GAMMA = 4.0\n")
-    after = state.training_code(criterion)
+    after = identity.training_code(criterion)
     assert {key for key in after if after[key] != before[key]} == {"own.config"}
     (tmp_path / "own/table.csv").write_text("1,2\n")   # what a module may read
-    first = state.training_code(criterion)["own"]
+    first = identity.training_code(criterion)["own"]
     (tmp_path / "own/table.csv").write_text("1,3\n")
-    assert state.training_code(criterion)["own"] != first
+    assert identity.training_code(criterion)["own"] != first
 
 
 @pytest.mark.parametrize("key, value", [("folder", "data/raw/moved"), ("skip_bad", True), ("keep_copies", True)])

@@ -4,7 +4,8 @@ import subprocess
 import pytest
 
 from levit_study.commands import main
-from levit_study.evidence.planning import Design, Spreads, detectable, read_trainings
+from levit_study.evidence.power import Design, detectable
+from levit_study.evidence.spreads import Spreads, read_trainings
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from levit_study.params import Model
 from levit_study.training import checkpoint
 from levit_study.training.fit import fit
 from levit_study.training.record import Stopped
-from levit_study.training.state import TRAINING, training_code
+from levit_study.training.identity import TRAINING, training_code
 
 TOY = Path(__file__).with_name("toy.py")
 TIMES = ["seconds", "images_per_second"]

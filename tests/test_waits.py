@@ -21,7 +21,8 @@ from levit_study.losses.comparison import LabelCheck
 from levit_study.params import load_params
 from levit_study.training import fit as loop
 from levit_study.training.scores import validate
-from levit_study.training.state import MovingAverage, _make_optimiser, make_fabric, make_trainer, unwrapped
+from levit_study.training.state import MovingAverage, _make_optimiser, make_trainer, unwrapped
+from levit_study.training.device import make_fabric
 
 PARAMS = Path(__file__).with_name("params.yaml")   # params.yaml as it is shipped
 

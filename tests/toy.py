@@ -53,7 +53,8 @@ def validate_toy(store, folder):
     from levit_study.data.dataset import PreparedStore
     from levit_study.training.fit import share_buffers
     from levit_study.training.scores import mean_scores, validate
-    from levit_study.training.state import make_fabric, make_trainer
+    from levit_study.training.state import make_trainer
+    from levit_study.training.device import make_fabric
     run = toy_run()
     fabric, data = make_fabric(run.training, "cpu"), PreparedStore(store)
     t = make_trainer(run, fabric, data.num_classes, data.voxel_shares("train"))
@@ -73,7 +74,8 @@ def train_together(t, folder):
     "What each of several processes draws, finds in a checkpoint, and hands to a loss that learns weights"
     import torch
     from levit_study.training.checkpoint import _restore, load_checkpoint, save_state
-    from levit_study.training.state import make_fabric, make_trainer
+    from levit_study.training.state import make_trainer
+    from levit_study.training.device import make_fabric
     fabric, rank = t.fabric, t.fabric.global_rank
     t.sums = torch.tensor([1.0 + rank, 10.0], dtype=torch.float64)
     t.counts = torch.full((3, 3), 1 + rank)

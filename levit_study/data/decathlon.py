@@ -36,7 +36,7 @@ def _by_case(images, labels):
 
 # %% ../../nbs/12d_data.decathlon.ipynb #e63e077e
 def _first_fold(folder):
-    "Return {case in lower case: split} of the first fold of splits_final.json; {} if there is none"
+    "Return {case: split} of the first fold of splits_final.json; {} if there is none"
     path = within(folder, "splits_final.json")
     folds = read_json(path)
     if folds is None: return {}
@@ -44,10 +44,11 @@ def _first_fold(folder):
     except (KeyError, IndexError, TypeError): train = valid = None
     if not isinstance(train, list) or not isinstance(valid, list):
         raise StudyError(f"{path}: no list of folds with 'train' and 'val': correct or remove it")
-    splits = dict.fromkeys(map(str, train), "train") | dict.fromkeys(map(str, valid), "valid")
-    both = [str(name) for name in train if splits[str(name)] == "valid"]
+    train, valid = list(map(str, train)), list(map(str, valid))
+    validating = {name.lower() for name in valid}
+    both = [name for name in train if name.lower() in validating]
     if both: raise StudyError(f"{path}: case {both[0]} is in train and in val: take it out of one")
-    return {name.lower(): split for name, split in splits.items()}
+    return dict.fromkeys(train, "train") | dict.fromkeys(valid, "valid")
 
 # %% ../../nbs/12d_data.decathlon.ipynb #b90fec55
 def _part(folder, part, splits):
@@ -94,7 +95,8 @@ def _off_the_folder(splits, folder, names):
     """Return the cases that splits_final.json lists and that are not among `names`
 
     `StudyError` if it lists no case that is."""
-    path, absent = within(folder, "splits_final.json"), sorted(splits.keys() - names)
+    path = within(folder, "splits_final.json")
+    absent = sorted(name for name in splits if name.lower() not in names)
     if absent and len(absent) == len(splits):
         raise StudyError(f"{path}: lists {absent[0]}, but no case that is there, such as "
                          f"{min(names)}: write names without ending, or remove the file")
@@ -118,7 +120,8 @@ def find_decathlon(folder):
     `StudyError` where its files announce what is not there."""
     about = read_json(within(folder, "dataset.json"))
     if not isinstance(about, dict): return []
-    splits = _first_fold(folder)
+    listed = _first_fold(folder)
+    splits = {name.lower(): split for name, split in listed.items()}
     training = _part(folder, "Tr", splits)
     cases = training + _part(folder, "Ts", splits)
     names = {case.name.lower() for case in cases}
@@ -127,4 +130,4 @@ def find_decathlon(folder):
     _refuse_unread(folder, names)
     _check_number(about, folder, len(training) + len(absent))
     names |= {case.name.lower() for case in absent}
-    return cases + absent + _off_the_folder(splits, folder, names)
+    return cases + absent + _off_the_folder(listed, folder, names)

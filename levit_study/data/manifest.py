@@ -20,7 +20,7 @@ from .splits import SPARE, check_benchmark
 
 # %% ../../nbs/18e_data.manifest.ipynb #e92e05be
 def split_table(
-    jobs,   # `Job`s that were prepared
+    jobs,   # `CaseJob`s that were prepared
     slices, # dict case -> number of slices, of those used
 ): # text
     "Return the splits as CSV: case, patient, group, split, slices, and what it is in each fold"
@@ -131,7 +131,7 @@ def _settings(data, folds):
 
 # %% ../../nbs/18e_data.manifest.ipynb #6834b1b1
 def build_manifest(
-    jobs,    # all `Job`s
+    jobs,    # all `CaseJob`s
     columns, # dict case -> its columns, of those used
     data,    # the data set's settings
 ): # plain values, ready for JSON

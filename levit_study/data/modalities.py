@@ -105,20 +105,24 @@ def check_form(
     for level in folder_levels(folder):
         paths = [path for base in level if (path := within(base, "dataset.json")).is_file()]
         for path in paths:
-            _check_announced(path, structures)
-            _check_numbers(path, structures, label_table(label_map, structures))
+            about = read_json(path)
+            if not isinstance(about, dict): continue
+            _check_ending(path, str(about.get("file_ending", ".nii.gz")).lower())
+            labels = about.get("labels")
+            labels = labels if isinstance(labels, dict) else {}
+            _check_regions(path, labels, structures)
+            _check_numbers(path, labels, structures, label_table(label_map, structures))
         if paths: return
 
-def _check_announced(path, structures):
-    "Raise `StudyError` if a dataset.json announces what cannot be read"
-    about = read_json(path)
-    if not isinstance(about, dict): return
-    ending, labels = str(about.get("file_ending", ".nii.gz")).lower(), about.get("labels")
-    if not ending.endswith((".nii", ".nii.gz")):
-        raise StudyError(f"{path}: file_ending '{ending}': scans are read as NIfTI; convert them, "
-                         "pictures in colour to a file for each channel")
-    labels = labels.items() if isinstance(labels, dict) else ()
-    regions = {str(name).lower(): value for name, value in labels if isinstance(value, list)}
+def _check_ending(path, ending):
+    if ending.endswith((".nii", ".nii.gz")): return
+    raise StudyError(f"{path}: file_ending '{ending}': scans are read as NIfTI; convert them, "
+                     "pictures in colour to a file for each channel")
+
+def _check_regions(path, labels, structures):
+    "Raise `StudyError` for a structure that is a region of several labels"
+    regions = {str(name).lower(): value for name, value in labels.items()
+               if isinstance(value, list)}
     for name in structures:
         if parts := regions.get(name.lower()):
             joined = ", ".join(map(str, parts))
@@ -126,13 +130,10 @@ def _check_announced(path, structures):
                              "belongs to one structure: name those labels in data.structures")
 
 # %% ../../nbs/12c_data.modalities.ipynb #ba994a40
-def _check_numbers(path, structures, table):
+def _check_numbers(path, labels, structures, table):
     "Raise `StudyError` if a structure that dataset.json names has another value there"
-    about = read_json(path)
-    labels = about.get("labels") if isinstance(about, dict) else None
-    labels = labels.items() if isinstance(labels, dict) else ()
     # Decathlon writes {"1": "spleen"}, nnU-Net {"spleen": 1}
-    pairs = [pair if str(pair[1]).isdecimal() else pair[::-1] for pair in labels]
+    pairs = [pair if str(pair[1]).isdecimal() else pair[::-1] for pair in labels.items()]
     stored = {str(name).lower(): int(value) for name, value in pairs if str(value).isdecimal()}
     for name, wanted in structures.items():
         value = stored.get(name.lower())

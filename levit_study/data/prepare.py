@@ -88,7 +88,7 @@ def _keeps_volume(job, data):
 
 # %% ../../nbs/19_data.prepare.ipynb #6eb24da9
 def _prepare_missing(
-    jobs,     # all `Job`s, split
+    jobs,     # all `CaseJob`s, split
     store,    # the store to be made
     data,     # the data set's settings
     prepared, # dict key -> `Prepared`; what is made is added
@@ -118,7 +118,7 @@ def _prepare_missing(
 
 # %% ../../nbs/19_data.prepare.ipynb #3d8a3bd3
 def _refuse_bad(
-    jobs,   # all `Job`s
+    jobs,   # all `CaseJob`s
     data,   # the data set's settings
     errors, # text file to write: a line per bad case
 ): # number of bad cases
@@ -205,7 +205,7 @@ def _attributes(record, contents, left_out):
 
 # %% ../../nbs/19_data.prepare.ipynb #7d8732ae
 def _write_results(
-    jobs,     # all `Job`s
+    jobs,     # all `CaseJob`s
     prepared, # dict key -> `Prepared`
     digests,  # dict key -> digest of the image
     data,     # the data set's settings

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from ..evidence.reliability import calibration_errors
 from .look import About, checked, study_style
 from .parts import QUARTILES, bands, finished, has_spread, legend_below, log_axis
-from .parts import loss_handles, means_in_words, number, row_height
+from .parts import loss_handles, means_in_words, shown_number, row_height
 from .parts import shade_rows, structures_of, wrapped
 
 # %% ../../nbs/62b_report.behaviour.ipynb #fa53eb8d
@@ -122,8 +122,9 @@ def _thirds_in_words(means, about):
     for dataset, rows in means.groupby("dataset", sort=False):
         small = rows["voxels"] <= _smallest_third(rows)
         for loss, part in rows.groupby("loss", sort=False):
-            two = " and ".join(number(part["dice"][small == side].mean()) for side in (True, False))
-            slope = number(_slope(part))
+            two = " and ".join(shown_number(part["dice"][small == side].mean())
+                               for side in (True, False))
+            slope = shown_number(_slope(part))
             words.append(f"{about.dataset(dataset)}, {about.name(loss)}: {two}, slope {slope}")
     return ("Mean Dice of the smallest third and of the rest, slope per doubling of size:"
             f" {'; '.join(words)}.")
@@ -245,7 +246,7 @@ def _error_in_words(errors, dataset, loss):
     error = errors.loc[dataset, loss]
     if not np.isfinite(error["ece"]): return "ECE –"
     signed = f"{error['signed']:+.3f}".replace("-", "−")
-    return f"ECE {number(error['ece'])}, signed {signed}"
+    return f"ECE {shown_number(error['ece'])}, signed {signed}"
 
 # %% ../../nbs/62b_report.behaviour.ipynb #becb6e7e
 def _wilson(share, count, z=1.96):

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from ..files import StudyError
 from .look import About, DOUBLE, MM, checked, structure_colors, study_style
-from .parts import bands, finished, label_rows, legend_below, log_axis, number
-from .parts import pair_handles, print_right, row_height, shade_rows, wrapped
+from .parts import bands, finished, label_rows, legend_below, log_axis
+from .parts import pair_handles, print_right, row_height, shade_rows
+from .parts import shown_number, wrapped
 from .segmentations import draw_contours, show_slice
 
 # %% ../../nbs/62a_report.data_figures.ipynb #b3024d2c
@@ -158,9 +159,9 @@ def _draw_organ_sizes(ax, table, classes):
 def _medians_in_words(cases, organs):
     "Put median spacing and organ sizes into words"
     medians = [cases[f"{k}_spacing"].median() for k in ("slice", "row", "column")]
-    spacing = " x ".join(number(median, 2) for median in medians)
+    spacing = " x ".join(shown_number(median, 2) for median in medians)
     volumes = organs.groupby("structure", sort=False)["volume_ml"].median()
-    sizes = "; ".join(f"{structure} {number(v, 1)} ml" for structure, v in volumes.items())
+    sizes = "; ".join(f"{structure} {shown_number(v, 1)} ml" for structure, v in volumes.items())
     return (f"Four panels. Median spacing (slice x row x column): {spacing} mm."
             f" Median volumes: {sizes}.")
 

@@ -13,9 +13,9 @@ from ..evaluation.metrics import with_worst_case
 from ..evidence.claims import BASELINE
 from ..evidence.results import judging_splits
 from .look import About, DOUBLE, checked, study_style
-from .parts import bands, finished, label_rows, legend_below, loss_handles, number
-from .parts import pair_handles, per_training, print_right, row_height, shade_rows
-from .parts import structures_of
+from .parts import bands, finished, label_rows, legend_below, loss_handles
+from .parts import pair_handles, per_training, print_right, row_height
+from .parts import shade_rows, shown_number, structures_of
 
 # %% ../../nbs/62_report.differences.ipynb #09145f43
 @study_style()
@@ -160,7 +160,7 @@ def _pairs_in_words(cases, about):
     for dataset, rows in cases.groupby("dataset", sort=False):
         pairs = _mean_pairs(rows, "dice", "transunet_dice")
         pairs = pairs[pairs["structure"] == "mean over structures"]
-        words = [f"{about.name(p.loss)} {number(p.first)} and {number(p.second)}"
+        words = [f"{about.name(p.loss)} {shown_number(p.first)} and {shown_number(p.second)}"
                  for p in pairs.itertuples()]
         parts.append(f"{about.dataset(dataset)}: {', '.join(words)}")
     return f"Mean Dice over structures, this study's and the published tables': {'; '.join(parts)}."
@@ -248,5 +248,5 @@ def _gaps_in_words(cases, about):
         means = _split_means(rows, "dice")
         gaps = (means["valid"] - means["test"]).groupby(means["loss"], sort=False).mean()
         name = about.dataset(dataset)
-        words += [f"{name}, {about.name(loss)}: {number(gap)}" for loss, gap in gaps.items()]
+        words += [f"{name}, {about.name(loss)}: {shown_number(gap)}" for loss, gap in gaps.items()]
     return f"Paper minus held-out Dice: {'; '.join(words)}."

@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.lines import Line2D
 from .look import About, NAMES, checked, study_style
 from .parts import bands, finished, label_rows, legend_below, loss_handles
-from .parts import has_spread, means_in_words, number, per_training
-from .parts import print_right, row_height, score, wrapped
+from .parts import has_spread, means_in_words, shown_number, per_training
+from .parts import print_right, row_height, shown_score, wrapped
 
 # %% ../../nbs/61_report.figures.ipynb #68b77dca
 @study_style()
@@ -72,7 +72,7 @@ def _draw_runs(ax, runs, metric, losses, about, paper, bars):
         ax.plot(values, row + spread, "o", color=color, **dot)
         ax.plot(_paper_value(paper, metric, loss), row, **diamond)
     label_rows(ax, [about.name(loss) for loss in losses])
-    print_right(ax, [score(mean, metric) for mean in means])
+    print_right(ax, [shown_score(mean, metric) for mean in means])
 
 # %% ../../nbs/61_report.figures.ipynb #34b946b2
 def _paper_for(runs, about, paper):
@@ -232,7 +232,7 @@ def _course_in_words(epochs, about):
     keys, words = ["dataset", "loss"], []
     mean = epochs.groupby([*keys, "epoch"], sort=False)["valid_dice"].mean().dropna()
     for (dataset, loss), curve in mean.groupby(level=keys, sort=False):
-        best = f"{number(curve.max())} at epoch {curve.idxmax()[2]}"
+        best = f"{shown_number(curve.max())} at epoch {curve.idxmax()[2]}"
         words.append(f"{about.dataset(dataset)}, {about.name(loss)}: {best}")
     return f"Best mean validation Dice: {'; '.join(words)}."
 

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from ..files import StudyError
 from .look import About, DOUBLE, MM, structure_colors, study_style
-from .parts import finished, legend_below, number, wrapped
+from .parts import finished, legend_below, shown_number, wrapped
 
 # %% ../../nbs/61a_report.segmentations.ipynb #ef5baf54
 def _frame(ax, view, spacing=None):
@@ -185,8 +185,9 @@ def _draw_example(part, example, losses, columns, about):
     axes[0, 0].set_title("image")
     axes[0, 1].set_title("reference")
     for ax, loss in zip(axes[0, 2:], losses, strict=True):
-        score = number(_slice_dice(reference, example["predictions"][loss], structures), 2)
-        ax.set_title(f"{wrapped(about.name(loss), 120//columns)}\nslice Dice {score}")
+        score = _slice_dice(reference, example["predictions"][loss], structures)
+        name = wrapped(about.name(loss), 120//columns)
+        ax.set_title(f"{name}\nslice Dice {shown_number(score, 2)}")
     errors = [Patch(color=color, label=name) for name, color in ERRORS.items()]
     look = dict(loc="center right", borderaxespad=0, handlelength=1.2)
     legend = axes[1, 1].legend(handles=errors, **look)
@@ -247,6 +248,7 @@ def _examples_in_words(examples, losses, about):
     for e in examples:
         scores = {loss: _slice_dice(e["reference"], e["predictions"][loss], e["structures"])
                   for loss in losses}
-        words = ", ".join(f"{about.name(k)} {number(score, 2)}" for k, score in scores.items())
+        words = ", ".join(f"{about.name(loss)} {shown_number(score, 2)}"
+                          for loss, score in scores.items())
         parts.append(f"{_example_name(e, about)}: {words}")
     return f"Image panels. Slice Dice: {'; '.join(parts)}."

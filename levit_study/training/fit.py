@@ -17,7 +17,8 @@ from ..data.augment import augment
 from ..data.dataset import PreparedStore, epoch_order, oversampled
 from ..model.grids import forget_biases
 from ..model.precision import widest
-from .state import Trainer, learning_rate_at, make_fabric, make_trainer
+from .state import Trainer, learning_rate_at, make_trainer
+from .device import make_fabric
 from .state import unwrapped
 from .checkpoint import all_saved, resume, save_is_due, save_state
 from .course import best_epoch, summary

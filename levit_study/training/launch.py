@@ -12,7 +12,8 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from ..files import StudyError, end_with_parent, held_alone, run_folders, tied
+from ..files import StudyError, run_folders
+from ..processes import end_with_parent, held_alone, tied
 from ..params import load_params, pick_run
 
 # %% ../../nbs/32_training.launch.ipynb #c4d1a0e7
