@@ -69,6 +69,7 @@ def add_verify(commands):
     command.set_defaults(run=_verify)
 
 def _verify(a):
+    from tqdm import tqdm
     from levit_study.evidence.published import verify_page, verify_study
     folders = [Path(folder).resolve() for folder in a.folders]
     enter_project()
@@ -76,13 +77,15 @@ def _verify(a):
     published = Path("reports/studies").glob("[!.]*/runs")  # a plan without results has none
     folders = folders or sorted(path.parent for path in published)
     right = wrong = 0
-    for folder in folders:
+    bar = tqdm(folders, unit="study", leave=False)
+    for folder in bar:
+        bar.set_description(f"{folder.name}, computed from its records")
         outcome = verify_study(folder)
         problems = {name: problem for name, problem in outcome.items() if problem}
-        for name, problem in problems.items(): print(f"{folder}/{name}: {problem}")
+        for name, problem in problems.items(): bar.write(f"{folder}/{name}: {problem}")
         follow = len(outcome) - len(problems)
         right, wrong = right + follow, wrong + len(problems)
-        print(f"{folder}: {follow} of {len(outcome)} files follow from the records")
+        bar.write(f"{folder}: {follow} of {len(outcome)} files follow from the records")
     pages = [] if a.folders or not Path("README.md").exists() else ["README.md"]
     for page in pages:
         for folder, problem in verify_page(page).items():

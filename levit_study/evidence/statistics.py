@@ -72,10 +72,10 @@ class Spread(NamedTuple):
     assumed: float    # the assumed standard deviation; 0: none
 
     def __str__(self):
-        if not self.measured: return f"an assumed run-to-run sd of {self.assumed:.2g}"
+        if not self.measured: return f"an assumed run-to-run SD of {self.assumed:.2g}"
         plural = "s" * (self.measured > 1)
         freedom = f"{self.measured} degree{plural} of freedom"
-        text = f"a run-to-run sd of {self.sd:.2g}, pooled with {freedom}"
+        text = f"a run-to-run SD of {self.sd:.2g}, pooled with {freedom}"
         return text + (f" and an assumed {self.assumed:.2g}" if self.assumed else "")
 
 UNKNOWN = Spread(np.nan, 0, 0, 0)

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .claims import CLAIMS, claim_cases, size_slopes, slope_difference
-from .claims import smallest_third
+from .claims import CLAIMS, MEASURES, claim_cases, measure_in_words
+from .claims import size_slopes, slope_difference, smallest_third
 from .intervals import patients_of
 from .results import PROTOCOLS, judging_cases
 from .statistics import SEED_SD, UNKNOWN, count_one_sided, existing
@@ -233,17 +233,9 @@ def _study(epochs, cases, sure, synthetic=False):
     return _Study(runs, claim_cases(judging_cases(cases)), synthetic, *sure)
 
 # %% ../../nbs/52a_evidence.verdicts.ipynb #184ed5a5
-_DIGITS = {"best_epoch": 1, "epochs_to_95": 1, "roughness": 4, "late_spread": 4, "missed": 0}
-_NAMES = {"paper_imbalance": "|sensitivity - specificity|, the paper's wording",
-          "volume_error": "volume error (predicted - reference) / reference",
-          "imbalance": "|sensitivity - precision|", "missed": "missed structures",
-          "hd95_worst": "hd95 with the worst case for a miss"}
-
 def _listed(name, values):
     "Return values of losses in words"
-    digits = _DIGITS.get(name, 3)
-    listed = ", ".join(f"{loss} {value:.{digits}f}" for loss, value in values.items())
-    return f"{_NAMES.get(name, name.replace('_', ' '))}: {listed}"
+    return f"{name}: {', '.join(f'{loss} {value:.3f}' for loss, value in values.items())}"
 
 def _slopes(claim, study):
     "Return in words how Dice rises with size, per loss and as paired differences"
@@ -259,7 +251,7 @@ def _between_trainings(claim, study):
     long = study.runs[["loss", "seed", "fold"]].assign(value=study.runs.final_dice.astype(float))
     spreads = {loss: pooled_spread(long[long.loss == loss]).sd for loss in _losses(claim)}
     if np.isnan(list(spreads.values())).any(): return ""
-    return _listed("sd of final Dice between trainings", spreads)
+    return _listed("SD of final Dice between trainings", spreads)
 
 # %% ../../nbs/52a_evidence.verdicts.ipynb #48e51db5
 def _beside(claim, study, evidence):
@@ -277,7 +269,7 @@ def _beside(claim, study, evidence):
                 by_loss = values.groupby("loss")
                 values = by_loss.sum() if name == "missed" else by_loss.mean()
             values = values.reindex(_losses(claim))
-            if values.notna().all(): texts.append(_listed(name, values))
+            if values.notna().all(): texts.append(measure_in_words(name, values.items()))
     return "; ".join(filter(None, texts))
 
 def _still_rising(runs: pd.DataFrame) -> str:
@@ -326,14 +318,14 @@ def _standing(claim, study, evidence):
 # %% ../../nbs/52a_evidence.verdicts.ipynb #1f5112e8
 def _in_words(claim, evidence, verdict):
     "Return a claim's evidence in words, and its differences with their intervals"
-    digits, reason = _DIGITS.get(claim.measure, 3), evidence.reason
+    (measure, digits), reason = MEASURES[claim.measure], evidence.reason
     intervals = evidence.intervals
     finite = intervals and np.isfinite([each.low for each in intervals]).all()
     if verdict == "inconclusive" and finite:
         open_end = "reaches past the margin" if claim.margin else "includes zero"
         reason += f"; an interval {open_end}"
     means = ", ".join(f"{loss} {value:.{digits}f}" for loss, value in evidence.means.items())
-    measure = claim.measure.replace("_", " ") + (f" ({claim.reading})" if claim.reading else "")
+    if claim.reading: measure += f" ({claim.reading})"
     differences = []
     for (first, second), interval in zip(claim.pairs, intervals, strict=False):
         text = f"{first} - {second}: {interval.estimate:+.{digits}f}"
