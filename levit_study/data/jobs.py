@@ -22,6 +22,7 @@ from .voxels import reading
 from .dataset import SPLITS, STORE_FORMAT
 from .folds import fold_splits
 from .splits import benchmark_valid, joined, split_cases, with_fewer
+from .store import case_columns
 from .volumes import shared_orientation
 
 # %% ../../nbs/18d_data.jobs.ipynb #6f10ea97
@@ -116,10 +117,28 @@ def rows_of(
                 for row, (key, name, digest) in enumerate(zip(*columns, strict=True))}
 
 # %% ../../nbs/18d_data.jobs.ipynb #90a1e471
+def _is_intact(
+    file, # open store
+    case: Prepared,
+):
+    "Whether a case's slices, and the image of its volume if it is kept, are what was written"
+    first, columns = case_columns(file, case.row)
+    slices, image = hashlib.sha256(), hashlib.sha256()
+    for name in ("image", "label"):
+        part = file[f"slices/{name}"][first:first + len(columns["slices/slice"])]
+        slices.update(part.tobytes())
+    if slices.hexdigest() != columns["cases/content"][0].decode(): return False
+    if not case.volume: return True
+    volume = file[f"volumes/{columns['cases/name'][0].decode()}/image"]
+    image.update(str(volume.shape).encode())
+    for part in volume: image.update(part)
+    return image.hexdigest() == case.digest
+
+# %% ../../nbs/18d_data.jobs.ipynb #c3322b4b
 def find_prepared(
     store, # the store to be made; one may be there from before
 ): # (dict key -> `Prepared`, dict key -> digest of the image, cases left out among them)
-    "Find the cases that this code has prepared; what cannot be read counts as absent"
+    "Find the cases that this code has prepared; what is damaged counts as absent"
     prepared, digests = {}, {}
     for path in [Path(store), *sorted(Path(f"{store}.parts").glob(f"*-{code_digest()}.h5"))]:
         try:
@@ -127,7 +146,8 @@ def find_prepared(
                 if path == Path(store):
                     if file.attrs["code"] != code_digest(): continue
                     digests |= json.loads(file.attrs.get("left_out", "{}"))
-            prepared |= rows_of(path)
+                prepared |= {key: case for key, case in rows_of(path).items()
+                             if _is_intact(file, case)}
         except (OSError, KeyError, ValueError): continue
     return prepared, digests | {key: case.digest for key, case in prepared.items()}
 

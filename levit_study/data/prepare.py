@@ -23,9 +23,8 @@ from tqdm import tqdm
 from ..files import StudyError, written_whole
 from .voxels import prepare_case
 from .dataset import STORE_FORMAT
-from levit_study.data.jobs import (
-    code_digest, find_prepared, plan_case, rows_of, share_orientation, source_files, split_jobs,
-)
+from .jobs import code_digest, find_prepared, plan_case, rows_of
+from .jobs import share_orientation, source_files, split_jobs
 from .layouts import find_cases
 from .manifest import build_manifest, split_table
 from .modalities import check_form
