@@ -4,31 +4,28 @@
 
 # %% auto #0
 __all__ = ['no_orientation', 'sform_wrong', 'affine_wrong', 'pixdim_wrong', 'unit_converted', 'unit_wrong', 'forms_differ',
-           'header_affine']
+           'header_affine', 'same_sform']
 
 # %% ../../nbs/09_data.affines.ipynb #964cb3ab
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from ..files import StudyError
 
 # %% ../../nbs/09_data.affines.ipynb #0c48afc1
-def _lengths(affine):
-    "Return the lengths of an affine's three columns: the voxel's sides in mm"
-    return np.linalg.norm(affine[:3, :3], axis=0)
-
 def _plausible(sizes):
     "Whether three voxel sides are between 0.01 and 100 mm"
     return bool(np.isfinite(sizes).all() and sizes.min() >= 0.01 and sizes.max() <= 100)
 
 def _shear(affine):
     "Return the largest cosine between an affine's axes: 0 where they are perpendicular"
-    axes = affine[:3, :3]/_lengths(affine)
+    axes = affine[:3, :3]/voxel_sizes(affine)
     return np.abs(axes.T @ axes - np.eye(3)).max()
 
 # %% ../../nbs/09_data.affines.ipynb #e68147e7
 def _check_affine(path, affine):
     "Raise `StudyError` unless the affine is finite, without shear, and of plausible voxel size"
-    lengths = _lengths(affine)
+    lengths = voxel_sizes(affine)
     if not np.isfinite(affine).all() or not _plausible(lengths):
         size = " x ".join(f"{n:.4g}" for n in lengths)
         remedy = "correct the header's affine and units"
@@ -66,7 +63,7 @@ def _in_mm(header):
     factor = {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7)  # metre, micrometre
     if factor is None: return header, []
     mm, affine = header.copy(), nib.Nifti1Header.get_best_affine(header)
-    if not _plausible(_lengths(affine) * factor): return header, [unit_wrong]
+    if not _plausible(voxel_sizes(affine) * factor): return header, [unit_wrong]
     mm["pixdim"][1:4] *= factor
     for name in ("srow_x", "srow_y", "srow_z", "qoffset_x", "qoffset_y", "qoffset_z"):
         mm[name] *= factor
@@ -86,16 +83,16 @@ def _coded_affines(header):
 
 def _is_rigid(affine):
     "Whether an affine gives three perpendicular directions"
-    finite = np.isfinite(affine).all() and _lengths(affine).min() > 1e-6
+    finite = np.isfinite(affine).all() and voxel_sizes(affine).min() > 1e-6
     return bool(finite and _shear(affine) <= 0.01)
 
 # %% ../../nbs/09_data.affines.ipynb #38dddd16
 def _choose_affine(forms, sizes):
     "Return the affine of {name: rigid affine} that agrees with the voxel `sizes`, and notes"
-    agreeing = [n for n, form in forms.items() if np.allclose(_lengths(form), sizes, 0.005, 0)]
+    agreeing = [n for n, form in forms.items() if np.allclose(voxel_sizes(form), sizes, 0.005, 0)]
     if not agreeing:
         affine = next(iter(forms.values())).copy()
-        affine[:3, :3] *= sizes/_lengths(affine)
+        affine[:3, :3] *= sizes/voxel_sizes(affine)
         return affine, [affine_wrong]
     if len(agreeing) < len(forms): return forms[agreeing[0]], [sform_wrong]
     alike = all(np.allclose(form, forms[agreeing[0]], atol=0.1) for form in forms.values())
@@ -120,3 +117,9 @@ def header_affine(header, path="header"):
         affine, more = _choose_affine(rigid, sizes)
     _check_affine(path, affine)
     return affine, units + notes + more
+
+# %% ../../nbs/09_data.affines.ipynb #d484e9aa
+def same_sform(header, like):
+    "Whether two headers declare a valid sform, and the same one"
+    forms = [_coded_affines(_mended(each)).get("sform") for each in (header, like)]
+    return all(form is not None for form in forms) and np.allclose(*forms, atol=1e-3)

@@ -6,17 +6,10 @@
 __all__ = ['read_channels']
 
 # %% ../../nbs/10a_data.channels.ipynb #04aeaed5
-import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from ..files import StudyError
-from .nifti import read_oriented, text_shape
-
-# %% ../../nbs/10a_data.channels.ipynb #c6bcc82f
-def _apart(shape, affines):
-    "Return how far, in mm, the corners of a grid lie apart under two affines"
-    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
-    one, other = (nib.affines.apply_affine(affine, corners) for affine in affines)
-    return np.abs(one - other).max()
+from .nifti import grid_corners, read_oriented, text_shape
 
 # %% ../../nbs/10a_data.channels.ipynb #babc5d41
 def _check_one_grid(path, first, shapes, affines):
@@ -24,7 +17,8 @@ def _check_one_grid(path, first, shapes, affines):
     if shapes[0] != shapes[1]:
         sizes = " instead of ".join(map(text_shape, shapes[::-1]))
         raise StudyError(f"{path}: has {sizes} voxels ({first}): resample it onto that grid")
-    apart, voxel = _apart(shapes[0], affines), np.linalg.norm(affines[0][:3, :3], axis=0).min()
+    one, other = (grid_corners(shapes[0], affine) for affine in affines)
+    apart, voxel = np.abs(one - other).max(), voxel_sizes(affines[0]).min()
     if apart > voxel/2:
         where = f"lies up to {apart:.2g} mm beside the grid of {first}"
         raise StudyError(f"{path}: {where}: resample it onto that grid")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['study_axes', 'labels_rounded', 'same_affine', 'label_lost', 'first_line', 'one_problem', 'text_shape', 'check_shape',
-           'header_shape', 'canonical', 'read_oriented', 'read_nifti_pair', 'write_nifti', 'write_label_map']
+           'header_shape', 'canonical', 'as_stored', 'grid_corners', 'read_oriented', 'read_nifti_pair', 'write_nifti',
+           'write_label_map']
 
 # %% ../../nbs/10_data.nifti.ipynb #4a2032f5
 import gzip
@@ -15,10 +16,10 @@ import nibabel as nib
 import numpy as np
 import zlib
 from contextlib import contextmanager
+from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.orientations import aff2axcodes, apply_orientation, axcodes2ornt, inv_ornt_aff
 from nibabel.orientations import io_orientation, ornt_transform
-from .affines import _coded_affines, _lengths, _mended, header_affine
-from .affines import no_orientation
+from .affines import header_affine, no_orientation, same_sform
 from ..files import StudyError, written_whole
 
 # %% ../../nbs/10_data.nifti.ipynb #d3d122b2
@@ -172,7 +173,7 @@ def _seen_from_the_feet(axes, thick):
 # %% ../../nbs/10_data.nifti.ipynb #7bb41723
 def _stored_axes(affine):
     "Return where the stored axes run, as `nibabel.io_orientation`, but thick slices stay slices"
-    nearest, size = io_orientation(affine), _lengths(affine)
+    nearest, size = io_orientation(affine), voxel_sizes(affine)
     axes, thick = affine[:3, :3]/size, _is_thick(size)
     if thick is None or nearest[thick, 0] == 2: return nearest
     if abs(axes[2, thick]) > 0.3: return _seen_from_the_feet(axes, thick)
@@ -189,7 +190,7 @@ def canonical(array, affine):
     array = np.moveaxis(apply_orientation(array, turn), (2, 1, 0), (0, -2, -1))
     return np.ascontiguousarray(array), turned[:, [2, 1, 0, 3]]
 
-def _as_stored(array, affine):
+def as_stored(array, affine):
     "Undo `canonical`: put an array back on the axes of the file that had this `affine`"
     turn = ornt_transform(axcodes2ornt(study_axes), _stored_axes(affine))
     return apply_orientation(array.transpose(2, 1, 0), turn)
@@ -198,7 +199,7 @@ def _as_stored(array, affine):
 def _orientation_notes(affine):
     "Return, in words, what is odd about where the stored axes run"
     notes, stored = [], "".join(aff2axcodes(affine))
-    cosines = np.abs(affine[:3, :3]/_lengths(affine)).max(axis=0)
+    cosines = np.abs(affine[:3, :3]/voxel_sizes(affine)).max(axis=0)
     tilt = np.degrees(np.arccos(min(cosines.min(), 1)))
     if tilt > 5:
         notes.append(f"oblique by {tilt:.0f} degrees: turned to the nearest axes, not resampled")
@@ -231,12 +232,14 @@ def _label_affine(header, like, paths):
     (affine, notes), (image, _) = map(header_affine, (header, like), paths)
     if tuple(header.get_data_shape()[:3]) != tuple(like.get_data_shape()[:3]): return affine, []
     if no_orientation in notes: return image, [label_lost]
-    if np.allclose(affine, image, atol=1e-3 * _lengths(image).min()): return image, []
-    forms = [_coded_affines(_mended(each)).get("sform") for each in (header, like)]
-    alike = all(form is not None for form in forms) and np.allclose(*forms, atol=1e-3)
-    return (image, [same_affine]) if alike else (affine, [])
+    if np.allclose(affine, image, atol=1e-3 * voxel_sizes(image).min()): return image, []
+    return (image, [same_affine]) if same_sform(header, like) else (affine, [])
 
 # %% ../../nbs/10_data.nifti.ipynb #dd5886a8
+def grid_corners(shape, affine):
+    "Return where the eight corner voxels of a grid lie, in mm: (8, 3)"
+    return apply_affine(affine, np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1))
+
 def _check_grids(label_path, image_path, shapes, affines, lost=False, stored=None):
     """Return a note if image and label map are a little apart; `StudyError` if more
 
@@ -245,9 +248,8 @@ def _check_grids(label_path, image_path, shapes, affines, lost=False, stored=Non
         scanned, drawn = (text_shape(shape) for shape in stored or shapes)
         sizes = f"label map of {drawn} voxels for an image of {scanned} ({image_path})"
         raise StudyError(f"{label_path}: {sizes}: find the matching file")
-    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shapes[0]) - 1)
-    places = [nib.affines.apply_affine(affine, corners) for affine in affines]
-    apart, voxel = np.abs(places[0] - places[1]).max(), _lengths(affines[0])
+    places = [grid_corners(shapes[0], affine) for affine in affines]
+    apart, voxel = np.abs(places[0] - places[1]).max(), voxel_sizes(affines[0])
     voxels = np.linalg.solve(affines[0][:3, :3], (places[0] - places[1]).T)  # along each axis
     if np.abs(voxels).max() > 2:
         unknown = ", whose header gives no orientation" if lost else ""
@@ -313,7 +315,7 @@ def write_label_map(
     slope=None, # what 1 stands for where the values are no labels; 1/255 for shares
 ):
     "Write a label map on the scan's own grid; names and remarks in its header are left out"
-    stored = _as_stored(np.asarray(labels), header_affine(like, path)[0])
+    stored = as_stored(np.asarray(labels), header_affine(like, path)[0])
     if stored.shape != like.get_data_shape()[:3]:
         drawn, scanned = text_shape(stored.shape), text_shape(like.get_data_shape())
         sizes = f"label map of {drawn} voxels for a scan of {scanned}"

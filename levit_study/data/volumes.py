@@ -12,6 +12,7 @@ import re
 import zipfile
 import zlib
 from dataclasses import dataclass, field
+from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 from pathlib import Path
 from ..files import StudyError
@@ -293,8 +294,8 @@ def _orient_prepared(case, image, label, structures, orientation):
 
 # %% ../../nbs/12_data.volumes.ipynb #826532dd
 def _spacing(affine):
-    "Return the lengths of an affine's columns in mm"
-    return tuple(float(n) for n in np.linalg.norm(affine[:3, :3], axis=0))
+    "Return the sides of a voxel in mm"
+    return tuple(map(float, voxel_sizes(affine)))
 
 # %% ../../nbs/12_data.volumes.ipynb #6894e119
 def read_volume(

@@ -27,7 +27,7 @@ from ..data.native import stored_volume
 from ..data.slices import to_square
 from ..model.inference import for_inference, load_weights
 from ..model.network import LevitUNet
-from .evaluate import _check_fits
+from .evaluate import check_fits
 from .inference import Network, PredictionSettings, predict_volume
 
 # %% ../../nbs/42c_evaluation.engine.ipynb #13c9e113
@@ -174,7 +174,7 @@ def _prepared(network: Network):
         if not path.exists(): continue
         try:
             store = PreparedStore(path, network.card.get("fold"))
-            _check_fits(store, network)
+            check_fits(store, network)
         except StudyError: continue
         if store.split("valid"): return store
     return None

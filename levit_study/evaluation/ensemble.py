@@ -9,7 +9,6 @@ __all__ = ['weight_files', 'check_images', 'Ensemble', 'load_ensemble']
 import json
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np
 import torch
 from ..files import StudyError, hash_file
 from ..model.weights import read_card

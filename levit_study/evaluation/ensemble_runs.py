@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 import pandas as pd
-import torch
 from ..data.dataset import PreparedStore
 from ..files import StudyError, hash_file, run_folders, write_csv, write_json
 from ..model.weights import read_card

@@ -21,7 +21,7 @@ from ..data.channels import read_channels
 from ..data.labels import label_table, map_labels
 from ..data.dataset import FOLD, SPLITS
 from ..data.layouts import find_cases
-from ..data.nifti import _as_stored, first_line, header_shape, read_nifti_pair
+from ..data.nifti import as_stored, first_line, header_shape, read_nifti_pair
 from ..data.nifti import read_oriented, write_label_map, write_nifti
 from ..data.splits import SPARE
 from .elsewhere import check_dataset
@@ -101,7 +101,7 @@ def _place_file(source, target):
 def _one_channel(path, place: int):
     "A channel of a file's fourth axis as an image on the file's own axes, its values as read"
     array, _, header, _ = read_channels([(path, place)])
-    stored = np.ascontiguousarray(_as_stored(array, header_affine(header, path)[0]))
+    stored = np.ascontiguousarray(as_stored(array, header_affine(header, path)[0]))
     form = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     return form(stored, None, header, dtype=stored.dtype)
 

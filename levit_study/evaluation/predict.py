@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 import numpy as np
-import torch
 from ..files import StudyError, hash_file, write_json, written_whole
 from ..params import Data
 from ..data.affines import no_orientation

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from nibabel.affines import voxel_sizes
 from ..data.cases import patient_of
 from ..data.labels import label_table, map_labels
 from ..data.nifti import read_nifti_pair
@@ -125,7 +126,7 @@ def score_case(prediction, reference, rules: Rules) -> tuple[list[dict], list[st
     truth, labels, affine, notes = read_nifti_pair(reference, prediction)
     labels = map_labels(labels, tables[0], prediction)
     truth = map_labels(_whole(truth), tables[1], reference)
-    spacing = tuple(float(mm) for mm in np.linalg.norm(affine[:3, :3], axis=0))
+    spacing = tuple(map(float, voxel_sizes(affine)))
     return case_metrics(labels, truth, rules.structures, spacing, rules.tolerance), notes
 
 # %% ../../nbs/44_evaluation.score.ipynb #e9581b6f

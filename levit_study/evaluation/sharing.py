@@ -7,10 +7,9 @@ __all__ = ['share_weights', 'export_weights', 'shipped_weights']
 
 # %% ../../nbs/43a_evaluation.sharing.ipynb #be045677
 import json
-import torch
 from pathlib import Path
 from .card import card_file, is_evaluated
-from .targets import _try_writing, cannot_write
+from .targets import try_writing, cannot_write
 from ..files import StudyError, hash_file, write_json, written_whole
 from ..model.weights import read_card
 
@@ -74,7 +73,7 @@ def export_weights(
 ) -> str:     # what was written, in a line
     "Write weights for others; `StudyError` for another ending, or where they cannot be written"
     from safetensors import SafetensorError
-    _try_writing(Path(path))
+    try_writing(Path(path))
     try: return _export(weights, path)
     except (OSError, SafetensorError) as error: raise cannot_write(path, error) from None
 

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .intervals import _draw, patients_of, tabulate_trainings, weighted_means
+from .intervals import draw_counts, patients_of, tabulate_trainings
+from .intervals import weighted_means
 from .results import judging_cases
 from .statistics import by_structure
 
@@ -31,7 +32,7 @@ def _within_folds(random, folds, draws):
     weights = np.empty((draws, len(folds)))
     for fold in np.unique(folds):
         inside = folds == fold
-        weights[:, inside] = _draw(random, inside.sum(), draws)
+        weights[:, inside] = draw_counts(random, inside.sum(), draws)
     return weights
 
 def _comparable(part):
@@ -44,7 +45,7 @@ def _drawn_folds(random, folds, draws):
     "Return how often each fold comes up: {fold: (draws, 1)}"
     folds = sorted(set(folds))
     if len(folds) < 2: return {fold: np.ones((draws, 1)) for fold in folds}
-    weights = _draw(random, len(folds), draws)
+    weights = draw_counts(random, len(folds), draws)
     return {fold: weights[:, [k]] for k, fold in enumerate(folds)}
 
 # %% ../../nbs/54c_evidence.ranking.ipynb #8dcb40e8

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
-from ..files import StudyError, run_folders, run_tail
+from ..files import StudyError, run_tail
 from ..consistency import deciding
 from ..params import Params, Run, pick_run
 from ..evaluation.elsewhere import SCORES, read_elsewhere, scores_fault

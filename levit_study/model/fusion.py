@@ -6,7 +6,6 @@
 __all__ = ['LateFusion']
 
 # %% ../../nbs/21b_model.fusion.ipynb #7269d746
-import torch
 from torch import nn
 from ..files import StudyError
 from .grids import forget_biases

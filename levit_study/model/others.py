@@ -13,7 +13,6 @@ import os
 import sys
 import torch
 from functools import lru_cache
-from pathlib import Path
 from torch import nn
 from ..files import StudyError
 from ..networks import UNET, unet_settings

@@ -7,7 +7,6 @@ __all__ = ['PublishedStudy', 'published_studies', 'front_html', 'studies_pages']
 
 # %% ../../nbs/63c_report.studies.ipynb #70761308
 import base64
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
