@@ -90,7 +90,7 @@ CLAIMS = {
 MEASURES = { # column -> (name in words, decimals)
     "dice": ("Dice", 3), "nsd": ("surface Dice", 3), "missed": ("missed structures", 0),
     "hd95_worst": ("HD95 with the worst case for a miss", 3),
-    "imbalance": ("|sensitivity - precision|", 3),
+    "imbalance": ("imbalance", 3),
     "paper_imbalance": ("|sensitivity - specificity|, the paper's wording", 3),
     "volume_error": ("volume error (predicted - reference) / reference", 3),
     "best_epoch": ("best epoch", 1), "epochs_to_95": ("epochs to 95 % of the best Dice", 1),
