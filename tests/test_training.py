@@ -381,11 +381,11 @@ def drawn_on(root, room):
 
 
 def test_what_decides_a_training_draws_on_nothing_that_is_not_counted(root):
-    "Beside files, what checks, picks and fills in settings, which count themselves, and what only records"
+    "Beside files, what checks, picks and fills in settings, which count themselves, and what only identifies and records"
     losses = {"losses.paper", "losses.more", "losses.adaptive"}
     counted = set(TRAINING) | losses
     others = {other for room in TRAINING for other in drawn_on(root, room)} - counted
-    assert others == {"files", "params", "consistency", "settings", "kinds", "networks", "training.record"}
+    assert others == {"files", "params", "settings", "kinds", "networks", "training.identity", "training.record"}
 
 
 @pytest.mark.parametrize("kind", ["baseline", "focal", "focal_tversky"])
