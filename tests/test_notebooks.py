@@ -70,7 +70,7 @@ def first_difference(name):
 def results():
     "Each notebook in a process of its own, forked from one that has loaded the slow libraries"
     context = get_context("forkserver")
-    context.set_forkserver_preload(["execnb.shell", "lightning_fabric", "matplotlib.pyplot", "nbdev.showdoc", "pandas", "scipy.stats", "timm", "torch._dynamo"])
+    context.set_forkserver_preload(["execnb.shell", "lightning_fabric", "matplotlib.pyplot", "nbdev.showdoc", "nbformat.validator", "pandas", "pytest", "scipy.stats", "timm", "torch._dynamo"])
     with patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore:IProgress not found"):
         with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
             yield dict(zip(NOTEBOOKS, pool.map(execute, NOTEBOOKS), strict=True))

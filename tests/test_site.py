@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -189,7 +190,7 @@ class Reader:
         viewport = {"width": width, "height": height}
         self.context = browser.new_context(viewport=viewport, color_scheme=scheme,
                                            is_mobile=width < 500)
-        self.context.route("**/*", self.decide)
+        self.context.route(re.compile(r"^(?!file:|data:|blob:)"), self.refuse)
         self.page, self.wrong = self.context.new_page(), []
         self.page.on("console", self.listen)
         self.page.on("pageerror", lambda e: self.wrong.append(f"script: {e}"))
@@ -204,8 +205,7 @@ class Reader:
         if request.failure != "net::ERR_ABORTED":
             self.wrong.append(f"not loaded: {request.url}")
 
-    def decide(self, route):
-        if re.match(r"file:|data:|blob:", route.request.url): return route.continue_()
+    def refuse(self, route):
         self.wrong.append(f"request to another machine: {route.request.url}")
         route.abort()
 
@@ -268,38 +268,47 @@ LOOK = r"""() => ({
         alt: i.alt, loaded: i.complete && i.naturalWidth > 0,
         hidden: i.getAttribute('aria-hidden') === 'true'})),
     over: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    ids: [...document.querySelectorAll('[id], a[name]')].map(e => e.id || e.name),
+    links: [...document.querySelectorAll('a[href], link[href]')].map(e => e.href),
     raw: [...document.querySelectorAll('article p, article li, article td, main p, main li')]
         .map(e => [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.data).join(' '))
         .filter(t => /\$[^$]*[\\_^][^$]*\$/.test(t))})"""
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (390, "dark")])
-def test_every_page_in_a_browser(study, browser, width, scheme):
+@pytest.fixture(scope="module")
+def looked(study, browser):
+    "What a browser sees of every page in a wide and in a small, dark window; looked at once"
+    @cache
+    def at(width, height, scheme):
+        with Reader(browser, width, height, scheme) as reader:
+            return {path: reader.open(path).evaluate(LOOK) | {"wrong": list(reader.wrong)}
+                    for path in pages_of(study[0])}
+    return at
+
+
+WIDE, SMALL = (1440, 900, "light"), (390, 844, "dark")
+
+@pytest.mark.parametrize("window", [WIDE, SMALL])
+def test_every_page_in_a_browser(study, looked, window):
     """No error, no request to elsewhere, pictures loaded and described, nothing wider than the
     window, no formula left as LaTeX"""
     pictures = 0
-    with Reader(browser, width, 844 if width < 500 else 900, scheme) as reader:
-        for path in pages_of(study[0]):
-            page, name = reader.open(path).evaluate(LOOK), path.relative_to(study[0] / "reports")
-            pictures += len(page["pictures"])
-            for each in page["pictures"]:
-                assert each["loaded"], name
-                assert each["hidden"] or len(each["alt"]) > 15, f"{name}: a figure without words"
-            assert page["over"] <= 0, f"{name}: {page['over']} pixels wider than {width}"
-            assert not page["raw"], f"{name}: LaTeX left: {page['raw']}"
-            assert reader.wrong == [], f"{name}: {reader.wrong}"
+    for path, page in looked(*window).items():
+        name = path.relative_to(study[0] / "reports")
+        pictures += len(page["pictures"])
+        for each in page["pictures"]:
+            assert each["loaded"], name
+            assert each["hidden"] or len(each["alt"]) > 15, f"{name}: a figure without words"
+        assert page["over"] <= 0, f"{name}: {page['over']} pixels wider than {window[0]}"
+        assert not page["raw"], f"{name}: LaTeX left: {page['raw']}"
+        assert page["wrong"] == [], f"{name}: {page['wrong']}"
     assert pictures > 20
 
 
-def test_all_internal_links_lead_somewhere(study, browser):
-    ids, links = {}, []
-    every_id = "[...document.querySelectorAll('[id], a[name]')].map(e => e.id || e.name)"
-    every_link = "[...document.querySelectorAll('a[href], link[href]')].map(e => e.href)"
-    with Reader(browser) as reader:
-        for path in pages_of(study[0]):
-            page = reader.open(path)
-            ids[path] = set(page.evaluate(f"() => {every_id}"))
-            links += [(path, link) for link in page.evaluate(f"() => {every_link}")]
+def test_all_internal_links_lead_somewhere(looked):
+    pages = looked(*WIDE)
+    ids = {path: set(page["ids"]) for path, page in pages.items()}
+    links = [(path, link) for path, page in pages.items() for link in page["links"]]
     assert len(links) > 500
     for path, link in links:
         parts = urlsplit(link)
