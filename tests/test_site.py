@@ -286,9 +286,9 @@ def looked(study, browser):
     return at
 
 
-WIDE, SMALL = (1440, 900, "light"), (390, 844, "dark")
+WINDOW, PHONE = (1440, 900, "light"), (390, 844, "dark")
 
-@pytest.mark.parametrize("window", [WIDE, SMALL])
+@pytest.mark.parametrize("window", [WINDOW, PHONE])
 def test_every_page_in_a_browser(study, looked, window):
     """No error, no request to elsewhere, pictures loaded and described, nothing wider than the
     window, no formula left as LaTeX"""
@@ -306,7 +306,7 @@ def test_every_page_in_a_browser(study, looked, window):
 
 
 def test_all_internal_links_lead_somewhere(looked):
-    pages = looked(*WIDE)
+    pages = looked(*WINDOW)
     ids = {path: set(page["ids"]) for path, page in pages.items()}
     links = [(path, link) for path, page in pages.items() for link in page["links"]]
     assert len(links) > 500
