@@ -380,6 +380,30 @@ def test_bad_stores(store, tmp_path, damage):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_damaged_slice_is_named_when_it_is_read_and_prepared_again(raw, store, tmp_path):
+    path = tmp_path / "a.h5"
+    prepare(settings_of(raw), path, tmp_path / "a.json", workers=1, progress=False)
+    whole = path.read_bytes()
+    opened = PreparedStore(path)
+    case = opened.split("valid")[0]
+    slices, volume = opened.file["slices/label"], opened.file[f"volumes/{case}/label"]
+    places = [part.id.get_chunk_info(number).byte_offset for part, number in ((slices, int(opened.indices("valid")[0])), (volume, 0))]
+    opened.close()
+    for place, read in zip(places, (lambda store: store.load("valid"), lambda store: stored_volume(store, case)), strict=True):
+        content = bytearray(whole)
+        content[place + 10] ^= 1   # one bit
+        path.write_bytes(content)
+        with pytest.raises(StudyError, match="a.h5: is damaged .*dvc repro --force --single-item prepare@a"): read(PreparedStore(path))
+    prepared, original = [], preparing.prepare_case
+    def counted(case, *rest):
+        prepared.append(case.name)
+        return original(case, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "prepare_case", counted)
+        prepare(settings_of(raw), path, tmp_path / "a.json", workers=1, progress=False)
+    assert prepared == [case] and path.read_bytes() == whole
+
+
 def test_recipes_need_no_torch():
     """params.yaml is checked in a moment."""
     code = "import sys; from levit_study.recipes import augmentation; augmentation('strong'); print('torch' in sys.modules)"

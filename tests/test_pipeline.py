@@ -59,7 +59,7 @@ def command(folder, environment, *arguments):
 @pytest.fixture(scope="module")
 def study(project, environment):
     "A copy of the project in which the tiny study has run once, trainings side by side where there are two cores"
-    folder = project("study")
+    folder = project("study", library=False)
     change(folder, tiny)
     subprocess.run(["dvc", "config", "core.analytics", "false"], cwd=folder, env=environment, check=True)
     done = command(folder, environment, "submit", "--local", str(min(2, len(os.sched_getaffinity(0)))))

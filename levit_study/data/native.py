@@ -8,6 +8,7 @@ __all__ = ['stored_volume']
 # %% ../../nbs/18b_data.native.ipynb #9d2c9aa4
 import numpy as np
 from ..files import StudyError
+from .dataset import undamaged
 from .volumes import Volume
 
 # %% ../../nbs/18b_data.native.ipynb #d9e1fb78
@@ -23,9 +24,11 @@ def stored_volume(
         raise StudyError(f"{store.path}: holds {case} as slices only; volumes are kept of cases "
                          "of valid and test, and of all with data.keep_training_volumes: true")
     one = channel is not None and group["image"].ndim == 4
-    image = group["image"][(slice(None), channel) if one else ()].astype(np.float32)
+    with undamaged(store.path):
+        image = group["image"][(slice(None), channel) if one else ()].astype(np.float32)
+        label = group["label"][()]
     image /= np.iinfo(np.uint16).max
     known = group.attrs["unit"] == "mm"
     spacing = tuple(group.attrs["spacing"].tolist()) if known else None
     affine = None if np.isnan(group.attrs["affine"]).any() else group.attrs["affine"]
-    return Volume(image=image, label=group["label"][()], spacing=spacing, affine=affine, case=case)
+    return Volume(image=image, label=label, spacing=spacing, affine=affine, case=case)

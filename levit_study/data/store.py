@@ -9,7 +9,7 @@ __all__ = ['case_columns', 'join_cases']
 import h5py
 import json
 import numpy as np
-from .voxels import text_column
+from .voxels import PACKED, text_column
 
 # %% ../../nbs/18c_data.store.ipynb #400083ba
 def _copy_chunks(
@@ -71,7 +71,7 @@ def join_cases(
     several = [len(json.loads(attributes["channels"]))] if "channels" in attributes else []
     with h5py.File(path, "w") as target:
         for name, shape in (("image", [*several, size, size]), ("label", [size, size])):
-            form = {"maxshape": (None, *shape), "chunks": (1, *shape), "compression": "lzf"}
+            form = {"maxshape": (None, *shape), "chunks": (1, *shape)} | PACKED
             target.create_dataset(f"slices/{name}", (0, *shape), np.uint8, **form)
         for place, (store, row, split, keep) in enumerate(sources):
             with h5py.File(store, "r") as source:
