@@ -47,8 +47,9 @@ ROOMS = {
         evidence.reliability evidence.contrasts evidence.ablation evidence.ensembles
         evidence.choices evidence.claims evidence.verdicts evidence.networks
         evidence.paper evidence.survival evidence.ranking evidence.imbalance
-        evidence.transfer evidence.answer evidence.published report.look report.parts
-        report.provenance report.selection report.imbalance report.transfer report.contrasts
+        evidence.transfer evidence.findings evidence.answer evidence.published report.look
+        report.parts report.provenance report.selection report.imbalance report.transfer
+        report.contrasts
         report.ablation report.figures report.differences report.design report.behaviour
         report.clinical report.segmentations report.viewer report.charts""",
     "site": """evaluation.elsewhere evidence.results evidence.manifests report.look

@@ -30,7 +30,7 @@ REACHED = {
     "report": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.augment", "data.affines", "data.nifti",
                "data.channels", "data.labels", "data.volumes"],
     "site": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "data", "training", "evidence.statistics",
-             "evidence.intervals", "evidence.answer", "evidence.claims", "evidence.tables", "evaluation"],
+             "evidence.intervals", "evidence.answer", "evidence.findings", "evidence.claims", "evidence.tables", "evaluation"],
 }
 
 

@@ -8,7 +8,8 @@ __all__ = ['answer', 'effects_of', 'shown_answers', 'with_answer', 'differing_an
 # %% ../../nbs/55a_evidence.answer.ipynb #435fa6fd
 import re
 import pandas as pd
-from .claims import MARGIN
+from .claims import MARGIN, standing_in_words, typeset
+from .findings import findings, interval_in_words, listed
 from .results import judging_splits, special_trainings
 from .statistics import ALL
 from ..networks import network_name
@@ -49,19 +50,7 @@ def _about(params: Params, dataset: str, organs: pd.DataFrame) -> str:
     kind = " Synthetic scans, which say nothing about patients." if settings.synthetic else ""
     return f"**{settings.title}**: {'; '.join(words)}.{kind}"
 
-# %% ../../nbs/55a_evidence.answer.ipynb #9cc75bf7
-def _signed(value):
-    return f"{value:+.3f}".replace("-", "−")
-
-
-def _listed(words):
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
 # %% ../../nbs/55a_evidence.answer.ipynb #767b0382
-def _interval(row):
-    limits = f"{_signed(row.low)}, {_signed(row.high)}" if row.low == row.low else "no interval"
-    return f"{_signed(row.difference)} [{limits}]"
-
 def _named(loss): return "the baseline" if loss == "baseline" else loss_name(loss)
 
 def _stricter(decided, confidence) -> str: # decided rows of tests.csv or contrasts.csv
@@ -72,16 +61,19 @@ def _stricter(decided, confidence) -> str: # decided rows of tests.csv or contra
     if lost.empty: return f" {reading} this is so, too."
     what = "that" if len(decided) == 1 else f"{len(lost)} of these {len(decided)}"
     verb = "are" if len(decided) > 1 and len(lost) > 1 else "is"
-    values = _listed([f"{p:.3f}" for p in lost.folds_p_holm])
+    values = listed([f"{p:.3f}" for p in lost.folds_p_holm])
     return f" {reading} {what} {verb} not established (p {values})."
 
 # %% ../../nbs/55a_evidence.answer.ipynb #8ba5e7d6
-def _verdict(rows, confidence) -> str: # rows: of tests.csv
+def _pair(row):
+    return f"{loss_name(row['first'])} − {loss_name(row.second)}"
+
+def _verdict(rows, named, confidence) -> str: # rows: of tests.csv; named: those given in full
     "Return which differences hold after Holm's correction, and how large the others may be"
     decided = (rows.p_holm < 1 - confidence) & (rows.low * rows.high > 0)
     parts = [f"{loss_name(row['first'])} is {'ahead of' if row.difference > 0 else 'behind'} "
              f"{_named(row.second)}" for _, row in rows[decided].iterrows()]
-    verdict = _listed(parts) if parts else "no difference is established"
+    verdict = listed(parts) if parts else "no difference is established"
     stricter = _stricter(rows[decided], confidence)
     text = f"After correction for multiple comparisons, {verdict}.{stricter}"
     rest = rows[~decided].dropna(subset=["low", "high"])
@@ -91,7 +83,10 @@ def _verdict(rows, confidence) -> str: # rows: of tests.csv
     if equal: text += f" Equal within {MARGIN} by their single intervals: {'; '.join(equal)}."
     if not (reach > MARGIN).any(): return text
     whose = "The intervals" if len(equal) + len(parts) == 0 else "The other intervals"
-    return f"{text} {whose}, taken singly, do not exclude differences of up to {reach.max():.3f}."
+    widest = rest.loc[reach.idxmax()]
+    which = "" if widest.name in named.index else f" ({_pair(widest)})"
+    return (f"{text} {whose}, taken singly, do not exclude differences of up to "
+            f"{reach.max():.3f}{which}.")
 
 # %% ../../nbs/55a_evidence.answer.ipynb #7925223d
 def _overall(table):
@@ -106,16 +101,16 @@ def _differences(tests: pd.DataFrame, confidence=.95) -> str: # tests: one data 
     every, beside = rows, rows[rows.second != rows.second.iloc[0]]
     if len(beside) > 1: beside = beside[:0]  # with many losses only those to the first
     rows = rows[rows.second == rows.second.iloc[0]]
-    parts = [f"{_interval(row)} with {_named(row['first'])}" for _, row in rows.iterrows()]
-    also = [f" {loss_name(row['first'])[0].upper()}{loss_name(row['first'])[1:]} − "
-            f"{loss_name(row.second)}: {_interval(row)}." for _, row in beside.iterrows()]
+    parts = [f"{interval_in_words(row)} with {_named(row['first'])}" for _, row in rows.iterrows()]
+    also = [f" {_pair(row)[0].upper()}{_pair(row)[1:]}: {interval_in_words(row)}."
+            for _, row in beside.iterrows()]
     reference = _named(rows.second.iloc[0])
     known = rows.dropna(subset=["low"])
     all_any = len(known) and (known.target == "any training").all()
     chance = "patients and trainings" if all_any else "patients"
     how = f"{100 * confidence:g} % intervals over {chance}"
-    return (f"Compared with {reference}, mean Dice changes by {_listed(parts)} ({how})."
-            f"{''.join(also)} {_verdict(every, confidence)}")
+    return (f"Compared with {reference}, mean Dice changes by {listed(parts)} ({how})."
+            f"{''.join(also)} {_verdict(every, pd.concat([rows, beside]), confidence)}")
 
 # %% ../../nbs/55a_evidence.answer.ipynb #31f79640
 _EFFECTS = "Effects across several losses"
@@ -124,30 +119,33 @@ def _effects(contrasts: pd.DataFrame, confidence=.95) -> str: # contrasts: one d
     "Return the effects across several losses, and which are decided after Holm's correction"
     rows = _overall(contrasts) if len(contrasts) else contrasts
     if rows.empty: return ""
-    parts = [f"{row.contrast} {_interval(row)}" for row in rows.itertuples()]
+    parts = [f"{row.contrast} {interval_in_words(row)}" for row in rows.itertuples()]
     clear = rows[(rows.p_holm < 1 - confidence) & (rows.low * rows.high > 0)].contrast
     verdict = "none is established"
-    if len(clear): verdict = f"the {_listed(list(clear))} effect is established"
-    if len(clear) > 1: verdict = f"the {_listed(list(clear))} effects are established"
+    if len(clear): verdict = f"the {listed(list(clear))} effect is established"
+    if len(clear) > 1: verdict = f"the {listed(list(clear))} effects are established"
     stricter = _stricter(rows[rows.contrast.isin(clear)], confidence)
-    return (f"{_EFFECTS} on mean Dice: {_listed(parts)}; after correction for"
+    return (f"{_EFFECTS} on mean Dice: {listed(parts)}; after correction for"
             f" {len(rows)} effect{'s' * (len(rows) > 1)}, {verdict}.{stricter}")
 
 # %% ../../nbs/55a_evidence.answer.ipynb #837edd73
-_STANDING = {"inconclusive": "undecided", "out of reach": "out of reach of these trainings",
-             "censored": "cut off by the end of training",
-             "no verdict": "without a verdict"}
+_WHY = {"cut off": "cut off by the end of training",
+        "out of reach": "out of reach of these trainings"}
 
-def _counted(number, standing): # -> '2 are contradicted'
+def _counted(number, verdict): # -> '2 are contradicted'
     verb = "are" if number > 1 else "is"
-    return f"{number or 'none'} {verb} {_STANDING.get(standing, standing)}"
+    return f"{number or 'none'} {verb} {standing_in_words(verdict)}"
 
-
-def _typeset(text): # a claim's interval, with proper minus signs and names, the wider alone
-    text = re.sub(r" \(t \[[^]]*\], [a-z ]+ \[[^]]*\]\)", "", text)
-    for plain, printed in (("-0.", "−0."), (" - ", " − "), ("focal_tversky", "focal Tversky")):
-        text = text.replace(plain, printed)
-    return text
+def _undecided(claims) -> str: # rows of claims.csv
+    "Return how many claims are undecided, and of how many it is known why"
+    if claims.empty: return ""
+    counts = claims.standing.map(standing_in_words).value_counts()
+    without = counts.pop("no verdict") if "no verdict" in counts else 0
+    known = [f"{counts[name]} {why}" for name, why in _WHY.items() if name in counts]
+    words = [f"{_counted(counts.sum(), 'undecided')}{f' ({listed(known)})' if known else ''}"]
+    if not counts.sum(): words = []
+    if without: words.append(f"{without} {'has' if without == 1 else 'have'} no verdict")
+    return listed(words)
 
 # %% ../../nbs/55a_evidence.answer.ipynb #5b7dadb0
 def _within(sentence: str) -> str:
@@ -163,18 +161,17 @@ _WINDOW = ("The window of the early epochs (C10, C11) was fixed on 27 November 2
 def _claims(claims: pd.DataFrame) -> str: # one data set's ledger
     "Return how many claims have which standing, and the decided ones in full"
     claims = claims[~claims.standing.str.startswith("not tested")] if len(claims) else claims
-    if claims.empty: return "These trainings test none of the paper's claims."
+    if claims.empty: return ""
     decided = claims[claims.verdict.isin(["supported", "contradicted"])]
     counts = claims.verdict.value_counts()
-    open_ones = claims.drop(decided.index).standing.str.split(":| with ").str[0]
-    rest = [_counted(number, standing) for standing, number in open_ones.value_counts().items()]
     words = [_counted(counts.get(name, 0), name) for name in ("supported", "contradicted")]
-    text = f"Of the {len(claims)} claims of the paper tested here, {_listed(words + rest)}."
+    words += filter(None, [_undecided(claims.drop(decided.index))])
+    text = f"Of the {len(claims)} claims of the paper tested here, {listed(words)}."
     if len(claims) == 1:
-        verdict = _STANDING.get(claims.verdict.iloc[0], claims.verdict.iloc[0])
+        verdict = standing_in_words(claims.verdict.iloc[0])
         text = f"The one claim of the paper tested here is {verdict}."
     lines = [f"{row.verdict.capitalize()}: *{_within(row.statement)}* "
-             f"({row.claim}: {_typeset(row.interval)})." for row in decided.itertuples()]
+             f"({row.claim}: {typeset(row.interval)})." for row in decided.itertuples()]
     if not lines: return text
     note = "The intervals of one claim are simultaneous; nothing is corrected across claims."
     if {*decided.claim} & {"C10", "C11"}: note = f"{note} {_WINDOW}"
@@ -194,11 +191,12 @@ def _table(organs: pd.DataFrame, losses, tolerance, confidence) -> str: # of one
     few = structures if len(structures) <= 4 else []
     unit = organs.unit.iloc[0]
     surface = f"surface Dice at {tolerance:g} {unit if unit == 'mm' else unit + 's'}"
-    mean = f"mean Dice [{100 * confidence:g} % interval]"
-    titles = ["loss", *few, mean, surface, "missed structures"]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     numbers = _trainings(organs, losses)
     most = max(numbers.values(), default=0)
+    chance = "patients and trainings" if most > 1 else "patients"
+    mean = f"mean Dice [{100 * confidence:g} % interval over {chance}]"
+    titles = ["loss", *few, mean, surface, "missed structures"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for loss in losses:
         rows = organs[organs.loss == loss].set_index("structure")
         if rows.empty: continue
@@ -227,7 +225,7 @@ def answer(
     tables: dict, # as `study_tables` returns them
 ) -> str:
     "Return what a study found, per data set: what it rests on, differences, a table, claims"
-    parts = []
+    parts, tested = [], []
     for dataset in params.study.datasets:
         names = "organs", "tests", "claims", "contrasts", "convergence"
         organs, tests, claims, effects, runs = (
@@ -240,11 +238,13 @@ def answer(
                           for table in (tests, effects))
         sure = params.evaluation.confidence
         tolerance = pick_evaluation(params, dataset).surface_tolerance
+        tested.append(_claims(claims))
         parts += [_about(params, dataset, organs), _differences(tests, sure),
                   _effects(effects, sure),
                   _table(organs, params.study.losses, tolerance, sure), _rising(runs),
-                  _claims(claims)]
-    return "\n\n".join(filter(None, parts)) + "\n"
+                  tested[-1]]
+    if not any(tested): parts.append("These trainings test none of the paper's claims.")
+    return "\n\n".join(filter(None, [*findings(params, tables), *parts])) + "\n"
 
 # %% ../../nbs/55a_evidence.answer.ipynb #80fcbe17
 _BLOCK = re.compile(r"(<!-- answer: (\S+?)( effects)? -->\n)(.*?)(<!-- /answer -->)", re.DOTALL)

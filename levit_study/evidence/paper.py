@@ -9,7 +9,8 @@ __all__ = ['least_spread', 'paper_consistency']
 import numpy as np
 import pandas as pd
 
-from .claims import BASELINE, CLAIMS, FOCAL, TVERSKY
+from .claims import CLAIMS, FOCAL, TVERSKY
+from .statistics import BASELINE
 from .tables import TABLE1
 from ..files import StudyError
 
@@ -64,13 +65,13 @@ def _validation_loss(paper):
     if doubtful:
         mended = f"with the digit that seems lost, {10 * printed:g}, it would not be"
         remark = f"; lowest only as printed: {mended}"
-    evidence = f"valid loss: {paper.shown('valid_loss')}{remark}"
+    evidence = f"validation loss: {paper.shown('valid_loss')}{remark}"
     return None if doubtful else printed < others, evidence
 
 # %% ../../nbs/53_evidence.paper.ipynb #06e7d9b1
 def _paper_claims(paper):
     "Yield (claim, holds, evidence); `holds` is None where the paper's numbers cannot show it"
-    single = "; one run each, no spread"
+    single = "; one training each, no spread"
     def claim(name, metric, words, holds):
         return name, holds, f"{words}: {paper.shown(metric)}{single}"
     yield claim("C1", "best_epoch", "best epoch", paper.lowest("best_epoch") == FOCAL)

@@ -17,23 +17,26 @@ from .results import judging_splits
 from .statistics import ALL, by_structure
 
 # %% ../../nbs/51a_evidence.tables.ipynb #113021c9
-def _as_text(value, digits):
+def _as_text(value, form): # form: of numbers that are not whole
     "Return a cell's text: whole numbers whole, undefined as a dash"
     if value is None or (isinstance(value, float) and np.isnan(value)): return "–"
     if isinstance(value, (float, np.floating)) and not float(value).is_integer():
-        return f"{value:.{digits}f}"
-    if isinstance(value, (int, float, np.number)): return f"{value:g}"
+        return f"{value:{form}}"
+    if isinstance(value, (int, float, np.number)): return f"{value:,.0f}"
     text = str(value).replace("|", "\\|").replace("\n", " ")
     return text.replace("<", "&lt;")  # a page would take it for HTML
 
 # %% ../../nbs/51a_evidence.tables.ipynb #d28764fc
 def to_markdown(
     table: pd.DataFrame,
-    digits=3, # decimals of numbers that are not whole
+    digits=3, # decimals of numbers that are not whole, significant ones of training losses
 ) -> str:
     "Return a table in Markdown, numbers to the right"
     from tabulate import tabulate
-    rows = [[_as_text(value, digits) for value in row] for row in table.itertuples(index=False)]
+    forms = [f"#.{digits}g" if str(name).endswith("loss") else f".{digits}f"  # focal's are small
+             for name in table.get("metric", [""] * len(table))]
+    rows = [[_as_text(value, form) for value in row]
+            for form, row in zip(forms, table.itertuples(index=False), strict=True)]
     numeric = pd.api.types.is_numeric_dtype
     sides = ["right" if numeric(dtype) else "left" for dtype in table.dtypes]
     options = dict(tablefmt="pipe", colalign=sides, disable_numparse=True)

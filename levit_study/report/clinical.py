@@ -42,7 +42,7 @@ def bland_altman(
 _AGREEMENT = (
     "Points: one patient in one training, prediction less reference against their mean; line: mean"
     " difference (bias); limits of agreement, bias ± 1.96 standard deviations, are a band and"
-    " numbers in brackets in the picture, dashed lines in the chart. Where case names do not give"
+    " numbers in brackets. Where case names do not give"
     " the phase, end-diastole and end-systole are the frames with the larger and the smaller left"
     " ventricle in the reference.")
 

@@ -7,6 +7,7 @@ __all__ = ['contrasts_forest']
 
 # %% ../../nbs/62h_report.contrasts.ipynb #de58e276
 from matplotlib.lines import Line2D
+from ..evidence.claims import typeset
 from .differences import band_height, draw_intervals
 from .look import About, LOOKS, checked, study_style
 from .parts import bands, finished, legend_below, pair_handles, structures_of
@@ -38,7 +39,7 @@ def contrasts_forest(
     legend_below(figure, [*handles, *marks])
     weights = "; ".join(f"{row.contrast} = {row.weights}" for row in
                         table.drop_duplicates("contrast").itertuples())
-    body = (f"Marks: {weights.replace('_', ' ')}; lines: {interval_name}, each by itself, not"
+    body = (f"Marks: {typeset(weights)}; lines: {interval_name}, each by itself, not"
             " corrected for the number of effects; filled: the interval excludes 0.")
     alt = f"Forest plot. {_in_words(table, about)}"
     return finished(figure, "Effects across several losses", body, alt, table, about)

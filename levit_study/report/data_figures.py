@@ -183,11 +183,11 @@ def contact_sheet(
         show_slice(ax, item["image"], (-.5, wide - .5, tall - .5, -.5), item["spacing"])
         draw_contours(ax, item["label"], item["structures"])
         name = wrapped(item["case"], 120//columns)
-        ax.set_title(f"{name}\nslice {item['slice']}", fontsize=6)
+        ax.set_title(f"{name}\nslice {item['slice'] + 1}", fontsize=6)
     names = structure_colors({name: 1 for item in slices for name in item["structures"]})
     legend_below(figure, [Line2D([], [], color=c, label=name) for name, c in names.items()])
     table = pd.DataFrame([{key: item[key] for key in ("dataset", "case")} for item in slices])
-    body = ("Slices with the outlines of the reference; above each: case and slice (from 0)."
+    body = ("Slices with the outlines of the reference; above each: case and slice (from 1)."
             " Row 0 is anterior, column 0 the patient's right.")
     cases = table["case"].nunique()
     alt = f"{len(slices)} slices of {cases} cases with contours of {', '.join(names)}."

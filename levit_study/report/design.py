@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from ..evidence.claims import CLAIMS
+from ..evidence.claims import CLAIMS, standing_in_words
 from ..evidence.survival import false_ranking
 from .look import About, DOUBLE, MM, Picture, checked, study_style
 from .parts import bands, finished, label_rows, legend_below, loss_handles
 from .parts import print_right, row_height, settle, shade_rows
-from .parts import standing_in_words, structures_of, wrapped
+from .parts import structures_of, wrapped
 
 # %% ../../nbs/62d_report.design.ipynb #3105fe1c
 _NUMBER = r"[+\-−]?(?:\d+\.?\d*|\.\d+)(?:e[+\-]?\d+)?"
@@ -112,9 +112,11 @@ def claims_forest(
 _CLAIMS_BODY = (
     "Marks: difference of two losses in the claim's measure; lines: the interval on which the"
     " verdict rests (simultaneous over a claim's comparisons); turned so that the claimed direction"
-    " is to the right. Shaded: the margin of a claim of equality. A claim is supported if all its"
-    " intervals are right of zero, contradicted if one is left of it. Not corrected for the number"
-    " of claims.")
+    " is to the right. A claim is supported if all its intervals are right of zero, contradicted if"
+    " one is left of it; a claim of equality (shaded: its margin) if all lie within, or one lies"
+    " beyond. Colour: the claim's verdict, whatever a single interval says. Claims about small"
+    " structures rest on fewer patients than are given here. Not corrected for the number of"
+    " claims.")
 
 def _claims_in_words(table, about):
     "Say per data set which claims stand where"
@@ -164,7 +166,9 @@ def rank_stability(
             ax.set_title(word)
             ax.set_xlabel("% of draws" + (" (of patients alone)" if single else ""))
     legend_below(figure, loss_handles(losses, about, ls="none", marker="s"))
-    return finished(figure, "How stable the ranking of the losses is", _RANKING_BODY,
+    more = table.get("rank4", pd.Series()).notna().any()
+    body = _RANKING_BODY + (" Ranks below the third are not shown." if more else "")
+    return finished(figure, "How stable the ranking of the losses is", body,
                     f"Stacked bars. {_firsts_in_words(table, about)}", table, about)
 
 
@@ -204,10 +208,7 @@ def _heading(name, count, means):
     "Return a panel's title: table, patients, and who leads by how much"
     lead = means.iloc[0] - means.iloc[1]
     ahead = f"{means.index[0]} ahead by {lead:.4f}"
-    dataset, _, rest = name.partition(", ")
-    return "\n".join([f"{_TITLES.get(dataset, dataset)}, {rest} (n = {count})", wrapped(ahead, 40)])
-
-_TITLES = {"the paper": "The paper", "synapse": "Synapse", "acdc": "ACDC", "btcv": "BTCV"}
+    return "\n".join([f"{name[0].upper()}{name[1:]} (n = {count})", wrapped(ahead, 40)])
 
 # %% ../../nbs/62d_report.design.ipynb #e965863a
 @study_style()

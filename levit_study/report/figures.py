@@ -96,8 +96,8 @@ def _notes(paper, metrics):
     if rows is None or rows.empty: return words
     names = [NAMES[metric].split(" (")[0] for metric in rows["metric"]]
     pairs = zip(names, rows["note"], strict=True)
-    notes = "; ".join(f"{name[0].lower()}{name[1:]}: {note}" for name, note in pairs)
-    return f"{words} Notes on it: {notes}."
+    notes = "; ".join(f"{name[0].lower()}{name[1:]} ({note})" for name, note in pairs)
+    return f"{words} Notes on its {notes}."
 
 # %% ../../nbs/61_report.figures.ipynb #4cfc654d
 def _run_handles(paper):

@@ -178,12 +178,17 @@ def _last_bar_only(outputs):
     return [o for o in outputs if o.output_type != "stream" or o.text.strip()]
 
 # %% ../../nbs/63_report.pages.ipynb #d85f090a
+_ORDER = {first: place for place, first in enumerate( # of the report: first word of a file's name
+    "fig1 fig2 fig3 forest contrasts dice ablation sensitivity agreement claims survival ranking "
+    "optimism convention reliability".split())}
+
 def figure_words(
     folder, # reports/figures
 ) -> dict: # caption -> title, caption, alt, and `file`, the PNG of twice the resolution
     "The words of all saved figures, by caption: that is what a figure leaves as text in a notebook"
-    figures = {}
-    for path in sorted(Path(folder).glob("*.json")):
+    figures, last = {}, len(_ORDER)
+    place = lambda path: (_ORDER.get(path.stem.split("_")[0], last), path.stem)
+    for path in sorted(Path(folder).glob("*.json"), key=place):
         try:
             words = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:

@@ -230,8 +230,9 @@ def _draw_dashed(ax, reference, structures):
 
 # %% ../../nbs/61a_report.segmentations.ipynb #e8e01eb8
 def _example_name(example, about):
-    "Name an example as in 'Worst case: case0008, slice 71, Synapse CT'"
-    place = f"{example['case']}, slice {example['slice']}, {about.dataset(example['dataset'])}"
+    "Name an example as in 'Worst case: case0008, slice 71, Synapse CT'; the first slice is 1"
+    number = example["slice"] + 1
+    place = f"{example['case']}, slice {number}, {about.dataset(example['dataset'])}"
     return f"{example['role'].capitalize()} case: {place}"
 
 def _caption_body(examples):

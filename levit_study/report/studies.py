@@ -13,6 +13,8 @@ from html import escape
 from pathlib import Path
 import pandas as pd
 from ..evidence.answer import effects_of, shown_answers
+from ..evidence.claims import standing_in_words, typeset
+from ..evidence.findings import titles_apart
 from ..evidence.results import judging_splits
 from ..evidence.statistics import ALL
 from ..evidence.tables import to_markdown
@@ -21,6 +23,7 @@ from ..networks import network_name
 from ..params import Params, load_params
 from .contents import Page
 from .pages import escaped, figure_words, with_words
+from .parts import table_in_words
 from ..settings import loss_name
 
 # %% ../../nbs/63c_report.studies.ipynb #8d851fb2
@@ -85,13 +88,6 @@ def published_studies(root=".") -> list[PublishedStudy]:
     return sorted(studies, key=order)
 
 # %% ../../nbs/63c_report.studies.ipynb #79211ced
-def _titles(study): # data set -> title, without the words that all of them begin with
-    "What the study calls its data sets"
-    titles = {name: study.params.datasets[name].title for name in study.params.study.datasets}
-    common, _, rest = next(iter(titles.values())).partition(", ")
-    alike = rest and len(titles) > 1 and all(t.startswith(f"{common}, ") for t in titles.values())
-    return {name: t.removeprefix(f"{common}, ") if alike else t for name, t in titles.items()}
-
 def _judging(study):
     "The rows of organs.csv for the mean of structures, over the cases that judge"
     organs = study.table("organs")
@@ -100,7 +96,7 @@ def _judging(study):
 
 def _scores(study): # Markdown
     "Mean Dice of each loss, over the cases that judge; of many variants of the data their range"
-    whole, titles, words = _judging(study), _titles(study), []
+    whole, titles, words = _judging(study), titles_apart(study.params), []
     if len(titles) > 3:
         return f"{len(titles)} variants: {whole.dice.min():.3f} to {whole.dice.max():.3f}"
     for dataset, rows in whole.groupby("dataset", sort=False):
@@ -129,9 +125,11 @@ def _verdicts(study):
     "How many of the paper's claims are supported and contradicted"
     claims = _tested(study)
     if claims.empty: return "none tested"
-    counts = claims.verdict.value_counts()
+    counts, tests = claims.verdict.value_counts(), len(claims)
     words = [f"{counts.get(name, 0)} {name}" for name in ("supported", "contradicted")]
-    return f"{', '.join(words)} of {len(claims)}"
+    number = claims.claim.nunique()
+    several = f", tested {tests} times" if tests > number else ""
+    return f"{', '.join(words)} of {number}{several}"
 
 # %% ../../nbs/63c_report.studies.ipynb #25acd41b
 def _each(values): # -> '64', '24 and 48'
@@ -237,22 +235,49 @@ levit-study verify reports/studies/{name}    # says whether each published numbe
 """
 
 # %% ../../nbs/63c_report.studies.ipynb #30110dcb
+def _claims_table(study): # Markdown
+    "The claims that the study's losses touch, with what each stands on"
+    tested = _tested(study).assign(
+        standing=lambda rows: [standing_in_words(each, reason=True) for each in rows.standing])
+    tested["interval"] = tested.interval.fillna("").map(typeset)
+    columns = ["data set", "claim", "statement", "standing", "interval"]
+    several = len(study.params.study.datasets) > 1
+    tested["data set"] = tested.dataset.map(titles_apart(study.params))
+    return to_markdown(tested[columns if several else columns[1:]])
+
+# %% ../../nbs/63c_report.studies.ipynb #e53f5755
+_TABLES = { # name of the table: its heading, the columns shown
+    "ablation": ("What each change does", "dataset loss structure patients trainings mean "
+                 "reference_mean difference these_low these_high low high"),
+    "transfer": ("Pretrained weights", "dataset patients start loss dice dice_low dice_high gain "
+                 "gain_low gain_high judged trainings"),
+    "ensembles": ("Ensembles", "dataset loss ensemble members patients dice dice_low dice_high "
+                  "single gain gain_low gain_high"),
+    "choices": ("How to predict", "dataset prediction dice gain low high time patients chosen")}
+
+def _more_tables(study):
+    "Headings and tables of what the study found beside differences between losses"
+    losses = {name: loss_name(name) for name in study.params.losses}
+    titles = titles_apart(study.params)
+    for name, (heading, columns) in _TABLES.items():
+        table = study.table(name)
+        if table.empty: continue
+        if "split" in table: table = table[table.split == table.dataset.map(judging_splits(table))]
+        several = table.dataset.nunique() > 1
+        shown = [column for column in columns.split() if several or column != "dataset"]
+        words = to_markdown(table_in_words(table[shown], losses, titles))
+        yield f"## {heading}\n\n{words}\n\nAll columns: `reports/studies/{study.name}/{name}.csv`."
+
+# %% ../../nbs/63c_report.studies.ipynb #b01aa768
 def _study_page(study) -> Page:
-    "One published study as a page: answer, claims, figures, records"
+    "One published study as a page: answer, tables, claims, figures, records"
     from nbformat.v4 import new_markdown_cell
-    tested = _tested(study)
     about = f"{_setting(study)}. Judged on {_judged_on(study)}."
     text = [f"# {escaped(study.name)}: {escaped(study.params.study.title)}", about,
-            study.answer()]
-    cells = [new_markdown_cell("\n\n".join(text))]
-    if len(tested):
-        tested = tested.assign(**{"data set": tested.dataset.map(_titles(study))})
-        columns = ["data set", "claim", "statement", "standing", "interval"]
-        several = len(study.params.study.datasets) > 1
-        tested = tested[columns if several else columns[1:]]
-        cells.append(new_markdown_cell(f"## The paper's claims\n\n{to_markdown(tested)}"))
-    cells += [new_markdown_cell("## Figures"), *_shown_figures(study),
-              new_markdown_cell(_RECORDS.format(name=study.name))]
+            study.answer(), *_more_tables(study)]
+    if len(_tested(study)): text.append(f"## The paper's claims\n\n{_claims_table(study)}")
+    cells = [new_markdown_cell(part) for part in ("\n\n".join(text), "## Figures")]
+    cells += [*_shown_figures(study), new_markdown_cell(_RECORDS.format(name=study.name))]
     cells = with_words(cells, figure_words(study.folder / "figures"), f"/{study.page}")
     source = f"reports/studies/{study.name}/answer.md"
     return Page(study.page, study.name, cells, "Published studies", "studies/index", source)

@@ -6,7 +6,6 @@
 __all__ = ['summary_html']
 
 # %% ../../nbs/63a_report.summary.ipynb #3cdfdd41
-import re
 from math import prod
 from pathlib import Path
 import pandas as pd
@@ -14,10 +13,11 @@ from jinja2 import Environment
 from markupsafe import Markup, escape
 from ..networks import network_name
 from ..params import Params
+from ..evidence.claims import standing_in_words, typeset
 from ..evidence.results import special_trainings
 from ..evidence.statistics import ALL
 from .look import About, about_study
-from .parts import counted, standing_in_words
+from .parts import counted
 
 # %% ../../nbs/63a_report.summary.ipynb #1475921a
 _TEMPLATE = """<div class="answer">
@@ -180,7 +180,7 @@ def _key(params: Params):
     study, in_folds = params.study, params.study.fold_numbers != [None]
     trainings = " and trainings" if len(study.seeds) * len(study.folds) > 1 else ""
     judged = "" if in_folds else " of test patients where there are any;"
-    return (f"Means over structures and patients; the epoch was chosen on {_chosen_on(params)}."
+    return (f"Means over structures and volumes; the epoch was chosen on {_chosen_on(params)}."
             " Bold: highest Dice. Surface Dice:"
             f" share of the outlines within the tolerance of the other's,{judged}"
             " a miss counts 0."
@@ -213,14 +213,8 @@ def _claims(claims, datasets): # -> rows of claim, statement, interval, verdict 
         verdicts = {row.dataset: standing_in_words(row.standing) for row in rows.itertuples()}
         interval = first.interval if len(datasets) == 1 and isinstance(first.interval, str) else ""
         cells = [verdicts.get(dataset, "–") for dataset in datasets]
-        shown.append((claim, first.statement, _typeset(interval), cells))
+        shown.append((claim, first.statement, typeset(interval), cells))
     return shown
-
-# %% ../../nbs/63a_report.summary.ipynb #08784271
-def _typeset(text):
-    "A difference with proper minus signs and the loss as it is printed"
-    text = re.sub(r"(?<=\w) - (?=\w)", " − ", text)
-    return text.replace("focal_tversky", "focal Tversky").replace("-0.", "−0.")
 
 # %% ../../nbs/63a_report.summary.ipynb #e43cfcff
 def _tally(claims, synthetic):
