@@ -136,16 +136,15 @@ def _counted(number, verdict): # -> '2 are contradicted'
     verb = "are" if number > 1 else "is"
     return f"{number or 'none'} {verb} {standing_in_words(verdict)}"
 
-def _undecided(claims) -> str: # rows of claims.csv
+def _undecided(claims) -> list[str]: # rows of claims.csv
     "Return how many claims are undecided, and of how many it is known why"
-    if claims.empty: return ""
     counts = claims.standing.map(standing_in_words).value_counts()
     without = counts.pop("no verdict") if "no verdict" in counts else 0
     known = [f"{counts[name]} {why}" for name, why in _WHY.items() if name in counts]
     words = [f"{_counted(counts.sum(), 'undecided')}{f' ({listed(known)})' if known else ''}"]
     if not counts.sum(): words = []
     if without: words.append(f"{without} {'has' if without == 1 else 'have'} no verdict")
-    return listed(words)
+    return words
 
 # %% ../../nbs/55a_evidence.answer.ipynb #5b7dadb0
 def _within(sentence: str) -> str:
@@ -165,7 +164,7 @@ def _claims(claims: pd.DataFrame) -> str: # one data set's ledger
     decided = claims[claims.verdict.isin(["supported", "contradicted"])]
     counts = claims.verdict.value_counts()
     words = [_counted(counts.get(name, 0), name) for name in ("supported", "contradicted")]
-    words += filter(None, [_undecided(claims.drop(decided.index))])
+    words += _undecided(claims.drop(decided.index))
     text = f"Of the {len(claims)} claims of the paper tested here, {listed(words)}."
     if len(claims) == 1:
         verdict = standing_in_words(claims.verdict.iloc[0])
