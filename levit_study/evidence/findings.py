@@ -62,8 +62,9 @@ def _transfer(table, confidence) -> str: # table: of `transfer_table`
     texts = []
     groups = table.dropna(subset=["gain"]).groupby(["task", "loss", "start"], sort=False)
     for (_, loss, start), rows in groups:
-        parts = [f"{interval_in_words(row, 'gain')} with {row.patients:.0f} training patients"
+        parts = [f"{interval_in_words(row, 'gain')} with {row.patients:.0f}"
                  for row in rows.sort_values("patients").itertuples()]
+        parts[0] += " training patients"
         whose = f" with {loss_name(loss)}" if table.loss.nunique() > 1 else ""
         chance = listed(list(dict.fromkeys(rows.target)))
         texts.append(f"Started {start} in place of random weights, mean Dice{whose} changes by "
@@ -73,8 +74,8 @@ def _transfer(table, confidence) -> str: # table: of `transfer_table`
 # %% ../../nbs/54f_evidence.findings.ipynb #6a1fc80c
 def _ensembles(table, titles, confidence) -> str: # table: of `ensemble_table`
     "Return what averaging several networks gains over one of them"
-    lines = [f"Averaged, the {row.members} networks of {titles.get(row.dataset, row.dataset)} with"
-             f" {loss_name(row.loss)} ({row.ensemble}) have a mean Dice of {row.dice:.3f}"
+    lines = [f"{titles.get(row.dataset, row.dataset)}, {loss_name(row.loss)}: averaged, the"
+             f" {row.members} networks ({row.ensemble}) have a mean Dice of {row.dice:.3f}"
              f" [{row.dice_low:.3f}, {row.dice_high:.3f}] on {row.patients} patients:"
              f" {interval_in_words(row, 'gain')} over a single one"
              f" ({100 * confidence:g} % intervals over patients)." for row in table.itertuples()]
@@ -90,8 +91,8 @@ def _choices(table, titles, confidence) -> str: # table: of `choices_table`
                  f" ({titles.get(dataset, dataset)}), ")
         gain = f"none is surely better than {plain}."
         if best.prediction != plain:
-            gain = (f"the best is {best.prediction}: {interval_in_words(best, 'gain')} over {plain}"
-                    f" ({100 * confidence:g} % interval) in {best.time:.1f} times the time.")
+            gain = (f"the best is *{best.prediction}*: {interval_in_words(best, 'gain')} over"
+                    f" {plain} ({confidence:.0%} interval) in {best.time:.1f} times the time.")
         texts.append(tried + gain)
     return " ".join(texts)
 

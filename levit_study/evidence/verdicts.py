@@ -14,6 +14,7 @@ from scipy import stats
 
 from .claims import CLAIMS, MEASURES, claim_cases, measure_in_words
 from .claims import size_slopes, slope_difference, smallest_third
+from .claims import values_in_words
 from .intervals import patients_of
 from .results import PROTOCOLS, judging_cases
 from .statistics import SEED_SD, UNKNOWN, count_one_sided, existing
@@ -233,14 +234,10 @@ def _study(epochs, cases, sure, synthetic=False):
     return _Study(runs, claim_cases(judging_cases(cases)), synthetic, *sure)
 
 # %% ../../nbs/52a_evidence.verdicts.ipynb #184ed5a5
-def _listed(name, values):
-    "Return values of losses in words"
-    return f"{name}: {', '.join(f'{loss} {value:.3f}' for loss, value in values.items())}"
-
 def _slopes(claim, study):
     "Return in words how Dice rises with size, per loss and as paired differences"
     slopes = size_slopes(study.cases).reindex(_losses(claim))
-    text = _listed("Dice per doubling of the reference's voxels", slopes)
+    text = values_in_words("Dice per doubling of the reference's voxels", slopes.items())
     for pair in claim.pairs:
         slope, low, high = slope_difference(study.cases, *pair, study.confidence)
         text += f"; {pair[0]} - {pair[1]}: {slope:+.3f} [{low:+.3f}, {high:+.3f}]"
@@ -251,7 +248,7 @@ def _between_trainings(claim, study):
     long = study.runs[["loss", "seed", "fold"]].assign(value=study.runs.final_dice.astype(float))
     spreads = {loss: pooled_spread(long[long.loss == loss]).sd for loss in _losses(claim)}
     if np.isnan(list(spreads.values())).any(): return ""
-    return _listed("SD of final Dice between trainings", spreads)
+    return values_in_words("SD of final Dice between trainings", spreads.items())
 
 # %% ../../nbs/52a_evidence.verdicts.ipynb #48e51db5
 def _beside(claim, study, evidence):

@@ -118,6 +118,7 @@ _WORDS = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "HD95", "ece": "ECE", "g
           "valid": "validation", "dataset": "data set", "these": "these trainings,",
           "any": "any training,", "holm": "(Holm)"}
 _COLUMNS = {"hd95_found": "HD95, found by all", "epochs_to_95": "epochs to 95 %", "n": "cases",
+            "area": "mean Dice over the epochs",
             "folds_p_holm": "seeds of a fold as one, p (Holm)",
             "signed": "signed error", "calibration_error": "ECE before",
             "calibration_error_after": "ECE after", "nll": "negative log-likelihood before",
