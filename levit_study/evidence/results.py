@@ -146,7 +146,8 @@ def _read_run(folder: Path) -> dict:
     files = {name: readers[Path(name).suffix](folder / name) for name in there}
     if published:
         record = read_record(folder / "run.json")
-        files["metrics.json"] = summary(files["epochs.csv"].to_dict("records")) | record
+        # what its epochs say goes before what is written about them
+        files["metrics.json"] = record | summary(files["epochs.csv"].to_dict("records"))
     return files
 
 def _lacking(cases: pd.DataFrame, structures) -> str:
