@@ -10,12 +10,17 @@ __all__ = ['check_names', 'check_folds', 'check_contrasts', 'check_ablation', 'c
 from difflib import get_close_matches
 from .files import StudyError
 
+_TAKEN = {"losses": {"data", "evaluation"}}  # a data set's settings are in files of these names
+
 def check_names(section: str, known, used):
     "Raise `ValueError` unless the names can stand in a path and those that are used are defined"
     for name in known:
         if not name.replace("_", "").isalnum() or not name.isascii() or name.isdigit():
             allowed = "letters, digits and underscores only, and not digits alone; rename it"
             raise ValueError(f"{section}.{name}: a name may hold {allowed}")
+        if name.lower() in _TAKEN.get(section, ()):  # some disks take Data and data for one name
+            reason = "the settings of a data set are kept under this name"
+            raise ValueError(f"{section}.{name}: {reason}; rename it")
     for name in used:
         if name not in known:
             near = get_close_matches(str(name), [*known], 1)
