@@ -18,7 +18,7 @@ from ruamel.yaml import YAML, YAMLError
 
 from .consistency import check_ablation, check_classes, check_contrasts, check_folds
 from .consistency import check_graphs, check_names, check_phantoms, check_schedule
-from .consistency import check_zooms, dealing
+from .consistency import check_structures, check_zooms, dealing
 from .files import StudyError, brief, yaml_problem
 from .networks import LEVIT, Chosen, Freezing, check_freezing, check_network
 from .inputs import Inputs, check_orientation, check_patient, young
@@ -141,9 +141,8 @@ class Data(Section, Inputs):
 
     @field_validator("structures")
     @classmethod
-    def _numbered_from_one(cls, structures):
-        if sorted(structures.values()) != list(range(1, len(structures) + 1)):
-            raise ValueError("the label values must be 1, 2, 3 … without a gap or background")
+    def _named_and_numbered(cls, structures):
+        check_structures(structures)
         return structures
 
 # %% ../nbs/01_params.ipynb #c3973594
