@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from ..files import StudyError, run_tail
 from ..consistency import deciding
 from ..params import Params, Run, pick_run
-from ..evaluation.elsewhere import SCORES, read_elsewhere, scores_fault
+from ..evaluation.elsewhere import SCORES, numbers_fault, read_elsewhere, scores_fault
 from ..training.course import best_epoch, summary
 
 # %% ../../nbs/50_evidence.results.ipynb #8bda0f6a
@@ -94,11 +94,39 @@ COLUMNS = {
 }  # a run's files -> the columns that they must have
 _TEXT = {"split", "case", "patient", "structure", "unit"}  # columns that hold words
 
+_SIZES = {"seconds", "learning_rate", "images_per_second", "bin", "pixels"}
+
+def _numbering_fault(name: str, numbers, least: int) -> str:
+    "What is no whole number from `least` in a column, in words; empty if nothing is"
+    bad = numbers[~(numbers >= least) | (numbers % 1 != 0)]
+    if not len(bad): return ""
+    shown = "a row without a number" if bad.isna().iloc[0] else f"{bad.iloc[0]:g}"
+    return f"{name}: {shown}, where whole numbers from {least} are needed"
+
+def _epochs_fault(table: pd.DataFrame) -> str:
+    "What no course of a training is, in words; empty if nothing is wrong"
+    if table.epoch.isna().any(): return "an epoch has no number"
+    if fault := _numbering_fault("epoch", table.epoch, 1): return fault
+    twice = table.epoch[table.epoch.duplicated()]
+    if len(twice): return f"epoch {twice.iloc[0]:g} is listed twice"
+    lost = [name for name in ("train_loss", "valid_loss") if np.isinf(table[name]).any()]
+    if lost: return f"{lost[0]} is infinite in an epoch"
+    shares = [name for name in table if {"dice", "jaccard"} & set(name.split("_"))]
+    return numbers_fault(table, shares, _SIZES)
+
+def _bins_fault(table: pd.DataFrame) -> str:
+    "What no table of confidence is, in words; empty if nothing is wrong"
+    if table.split.isna().any(): return "a row names no split"
+    if fault := _numbering_fault("bin", table.bin, 0): return fault
+    twice = table[table.duplicated(["split", "bin"])]
+    if len(twice): return f"bin {twice.bin.iloc[0]:g} of {twice.split.iloc[0]} is listed twice"
+    return numbers_fault(table, ("confidence", "accuracy"), _SIZES)
+
 def _fault(name: str, table: pd.DataFrame) -> str:
     "What is wrong with the rows of the file `name`, in words; empty if nothing is"
     if name == "cases.csv": return scores_fault(table, ["split", "case", "structure"])
-    unnumbered = name == "epochs.csv" and not np.isfinite(table.epoch).all()
-    return "an epoch has no number" if unnumbered else ""
+    if name == "reliability.csv": return _bins_fault(table)
+    return _epochs_fault(table) if name == "epochs.csv" else ""
 
 def read_table(path: Path) -> pd.DataFrame:
     "Read one of a run's tables; `StudyError` if it is empty or lacks a column, name or number"
@@ -146,6 +174,8 @@ def _read_run(folder: Path) -> dict:
     files = {name: readers[Path(name).suffix](folder / name) for name in there}
     if published:
         record = read_record(folder / "run.json")
+        if "train_dice" not in files["epochs.csv"]:
+            raise StudyError(f"{folder / 'epochs.csv'}: no column train_dice; restore the file")
         # what its epochs say goes before what is written about them
         files["metrics.json"] = record | summary(files["epochs.csv"].to_dict("records"))
     return files
