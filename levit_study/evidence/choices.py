@@ -9,8 +9,9 @@ __all__ = ['choice_table', 'choices_table']
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from ..evaluation.elsewhere import numbers_fault, scores_fault
+from .results import read_table
 from .statistics import bootstrap_interval
-from ..files import StudyError
 
 # %% ../../nbs/55b_evidence.choices.ipynb #badf5614
 def choice_table(
@@ -38,14 +39,17 @@ def choice_table(
     return table.assign(chosen=table.prediction == best)
 
 # %% ../../nbs/55b_evidence.choices.ipynb #49d79d21
-def _read_scores(path) -> pd.DataFrame:
+_KEYS = ["loss", "seed", "fold", "prediction", "case", "structure"]  # of a row
+
+def _fault(scores: pd.DataFrame) -> str:
+    "What is wrong with recorded scores, in words; empty if nothing is"
+    sizes = "seed", "fold", "seconds"
+    return scores_fault(scores, [*_KEYS, "patient"]) or numbers_fault(scores, ["best_dice"], sizes)
+
+def _read_scores(path: Path) -> pd.DataFrame:
     "What `levit-study choose` wrote; `StudyError` if it is no such table"
-    try: scores = pd.read_csv(path, dtype={"case": str, "patient": str})
-    except ValueError as error: problem = f"not a table ({error})"
-    else:
-        if {"best_dice", "seconds", "prediction"} <= set(scores): return scores
-        problem = "is of another version"
-    raise StudyError(f"{path}: {problem}; run levit-study choose {Path(path).stem} again")
+    columns = " ".join([*_KEYS, "patient", "dice", "best_dice", "seconds"])
+    return read_table(path, columns, _fault, f"run levit-study choose {path.stem} again")
 
 _COLUMNS = ["dataset", "prediction", "dice", "gain", "low", "high", "time", "patients", "chosen"]
 

@@ -6,10 +6,15 @@
 __all__ = ['ensemble_table']
 
 # %% ../../nbs/51f_evidence.ensembles.ipynb #7838cd35
-import json
 from pathlib import Path
+import numpy as np
 import pandas as pd
+from pydantic import BaseModel, FiniteFloat, ValidationError
+from ..evaluation.elsewhere import scores_fault
 from .intervals import mean_interval, patients_of
+from .results import read_record, read_table
+from ..files import StudyError
+from ..params import as_line
 
 # %% ../../nbs/51f_evidence.ensembles.ipynb #58bb23dc
 _COLUMNS = ["dataset", "loss", "split", "ensemble", "members", "patients", "dice", "dice_low",
@@ -23,24 +28,45 @@ def _beside_members(part, members) -> pd.DataFrame:
     part = part.assign(gain=part.dice - part.single, seed=0, fold=0).dropna(subset=["gain"])
     return part.assign(patient=patients_of(part))
 
-def _rows(about: dict, table, members, sure):
+def _rows(about, table, members, sure): # about: `_Ensemble`
     "Yield a row of the table per split of one ensemble"
-    for split, part in table[table.ensemble == about["ensemble"]].groupby("split", sort=False):
+    for split, part in table[table.ensemble == about.ensemble].groupby("split", sort=False):
         judged = _beside_members(part, members)
         if judged.empty: continue
         dice, gain = (mean_interval(judged, judged[name], *sure) for name in ("dice", "gain"))
         single = judged.groupby("structure").single.mean().mean()
-        yield (split, about["ensemble"], about["members"], dice.patients, dice.estimate, dice.low,
+        yield (split, about.ensemble, about.members, dice.patients, dice.estimate, dice.low,
                dice.high, single, gain.estimate, gain.low, gain.high)
 
+# %% ../../nbs/51f_evidence.ensembles.ipynb #047f4c78
+class _Ensemble(BaseModel):
+    "What metrics.json says of one ensemble"
+    ensemble: str
+    members: int
+    trainings: list[tuple[int, int | None]] = []  # seed and fold; unknown in old files
+    dice: list[FiniteFloat | None] = []           # of each training, alone
+
+class _Ensembles(BaseModel): ensembles: list[_Ensemble]
+
+def _read_ensembles(path: Path) -> tuple[list[_Ensemble], pd.DataFrame]:
+    "Return what metrics.json and the cases.csv beside it say; `StudyError` if it is not usable"
+    again = f"run levit-study ensemble {' '.join(path.parts[-3:-1])} again"
+    record = read_record(path, again)
+    try: about = _Ensembles.model_validate(record).ensembles
+    except ValidationError as error: raise StudyError(f"{as_line(error, path)}; {again}") from None
+    keys = ["ensemble", "split", "case", "structure"]
+    fault = lambda table: scores_fault(table, keys)
+    columns = " ".join([*keys, "dice"])
+    return about, read_table(path.with_name("cases.csv"), columns, fault, again)
+
 # %% ../../nbs/51f_evidence.ensembles.ipynb #460be4a2
-def _same_members(about: dict, ours: pd.DataFrame) -> bool:
+def _same_members(about: _Ensemble, ours: pd.DataFrame) -> bool:
     "Whether an ensemble's trainings are those of these cases: their Dice is what it was"
-    if len(about.get("dice", ())) != len(about["trainings"]): return False
+    if len(about.dice) != len(about.trainings): return False
     held_out = ours[ours.split.isin(("fold", "test"))]
-    for (seed, fold), dice in zip(about["trainings"], about["dice"], strict=True):
+    for (seed, fold), dice in zip(about.trainings, about.dice, strict=True):
         now = held_out[(held_out.seed == seed) & (held_out.fold == (fold or 0))].dice.mean()
-        if not abs(now - dice) < 1e-6: return False
+        if not abs(now - (np.nan if dice is None else dice)) < 1e-6: return False
     return True
 
 def ensemble_table(
@@ -54,14 +80,14 @@ def ensemble_table(
     rows = []
     for path in sorted(Path(folder).glob("*/*/metrics.json")):
         dataset, loss = path.parts[-3:-1]
-        table = pd.read_csv(path.with_name("cases.csv"), dtype={"case": str, "patient": str})
+        ensembles, table = _read_ensembles(path)
         ours = cases[(cases.dataset == dataset) & (cases.loss == loss)]
         there = set(zip(ours.seed, ours.fold, strict=True))
-        for about in json.loads(path.read_text(encoding="utf-8"))["ensembles"]:
-            trainings = {(seed, fold or 0) for seed, fold in about.get("trainings", ())}
+        for about in ensembles:
+            trainings = {(seed, fold or 0) for seed, fold in about.trainings}
             if not trainings or not trainings <= there: continue
             if not _same_members(about, ours):
-                print(f"left out: {path.parent}: {about['ensemble']} were trained or evaluated "
+                print(f"left out: {path.parent}: {about.ensemble} were trained or evaluated "
                       "again since; run levit-study ensemble again")
                 continue
             members = ours[[pair in trainings for pair in zip(ours.seed, ours.fold, strict=True)]]

@@ -71,6 +71,8 @@ def _flat(record: dict, place="") -> dict:
     return out
 
 # %% ../../nbs/50_evidence.results.ipynb #855724da
+_AGAIN = "run dvc repro to make it again"
+
 def _check_record(
     record: dict,   # the parameters that a run used
     expected: dict, # those of params.yaml
@@ -83,7 +85,7 @@ def _check_record(
     key, more = different[0], len(different) - 1
     also = f" (and {more} more)" if more else ""
     values = f"{key} = {used.get(key)!r}, params.yaml says {wanted.get(key)!r}"
-    raise StudyError(f"{where}: was made with {values}{also}; run dvc repro to make it again")
+    raise StudyError(f"{where}: was made with {values}{also}; {_AGAIN}")
 
 # %% ../../nbs/50_evidence.results.ipynb #ddf637f8
 COLUMNS = {
@@ -92,7 +94,8 @@ COLUMNS = {
     "cases.csv": f"split {SCORES}",
     "reliability.csv": "split bin pixels confidence accuracy",
 }  # a run's files -> the columns that they must have
-_TEXT = {"split", "case", "patient", "structure", "unit"}  # columns that hold words
+_TEXT = {"split", "case", "patient", "structure", "unit", "loss", "ensemble",
+         "prediction"}  # columns that hold words
 
 _SIZES = {"seconds", "learning_rate", "images_per_second", "bin", "pixels"}
 
@@ -128,13 +131,18 @@ def _fault(name: str, table: pd.DataFrame) -> str:
     if name == "reliability.csv": return _bins_fault(table)
     return _epochs_fault(table) if name == "epochs.csv" else ""
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(
+    path: Path,
+    columns: str | None = None, # that it must have; None: those of a run's file of this name
+    fault=None,                 # (table) -> what is wrong with its rows; None: as for `columns`
+    again: str = _AGAIN,        # what to do if it cannot be used
+) -> pd.DataFrame:
     "Read one of a run's tables; `StudyError` if it is empty or lacks a column, name or number"
-    again = "run dvc repro to make it again"
     try: table = pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str))
     except (OSError, ValueError) as error:
         raise StudyError(f"{path}: not a table ({str(error).splitlines()[0]}); {again}") from None
-    absent = [name for name in COLUMNS[path.name].split() if name not in table]
+    columns = COLUMNS[path.name] if columns is None else columns
+    absent = [name for name in columns.split() if name not in table]
     numeric = pd.api.types.is_numeric_dtype
     words = [name for name in table if name not in _TEXT and not numeric(table[name])]
     if absent: raise StudyError(f"{path}: no column {', '.join(absent)}; {again}")
@@ -142,13 +150,13 @@ def read_table(path: Path) -> pd.DataFrame:
     if words:
         reason = "holds something that is not a number"
         raise StudyError(f"{path}: column {words[0]} {reason}; {again}")
-    if fault := _fault(path.name, table): raise StudyError(f"{path}: {fault}; {again}")
+    problem = fault(table) if fault else _fault(path.name, table)
+    if problem: raise StudyError(f"{path}: {problem}; {again}")
     return table
 
 # %% ../../nbs/50_evidence.results.ipynb #dee67839
-def read_record(path: Path) -> dict:
+def read_record(path: Path, again: str = _AGAIN) -> dict:
     "Read one of a run's JSON files; `StudyError` if it is not a mapping"
-    again = "run dvc repro to make it again"
     try: record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise StudyError(f"{path}: not JSON ({error}); {again}") from None
@@ -258,8 +266,7 @@ def collect(
         try:
             files = _read_run(folder)
             if fault := _lacking(files["cases.csv"], run.data.structures):
-                again = "run dvc repro to make it again"
-                raise StudyError(f"{folder / 'cases.csv'}: {fault}; {again}")
+                raise StudyError(f"{folder / 'cases.csv'}: {fault}; {_AGAIN}")
         except StudyError as error:
             problems.append(str(error))
             continue
