@@ -286,7 +286,13 @@ def _check_network(dataset: str, about):
     try: check_network(about.model.network, about.model.settings, *sizes)
     except StudyError as error: raise ValueError(f"datasets.{dataset}.model: {error}") from None
 
-def _check_losses(losses: dict):
+def _names_code(settings) -> bool:
+    "Whether a loss, or one inside it, is a class of another module, imported to be checked"
+    if isinstance(settings, list): return any(map(_names_code, settings))
+    if not isinstance(settings, dict): return False
+    return "." in str(settings.get("kind")) or any(map(_names_code, settings.values()))
+
+def _check_losses(losses: dict, elsewhere: bool):
     "Raise `ValueError` unless every loss can be built and its `training` is one"
     for name, settings in losses.items():
         place = f"losses.{name}"
@@ -294,7 +300,7 @@ def _check_losses(losses: dict):
         except ValidationError as error:
             keys = ("datasets", name, "training")
             raise ValueError(as_line(error, f"{place}.training", keys)) from None
-        check_loss(settings, place)
+        if not (elsewhere and _names_code(settings)): check_loss(settings, place)
 
 # %% ../nbs/01_params.ipynb #215fa249
 class Params(Section):
@@ -320,12 +326,13 @@ class Params(Section):
         for name in self.study.datasets:
             check_folds(name, self.datasets[name].data.split.folds, self.study.fold_numbers)
             check_zooms(name, pick_evaluation(self, name).zooms, self.datasets[name].data.crop)
-        if not (info.context or {}).get("elsewhere"): self._can_be_built()
+        elsewhere = bool((info.context or {}).get("elsewhere"))
+        _check_losses(self.losses, elsewhere)
+        if not elsewhere: self._can_be_built()
         return self
 
     def _can_be_built(self):
-        "Raise `ValueError` for a loss or network that cannot be built; modules are imported"
-        _check_losses(self.losses)
+        "Raise `ValueError` for a network that cannot be built; modules are imported"
         for name in self.study.datasets:
             _check_network(name, self.datasets[name])
             runs = [pick_run(self, name, loss, 0) for loss in self.study.losses]

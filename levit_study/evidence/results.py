@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
-from ..files import StudyError, run_tail
+from ..files import StudyError, brief, run_tail
 from ..consistency import deciding
 from ..params import Params, Run, pick_run
 from ..evaluation.elsewhere import SCORES, numbers_fault, read_elsewhere, scores_fault
@@ -84,7 +84,7 @@ def _check_record(
     if not different: return
     key, more = different[0], len(different) - 1
     also = f" (and {more} more)" if more else ""
-    values = f"{key} = {used.get(key)!r}, params.yaml says {wanted.get(key)!r}"
+    values = f"{key} = {brief(used.get(key))}, params.yaml says {brief(wanted.get(key))}"
     raise StudyError(f"{where}: was made with {values}{also}; {_AGAIN}")
 
 # %% ../../nbs/50_evidence.results.ipynb #ddf637f8
