@@ -19,7 +19,7 @@ from ruamel.yaml import YAML, YAMLError
 from .consistency import check_ablation, check_classes, check_contrasts, check_folds
 from .consistency import check_graphs, check_names, check_phantoms, check_schedule
 from .consistency import check_structures, check_zooms, dealing
-from .files import StudyError, brief, yaml_problem
+from .files import StudyError, brief, check_values, yaml_problem
 from .networks import LEVIT, Chosen, Freezing, check_freezing, check_network
 from .inputs import Inputs, check_orientation, check_patient, young
 from .recipes import augmentation
@@ -399,6 +399,7 @@ def load_params(
             raise StudyError(f"{path}: not readable as YAML: nested too deeply") from None
         except (YAMLError, ValueError) as error:  # such as a date that no calendar has
             raise StudyError(f"{path}: not readable as YAML: {yaml_problem(error)}") from None
+        check_values(content, path)
     if not isinstance(content, dict):
         raise StudyError(f"{path}: holds no sections; study, datasets and losses are needed")
     try: return Params.model_validate(content, context={"elsewhere": elsewhere})
