@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CSV', 'StudyError', 'brief', 'yaml_problem', 'check_values', 'written_whole', 'write_json', 'write_csv',
-           'without_web_grammar', 'hard_link', 'hash_file', 'run_tail', 'run_folders', 'project_folder',
+           'without_web_grammar', 'hard_link', 'check_ends', 'hash_file', 'run_tail', 'run_folders', 'project_folder',
            'enter_project']
 
 # %% ../nbs/00_files.ipynb #e1e0fdc1
@@ -60,7 +60,8 @@ def check_values(content, path):
         if isinstance(value, dict):
             waiting += [(key, keys) for key in value]
             waiting += [(item, (*keys, key)) for key, item in value.items()]
-        elif isinstance(value, list): waiting += [(item, (*keys, k)) for k, item in enumerate(value)]
+        elif isinstance(value, list):
+            waiting += [(item, (*keys, number)) for number, item in enumerate(value)]
         elif isinstance(value, int) and abs(value) >= 2**63:
             raise StudyError(f"{path}: {place} = {brief(value)}: give a number below 2^63")
         elif not isinstance(value, str | int | float | None):
@@ -121,15 +122,19 @@ def hard_link(path: Path, link: Path):
         except OSError: shutil.copyfile(path, partial)
 
 # %% ../nbs/00_files.ipynb #f7203654
+def check_ends(path):
+    "`StudyError` for what does not end, or waits for a writer; a link may lead to one"
+    place = Path(path).expanduser()
+    if place.is_fifo() or place.is_socket() or place.is_char_device() or place.is_block_device():
+        raise StudyError(f"{path}: is not a file that ends, but a pipe or device; remove it")
+
 def hash_file(
     path, # file to read; ~ stands for the user's home
 ): # hexadecimal
     "Return the SHA-256 of a file's content; `StudyError` if it cannot be read"
-    place = Path(path).expanduser()
-    if place.is_fifo() or place.is_socket() or place.is_char_device():
-        raise StudyError(f"{path}: is not a file that ends, but a pipe or device; remove it")
+    check_ends(path)
     try:
-        with open(place, "rb") as file:
+        with open(Path(path).expanduser(), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         advice = "check the file and its permissions"

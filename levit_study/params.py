@@ -19,7 +19,7 @@ from ruamel.yaml import YAML, YAMLError
 from .consistency import check_ablation, check_classes, check_contrasts, check_folds
 from .consistency import check_graphs, check_names, check_phantoms, check_schedule
 from .consistency import check_structures, check_zooms, dealing
-from .files import StudyError, brief, check_values, yaml_problem
+from .files import StudyError, brief, check_ends, check_values, yaml_problem
 from .networks import LEVIT, Chosen, Freezing, check_freezing, check_network
 from .inputs import Inputs, check_orientation, check_patient, young
 from .recipes import augmentation
@@ -389,6 +389,7 @@ def load_params(
     content, name = path, path
     if isinstance(path, dict): name = "params"
     else:
+        check_ends(path)
         try: content = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             advice = "run from the project's folder, or name the file"

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..files import StudyError, hash_file, write_csv, write_json
+from ..files import StudyError, check_ends, hash_file, write_csv, write_json
 from ..params import Params, pick_evaluation
 
 # %% ../../nbs/43b_evaluation.elsewhere.ipynb #406d6bdc
@@ -98,6 +98,7 @@ def scores_fault(table: pd.DataFrame, keys=("case", "structure")) -> str:
 def _read_scores(path: Path) -> pd.DataFrame:
     "The scores of a method; `StudyError` if they are no table of them"
     again = "score again, or remove its folder"
+    check_ends(path)
     try: table = pd.read_csv(path, dtype=dict.fromkeys(_WORDS, str))
     except (OSError, ValueError) as error:
         raise StudyError(f"{path}: not a table ({str(error).splitlines()[0]}); {again}") from None
@@ -118,6 +119,7 @@ def _at_one_tolerance(params, dataset, path, rows, lines):
 def _read_about(path) -> dict:
     "What score.json says; `StudyError` if it cannot be read, nothing if there is none"
     if not path.exists(): return {}
+    check_ends(path)
     try: about = json.loads(path.read_text(encoding="utf-8"), parse_int=float)
     except (OSError, ValueError, RecursionError) as error:
         raise StudyError(f"{path}: not JSON ({error}); score again") from None

@@ -9,12 +9,15 @@ __all__ = ['json_content', 'read_manifest', 'damaged_manifests']
 import json
 from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ..files import check_ends
 from ..params import as_line
 
 # %% ../../nbs/50c_evidence.manifests.ipynb #5a0c11d4
 def json_content(path) -> dict:
     "Return what a JSON file holds; empty where it is missing or damaged"
-    try: content = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        check_ends(path)
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): return {}
     return content if isinstance(content, dict) else {}
 

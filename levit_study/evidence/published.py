@@ -29,7 +29,7 @@ from .tables import convergence, headline, organ_table, table1, to_markdown
 from .transfer import transfer_table
 from .networks import network_claims
 from .verdicts import claims_ledger
-from ..files import CSV, StudyError
+from ..files import CSV, StudyError, check_ends
 from ..params import Params, load_params, pick_evaluation
 
 # %% ../../nbs/56_evidence.published.ipynb #650f6b08
@@ -118,7 +118,9 @@ def _differing_summary(made: dict, kept: str) -> str:
 
 def _difference(path, compare) -> str:
     "Return what `compare` says of a kept text, or why it cannot be read; empty if it follows"
-    try: return compare(path.read_text(encoding="utf-8"))
+    try:
+        check_ends(path)
+        return compare(path.read_text(encoding="utf-8"))
     except FileNotFoundError: return f"is not there; {_REPORT}"
     except (OSError, ValueError, RecursionError) as error:
         return f"cannot be read ({str(error).splitlines()[0][:80]}); {_REPORT}"

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from pydantic import ValidationError
 
-from ..files import StudyError, brief, run_tail
+from ..files import StudyError, brief, check_ends, run_tail
 from ..consistency import deciding
 from ..params import Params, Run, pick_run
 from ..evaluation.elsewhere import SCORES, numbers_fault, read_elsewhere, scores_fault
@@ -138,6 +138,7 @@ def read_table(
     again: str = _AGAIN,        # what to do if it cannot be used
 ) -> pd.DataFrame:
     "Read one of a run's tables; `StudyError` if it is empty or lacks a column, name or number"
+    check_ends(path)
     try: table = pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str))
     except (OSError, ValueError) as error:
         raise StudyError(f"{path}: not a table ({str(error).splitlines()[0]}); {again}") from None
@@ -157,6 +158,7 @@ def read_table(
 # %% ../../nbs/50_evidence.results.ipynb #dee67839
 def read_record(path: Path, again: str = _AGAIN) -> dict:
     "Read one of a run's JSON files; `StudyError` if it is not a mapping"
+    check_ends(path)
     try: record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise StudyError(f"{path}: not JSON ({error}); {again}") from None
