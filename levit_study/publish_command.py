@@ -80,7 +80,11 @@ def _verify(a):
     bar = tqdm(folders, unit="study", leave=False)
     for folder in bar:
         bar.set_description(f"{folder.name}, computed from its records")
-        outcome = verify_study(folder)
+        try: outcome = verify_study(folder)
+        except StudyError as error:  # the other studies are looked at
+            bar.write(f"{folder}: {error}")
+            wrong += 1
+            continue
         problems = {name: problem for name, problem in outcome.items() if problem}
         for name, problem in problems.items(): bar.write(f"{folder}/{name}: {problem}")
         follow = len(outcome) - len(problems)
