@@ -370,6 +370,13 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 # %% ../nbs/72_commands.ipynb #5fabddf3
+def _disk_problem(error: OSError) -> str:
+    "Say in one line what the system refused"
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    where = f"{error.filename}: " if error.filename is not None else ""
+    remedy = "check the folder's rights and the free space"
+    return f"{where}cannot be read or written ({reason}); {remedy}"
+
 def main(arguments=None) -> int:
     "Run a command and return its exit status; bad input gives one line on standard error"
     a = _parser().parse_args(arguments)
@@ -385,6 +392,10 @@ def main(arguments=None) -> int:
     except StudyError as error:
         if a.debug: raise
         print(f"levit-study: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # of a disk or folder, wherever it shows
+        if a.debug: raise
+        print(f"levit-study: error: {_disk_problem(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("levit-study: stopped", file=sys.stderr)

@@ -75,6 +75,9 @@ def check_folders(params, root="."): # params: `Params`
     for name in params.study.datasets:
         folder = Path(root, "data/raw", name)
         if folder.is_dir(): continue
+        if folder.is_symlink():
+            leads = f"is a link to {os.readlink(folder)}, where nothing is"
+            raise StudyError(f"data/raw/{name}: {leads}; link the folder that holds the scans")
         if params.datasets[name].synthetic: folder.mkdir(parents=True)
         else:
             link = f"ln -s /where/they/are data/raw/{name}"
