@@ -25,7 +25,7 @@ from .files import hash_file, without_web_grammar
 from .processes import end_with_parent
 from .code import own_files
 from .files import write_json, written_whole
-from .stages import ROOMS, code_digests
+from .stages import ROOMS, code_digests, notebook_cells
 
 # %% ../nbs/70_pipeline.ipynb #7ed8c540
 def _uses_own(record: dict) -> bool:
@@ -141,12 +141,15 @@ def check_package(root="."):
 # %% ../nbs/70_pipeline.ipynb #dc1d0aad
 def _parameter_names(notebook) -> list[str]:
     "Return the names that the notebook's one cell tagged `parameters` assigns"
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    cells = notebook_cells(notebook)
+    tagged = [cell for cell in cells if "parameters" in (cell["metadata"].get("tags") or [])]
     if len(tagged) != 1:
         advice = "one is needed; tag the cell that holds the defaults"
         raise StudyError(f"{notebook}: {len(tagged)} cells are tagged 'parameters', {advice}")
-    statements = ast.parse("".join(tagged[0]["source"])).body
+    try: statements = ast.parse("".join(tagged[0]["source"])).body
+    except SyntaxError as error:
+        reason = "the cell tagged 'parameters' is not plain Python"
+        raise StudyError(f"{notebook}: {reason} ({error.msg}); give names their values") from None
     return [t.id for node in statements if isinstance(node, ast.Assign) for t in node.targets]
 
 # %% ../nbs/70_pipeline.ipynb #536e2675
@@ -224,6 +227,8 @@ def run_notebook(
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
+    if Path(output).resolve() == Path(notebook).resolve():
+        raise StudyError(f"{output}: is the notebook itself, which stays as it is; name another")
     unknown = set(parameters) - set(_parameter_names(notebook))
     if unknown: raise StudyError(f"{notebook}: has no parameter {', '.join(sorted(unknown))}")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
