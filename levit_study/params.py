@@ -50,7 +50,7 @@ class Study(Section):
     title: str = "Losses for imbalanced segmentation"
     datasets: list[str] = Field(min_length=1)
     losses: list[str] = Field(min_length=1)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(min_length=1)
     # ["."]: one split; ["fold0", "fold1", …]: a training for each of these folds of the patients
     folds: list[str] = Field([ONE_SPLIT], min_length=1)
 
@@ -251,7 +251,7 @@ class Run(Section):
     "All that one training depends on"
     dataset: str
     loss: str
-    seed: int
+    seed: int = Field(ge=0, lt=2**63)
     fold: int | None = None  # None: the one split of a study without folds
     data: Data
     model: Model
@@ -273,11 +273,14 @@ def pick_run(params: "Params", dataset: str, loss: str, seed: int, fold=None) ->
             raise StudyError(f"params.yaml: {section} has no '{name}' (it has {', '.join(known)})")
     about, settings = params.datasets[dataset], dict(params.losses[loss])
     training = about.training.model_dump() | settings.pop("training", {})
-    return Run(
-        dataset=dataset, loss=loss, seed=seed, fold=fold_number(fold),
-        data=about.data, model=about.model,
-        training=Training.model_validate(training), loss_settings=settings,
-    )
+    try:
+        return Run(
+            dataset=dataset, loss=loss, seed=seed, fold=fold_number(fold),
+            data=about.data, model=about.model,
+            training=Training.model_validate(training), loss_settings=settings,
+        )
+    except ValidationError as error:
+        raise StudyError(as_line(error, f"{dataset}, {loss}")) from None
 
 # %% ../nbs/01_params.ipynb #11662628
 def _check_network(dataset: str, about):
