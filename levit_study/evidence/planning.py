@@ -112,6 +112,8 @@ def _check(request):
     for name in ("patients", "folds", "seeds"):
         if (least := min(getattr(request, name) or (1,))) < 1:
             raise StudyError(f"--{name}: {least} is not a number of {name}; give 1 or more")
+    if request.losses is not None and request.losses < 2:
+        raise StudyError(f"--losses {request.losses}: give 2 or more, which are compared in pairs")
     for name in ("difference", "patient_sd", "seed_sd", "seconds", "epochs"):
         value, option = getattr(request, name), name.replace("_", "-")
         if value is None: continue
