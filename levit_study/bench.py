@@ -13,6 +13,7 @@ import time
 import torch
 import torch.nn.functional as F
 from functools import partial
+from pydantic import ValidationError
 from .files import StudyError, written_whole
 from .losses.interface import build_loss
 from .machine import added_memory, describe_machine, timed, versions
@@ -21,7 +22,7 @@ from .model.inference import for_inference
 from .model.network import VARIANTS
 from .model.precision import autocast_precision, bf16_gain, no_tf32
 from .networks import network_name
-from .params import Model
+from .params import Model, as_line
 
 # %% ../nbs/71_bench.ipynb #12d85153
 BENCH_MODES = {
@@ -96,7 +97,10 @@ def _network_of(
 ):
     "Build a network by its name in `levit-study bench`"
     about = {"variant": variant} if variant in VARIANTS else {"network": variant}
-    return build_network(Model(**about), num_classes, image_size=image_size)
+    try: model = Model(**about)
+    except ValidationError as error:
+        raise StudyError(as_line(error, f"bench: --variants {variant}")) from None
+    return build_network(model, num_classes, image_size=image_size)
 
 # %% ../nbs/71_bench.ipynb #bde5e221
 def bench_model(

@@ -274,19 +274,23 @@ def _add_bench(commands):
 def _bench(a):
     from levit_study.bench import bench_epoch, bench_losses, bench_model, machine, write_bench
     from levit_study.evaluation.inference import pick_device
-    device = pick_device(a.device).type
+    for name in ("epoch", "batch", "size", "repeats"):
+        if (number := getattr(a, name)) is not None and number < 1:
+            raise StudyError(f"bench: --{name} {number}: give 1 or more")
+    device, columns = pick_device(a.device).type, {}
     if a.losses: table = bench_losses(repeats=a.repeats, device=device)
     else:
         settings = dict(batch=a.batch, image_size=a.size, repeats=a.repeats, device=device)
         settings["progress"] = lambda line: print(line, file=sys.stderr)
         if a.modes is not None: settings["modes"] = tuple(a.modes)
+        columns = {"batch": a.batch, "image_size": a.size}
         if a.epoch and a.modes: raise StudyError("bench: --epoch has one mode; leave --modes out")
         if a.epoch: table = bench_epoch(a.variants, a.epoch, **settings)
         else: table = bench_model(tuple(a.variants), **settings)
     here = machine(device)
     print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
     print(", ".join(f"{key} {value}" for key, value in here.items()))
-    if a.output: write_bench(table, a.output, device)
+    if a.output: write_bench(table, a.output, device, **columns)
 
 # %% ../nbs/72_commands.ipynb #a3a59c69
 def _add_notebook(commands):
@@ -373,7 +377,8 @@ def _parser() -> argparse.ArgumentParser:
 def _disk_problem(error: OSError) -> str:
     "Say in one line what the system refused"
     reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
-    where = f"{error.filename}: " if error.filename is not None else ""
+    name = error.filename2 or error.filename  # of two, the one to be written
+    where = "" if name is None else f"{name}: "
     remedy = "check the folder's rights and the free space"
     return f"{where}cannot be read or written ({reason}); {remedy}"
 
