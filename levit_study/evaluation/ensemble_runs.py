@@ -119,6 +119,10 @@ def evaluate_ensembles(
 ) -> dict:              # what metrics.json holds
     """Judge the ensembles of a loss's trainings; write cases.csv, reliability.csv, metrics.json to
     reports/ensembles/<dataset>/<loss>; `StudyError` if no case is left that all held out"""
+    for section, name in (("datasets", dataset), ("losses", loss)):
+        if name not in (known := getattr(params.study, section)):
+            reason = f"study.{section} does not name '{name}' (it has {', '.join(known)})"
+            raise StudyError(f"params.yaml: {reason}")
     groups = _group_members(_find_members(params, dataset, loss, root), over)
     store, tables, about = PreparedStore(Path(root, "data", "prepared", f"{dataset}.h5")), [], []
     for group in groups:
