@@ -359,6 +359,12 @@ def _known_keys(place) -> list[str]:
 
 # %% ../nbs/01_params.ipynb #87237280
 _NOT_KEYS = ("int", "str", "bool", "float")  # pydantic names the types that it tried, too
+_TRIED = ("literal[", "dict[", "list[", "constrained-", "function-")  # how their names begin
+
+def _key_of(problem: dict) -> str:
+    "Return the key of one of pydantic's errors, as data.split.folds"
+    parts = [str(part) for part in problem["loc"] if part not in _NOT_KEYS]
+    return ".".join(part for part in parts if not part.startswith(_TRIED))
 
 def as_line(
     error: ValidationError,
@@ -368,9 +374,10 @@ def as_line(
     "Return the first problem of a `ValidationError` as one line: file, key, value, what is allowed"
     # an unknown key first: where a key is misspelt, the right one is missing, too
     first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    loc = [str(part) for part in first["loc"] if part not in _NOT_KEYS]
-    key = ".".join(part for part in loc if not part.startswith(("literal[", "dict[")))
-    message, value = first["msg"].removeprefix("Value error, "), first["input"]
+    key, value = _key_of(first), first["input"]
+    alike = [each["msg"] for each in error.errors() if _key_of(each) == key]  # of alternatives
+    message = " or ".join(dict.fromkeys(text.removeprefix("Value error, ") for text in alike))
+    message = message.replace(" or Input should be ", " or ")
     if first["type"] == "missing": return f"{path}: {key}: is missing"
     if first["type"] == "extra_forbidden":
         known = _known_keys((*place, *first["loc"][:-1]))
