@@ -204,6 +204,10 @@ class Measurement(Section):
     # run-to-run standard deviation of mean Dice, assumed beneath what a study's trainings show
     seed_sd: float = Field(0.02, ge=0, le=0.5)
 
+    def judging(self) -> dict:
+        "Return what decides the numbers of a case; what is assumed of trainings does not"
+        return self.model_dump(mode="json", include=set(Measurement.model_fields) - {"seed_sd"})
+
 # %% ../nbs/01_params.ipynb #89587731
 class Evaluation(Measurement):
     "The same for all data sets, and how sure the statistics must be"

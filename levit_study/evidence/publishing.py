@@ -16,7 +16,8 @@ from ..files import StudyError, run_tail
 from ..params import load_params, pick_evaluation
 
 # %% ../../nbs/56a_evidence.publishing.ipynb #0d845918
-RECORDS = ("run.json", "epochs.csv", "cases.csv", "training.json", "reliability.csv")
+RECORDS = ("run.json", "epochs.csv", "cases.csv", "training.json", "reliability.csv",
+           "evaluation.json")
 
 def _copy_run(source, target):
     "Copy a training's records"

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from ..files import StudyError, brief, check_ends, run_tail
 from ..consistency import deciding
-from ..params import Params, Run, pick_run
+from ..params import Params, Run, pick_evaluation, pick_run
 from ..evaluation.elsewhere import SCORES, numbers_fault, read_elsewhere, scores_fault
 from ..training.course import best_epoch, summary
 
@@ -263,6 +263,7 @@ def collect(
     published = runs is not None
     runs = Path(runs) if published else Path(root, "reports", "runs")
     tables, problems = {name: [] for name in COLUMNS}, []
+    judging = {name: pick_evaluation(params, name).judging() for name in params.study.datasets}
     for run in runs_of(params):
         folder = runs / run_tail(run.dataset, run.loss, run.seed, run.fold)
         try:
@@ -277,6 +278,8 @@ def collect(
         record = next(path for name in ("metrics.json", "run.json")
                       if (path := folder / name).exists())
         _check_record(used, deciding(run.record()), record)
+        if (judged := folder / "evaluation.json").exists():  # of records from before it, none says
+            _check_record(read_record(judged), judging[run.dataset], judged)
         nested = (dict, list)
         plain = {key: value for key, value in metrics.items() if not isinstance(value, nested)}
         files["metrics.json"] = pd.DataFrame([plain])
