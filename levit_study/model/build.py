@@ -76,13 +76,22 @@ def keep_memory(
     mallopt(-3, 2**30 if keep else 2**25)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
     mallopt(-1, 2**31 - 1 if keep else 2**26)  # M_TRIM_THRESHOLD: the free heap that is kept
 
+# %% ../../nbs/23_model.build.ipynb #5466ddd2
+def _breaks_channels_last(model) -> bool:
+    "Whether a network has a convolution that, channels last, fails on a CPU"
+    if next(model.parameters()).device.type != "cpu": return False
+    convs = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    return any(set(conv.kernel_size) == {1} and max(conv.stride) > 1 for conv in convs)
+
+
 # %% ../../nbs/23_model.build.ipynb #6f8dad4d
 def fast_order(
     model,  # changed in place
 ):          # the same model
     "Choose the memory layout that convolutions want, and LeViT-UNet's cheaper order of operations"
     model.exact = False
-    model = model.to(memory_format=torch.channels_last)
+    if not _breaks_channels_last(model):
+        model = model.to(memory_format=torch.channels_last)
     for block in getattr(model, "decoder", ()):
         lay_out_by_tap(block.conv1[0])
     return model
