@@ -83,7 +83,6 @@ def _breaks_channels_last(model) -> bool:
     convs = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
     return any(set(conv.kernel_size) == {1} and max(conv.stride) > 1 for conv in convs)
 
-
 # %% ../../nbs/23_model.build.ipynb #6f8dad4d
 def fast_order(
     model,  # changed in place

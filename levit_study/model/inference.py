@@ -98,7 +98,7 @@ def for_inference(
     if precision == "auto":
         precision = autocast_precision(device)
     if isinstance(model, OtherNetwork):
-        model.half = precision == "bf16"
+        model.in_half = precision == "bf16"
         return fast_order(model)
     model = _fold_norms(model).to(device)
     return fast_order(model.bfloat16() if precision == "bf16" else model)

@@ -105,14 +105,14 @@ class OtherNetwork(nn.Module):
         self.network, self.settings = network, dict(settings)
         self.num_classes, self.in_channels = num_classes, in_channels
         self.image_size = image_size_of(image_size)
-        self.half = False  # True: compute in bf16 where autocast does; of inference
+        self.in_half = False  # True: compute in bf16 where autocast does; of inference
         self.body = _build_body(network, settings, num_classes, in_channels)
 
     def forward(self, x):
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             expected = f"(batch, {self.in_channels}, height, width)"
             raise StudyError(f"model input has shape {tuple(x.shape)}; expected {expected}")
-        if not self.half: return self.body(x).float()
+        if not self.in_half: return self.body(x).float()
         with torch.autocast(x.device.type, torch.bfloat16): return self.body(x).float()
 
 # %% ../../nbs/21a_model.others.ipynb #e1a33204
