@@ -14,6 +14,7 @@ import sys
 import torch
 from functools import lru_cache
 from torch import nn
+from torch.nn.parameter import is_lazy
 from ..files import StudyError
 from ..networks import UNET, unet_settings
 from .grids import image_size_of
@@ -95,6 +96,13 @@ def _build_body(
     if not isinstance(body, nn.Module): raise StudyError(f"network {network}: builds no nn.Module")
     return body
 
+# %% ../../nbs/21a_model.others.ipynb #c618171d
+def _shape_lazy_layers(body, in_channels, image_size):
+    "Give layers as `nn.LazyConv2d` their weights, by images of zeros; others draw nothing"
+    if not any(map(is_lazy, [*body.parameters(), *body.buffers()])): return
+    with torch.no_grad(): body.eval()(torch.zeros(1, in_channels, *image_size))
+    body.train()
+
 # %% ../../nbs/21a_model.others.ipynb #b0c3baa4
 class OtherNetwork(nn.Module):
     "Float logits (B,num_classes,H,W) of images (B,in_channels,H,W), by any network"
@@ -107,6 +115,7 @@ class OtherNetwork(nn.Module):
         self.image_size = image_size_of(image_size)
         self.in_half = False  # True: compute in bf16 where autocast does; of inference
         self.body = _build_body(network, settings, num_classes, in_channels)
+        _shape_lazy_layers(self.body, in_channels, self.image_size)
 
     def forward(self, x):
         if x.ndim != 4 or x.shape[1] != self.in_channels:
