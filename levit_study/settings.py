@@ -8,10 +8,9 @@ __all__ = ['full_settings', 'check_loss', 'loss_name']
 # %% ../nbs/00c_settings.ipynb #b2cddf0f
 from collections.abc import Mapping
 from difflib import get_close_matches
-from math import inf
 from pydantic import BaseModel, ValidationError
 from .files import StudyError
-from .kinds import KINDS, ClassWeighted, Settings, SumOfLosses, setting_names
+from .kinds import KINDS, ClassWeighted, Settings, SumOfLosses, number, setting_names
 
 # %% ../nbs/00c_settings.ipynb #cbc37a95
 def _settings_model(
@@ -112,6 +111,10 @@ def _checked_inner(
     return checked
 
 # %% ../nbs/00c_settings.ipynb #831bdc8b
+class _Weight(Settings):
+    "What a term of a sum has beside its loss's settings"
+    weight: number(0) = 1.0
+
 def _checked_terms(
     terms:list[Mapping], # entries with kind, weight and settings
 ) -> list[dict]:
@@ -121,12 +124,10 @@ def _checked_terms(
         raise StudyError(f"loss: 'terms' is empty; list losses, such as {example}")
     entries = []
     for term in terms:
-        weight = term.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < inf:
-            raise StudyError(f"loss {term.get('kind')!r}: setting 'weight' is {weight!r}, "
-                             "but must be a number of at least 0")
+        given = {key: value for key, value in term.items() if key == "weight"}
+        weight = full_settings(term.get("kind"), _Weight, given)
         entry = _checked_inner({key: value for key, value in term.items() if key != "weight"})
-        entries.append(entry | {"weight": float(weight)})
+        entries.append(entry | weight)
     if not any(entry["weight"] for entry in entries):
         raise StudyError("loss: the weights of all 'terms' are 0; raise one")
     return entries
