@@ -49,6 +49,23 @@ def _check_bounded(terms:list[Mapping]): # each with kind and weight
         raise StudyError(f"loss 'uncertainty_weighted': the term {term['kind']!r} {reason}; "
                          "leave it out, or take kind: hybrid, whose weights are given")
 
+# %% ../nbs/00c_settings.ipynb #0607224f
+def _parts(loss:Mapping): # its settings, checked
+    "Yield the losses inside a loss, and those inside these"
+    terms, of = loss.get("terms"), loss.get("of")
+    for inner in [*(terms if isinstance(terms, list) else ()), of]:
+        if isinstance(inner, Mapping) and "kind" in inner:
+            yield inner
+            yield from _parts(inner)
+
+def _check_ignores(part:Mapping, ignored:int|None):
+    "Raise `StudyError` for a part that counts pixels which the loss around it leaves out"
+    if ignored is None or part.get("ignore_index") == ignored: return
+    if issubclass(_settings_model(part["kind"]), Settings): return  # sees what is left
+    raise StudyError(f"loss {part['kind']!r}: is no loss of this study, so it would count the pixels "
+                     f"that ignore_index = {ignored} leaves out; give it ignore_index: {ignored}, "
+                     "too, or take another loss")
+
 # %% ../nbs/00c_settings.ipynb #859e6838
 def full_settings(
     kind:str, # name of the loss, for the message
@@ -69,6 +86,7 @@ def full_settings(
     if issubclass(model, SumOfLosses):
         values["terms"] = _checked_terms(values["terms"])
     if kind == "uncertainty_weighted": _check_bounded(values["terms"])
+    for part in _parts(values): _check_ignores(part, values.get("ignore_index"))
     return values
 
 # %% ../nbs/00c_settings.ipynb #eefe7d9e
