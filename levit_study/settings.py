@@ -38,33 +38,43 @@ def _problem(
     allowed = model.model_fields[name].description or problem["msg"].replace("Input should be ", "")
     return f"setting {name!r} is {settings[name]!r}, but must be {allowed}"
 
-# %% ../nbs/00c_settings.ipynb #ff68601e
-def _check_bounded(terms:list[Mapping]): # each with kind and weight
-    "Raise `StudyError` for a term that a learned weight would drive without end"
-    for term in terms:
-        if term["kind"] in ("boundary", "uncertainty_weighted"):
-            reason = "can be below 0, and a learned weight would grow without end"
-        elif not term["weight"]: reason = "has weight 0, so nothing limits what is learned for it"
-        else: continue
-        raise StudyError(f"loss 'uncertainty_weighted': the term {term['kind']!r} {reason}; "
-                         "leave it out, or take kind: hybrid, whose weights are given")
-
 # %% ../nbs/00c_settings.ipynb #0607224f
-def _parts(loss:Mapping): # its settings, checked
-    "Yield the losses inside a loss, and those inside these"
+def _inner(loss:Mapping) -> list[Mapping]: # its settings, checked
+    "Return the losses directly inside a loss"
     terms, of = loss.get("terms"), loss.get("of")
-    for inner in [*(terms if isinstance(terms, list) else ()), of]:
-        if isinstance(inner, Mapping) and "kind" in inner:
-            yield inner
-            yield from _parts(inner)
+    listed = [*(terms if isinstance(terms, list) else ()), of]
+    return [part for part in listed if isinstance(part, Mapping) and "kind" in part]
+
+def _parts(loss:Mapping):
+    "Yield the losses inside a loss, and those inside these"
+    for part in _inner(loss):
+        yield part
+        yield from _parts(part)
 
 def _check_ignores(part:Mapping, ignored:int|None):
     "Raise `StudyError` for a part that counts pixels which the loss around it leaves out"
     if ignored is None or part.get("ignore_index") == ignored: return
     if issubclass(_settings_model(part["kind"]), Settings): return  # sees what is left
-    raise StudyError(f"loss {part['kind']!r}: is no loss of this study, so it would count the pixels "
+    raise StudyError(f"loss {part['kind']!r}: is no loss of this study, so it would count pixels "
                      f"that ignore_index = {ignored} leaves out; give it ignore_index: {ignored}, "
                      "too, or take another loss")
+
+# %% ../nbs/00c_settings.ipynb #ff68601e
+def _counting(loss:Mapping): # with its weight, if it has one
+    "Yield a loss and the losses inside it, without those of weight 0"
+    if loss.get("weight", 1):
+        yield loss
+        for part in _inner(loss): yield from _counting(part)
+
+def _check_bounded(terms:list[Mapping]): # each with kind and weight
+    "Raise `StudyError` for a term that a learned weight would drive without end"
+    for term in terms:
+        if any(part["kind"] in ("boundary", "uncertainty_weighted") for part in _counting(term)):
+            reason = "can be below 0, and a learned weight would grow without end"
+        elif not term["weight"]: reason = "has weight 0, so nothing limits what is learned for it"
+        else: continue
+        raise StudyError(f"loss 'uncertainty_weighted': the term {term['kind']!r} {reason}; "
+                         "leave it out, or take kind: hybrid, whose weights are given")
 
 # %% ../nbs/00c_settings.ipynb #859e6838
 def full_settings(
