@@ -220,12 +220,12 @@ def try_loss(
 ):
     """Raise `StudyError` unless the loss gives a number and a gradient for this many classes, in a
     second epoch too, when classes have unequal frequencies and Dice"""
-    labels = torch.arange(128).view(2, 8, 8) % num_classes
+    labels = torch.arange(2 * 32 * 32).view(2, 32, 32) % num_classes  # the smallest `data.size`
     unequal = torch.linspace(0.2, 0.8, num_classes)
     try:
         with torch.random.fork_rng([]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below
-            logits = torch.randn(2, num_classes, 8, 8, requires_grad=True)
+            logits = torch.randn(2, num_classes, 32, 32, requires_grad=True)
             made = build_loss(**settings)
             made.set_class_frequency(unequal / unequal.sum())
             made(logits, labels).backward()
