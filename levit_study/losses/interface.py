@@ -239,6 +239,7 @@ def try_loss(
         raise StudyError(f"loss {settings['kind']!r}: fails on logits of {num_classes} classes "
                          f"({type(error).__name__}: {reason}); correct its settings, or write a "
                          "class that takes logits (B,C,H,W) and labels (B,H,W)") from None
-    if not torch.isfinite(value) or logits.grad is None:
+    finite = torch.isfinite(value) and logits.grad is not None and logits.grad.isfinite().all()
+    if not finite:
         raise StudyError(f"loss {settings['kind']!r}: gives {value.item():g} for {num_classes} "
-                         "classes, or no gradient; correct its settings")
+                         "classes, or no finite gradient; correct its settings")
