@@ -140,15 +140,16 @@ def kept_where_undefined(
 # %% ../../nbs/27_losses.more.ipynb #43a0671c
 def _jaccard_steps(
     foreground, # (N,) bool, sorted by falling error
+    dtype, # of the result; whole numbers divided would be float32
 ):
     """How much each pixel, once wrong, adds to the Jaccard loss; in closed form, since differences
     of nearly equal numbers lose digits"""
     seen = foreground.cumsum(0)
     intersection = seen[-1] - seen
     union = seen[-1] + (~foreground).cumsum(0)
-    grown = intersection / (union * (union - 1)).clamp(min=1)
+    grown = intersection.to(dtype) / (union * (union - 1)).clamp(min=1)
     grown = torch.where(union > 1, grown, 1.)  # of an absent class the largest error counts
-    return torch.where(foreground, 1 / union, grown)
+    return torch.where(foreground, 1 / union.to(dtype), grown)
 
 # %% ../../nbs/27_losses.more.ipynb #4757fe13
 def _lovasz_extension(
@@ -158,7 +159,7 @@ def _lovasz_extension(
     "The Lovász extension of the Jaccard loss for one class"
     errors = (foreground.to(probability.dtype) - probability).abs()
     errors, order = errors.sort(descending=True)
-    return (errors * _jaccard_steps(foreground[order])).sum()
+    return (errors * _jaccard_steps(foreground[order], errors.dtype)).sum()
 
 # %% ../../nbs/27_losses.more.ipynb #dcf299ac
 @loss("lovasz_softmax")

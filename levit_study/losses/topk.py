@@ -23,8 +23,8 @@ def weights_of_worst(
     number = (pixels * millionths // 10**6).clamp(min=1)
     limit = costs.flatten().topk(most).values.take(number - 1) # indexing would read the number
     worse, level = costs > limit, costs == limit
-    rest = (number - worse.sum()) / level.sum()
-    return (worse + level * rest) * (pixels / number)
+    rest = (number - worse.sum()).to(costs.dtype) / level.sum()
+    return (worse + level * rest) * (pixels.to(costs.dtype) / number)
 
 # %% ../../nbs/27a_losses.topk.ipynb #6bd08ae2
 @loss("topk")
