@@ -29,7 +29,9 @@ def load_weights(
 
     card = read_card(path)
     model, tensors = _rebuilt(path, card), load_file(path)
-    if broken := [name for name in tensors if not tensors[name].isfinite().all()]:
+    masks = _may_be_infinite(model)
+    if broken := [name for name, tensor in tensors.items()
+                  if tensor.isnan().any() or name not in masks and tensor.isinf().any()]:
         raise StudyError(f"{path}: {broken[0]} holds numbers that are not finite; train again, or "
                          "take other weights")
     second = shared_tensors(model)
@@ -41,6 +43,11 @@ def load_weights(
         name = card["variant"] or network_name(card)
         raise StudyError(f"{path}: tensors do not fit a {name} model: {reason}") from None
     return model.to(device).eval(), card
+
+def _may_be_infinite(model) -> set[str]:
+    "Name the buffers that are no running statistics, as an attention mask of -inf"
+    names = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    return {name for name in names if not name.endswith(("running_mean", "running_var"))}
 
 # %% ../../nbs/23a_model.inference.ipynb #44b0acaf
 def _check_size(path, settings, num_classes, in_channels):
