@@ -9,6 +9,7 @@ __all__ = ['augment', 'sent']
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ..files import StudyError
 from ..recipes import RECIPES, augmentation
 
 # %% ../../nbs/17_data.augment.ipynb #52d57b74
@@ -25,9 +26,13 @@ def augment(
 
     All channels move alike; the intensities of each modality change by draws of their own, those of
     neighbouring slices of one scan together.
-    Raises `StudyError` for a recipe that is none."""
+    Raises `StudyError` for a recipe that is none, or one that turns images that are not square."""
     settings = augmentation(recipe)
     if settings == RECIPES["none"]: return images, labels
+    height, width = images.shape[-2:]
+    if settings.turn > 0 and height != width:
+        raise StudyError(f"augmentation: turn = {settings.turn:g} needs square images, these have "
+                         f"{height} x {width} pixels; set turn: 0, or make them square")
     numbers, streams = _draw(seed, epoch, indices)
     given = labels.dtype
     images = images.clone()
