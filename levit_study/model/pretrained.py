@@ -6,12 +6,14 @@
 __all__ = ['public_names', 'public_state', 'LoadReport', 'load_pretrained', 'load_same_names']
 
 # %% ../../nbs/22a_model.pretrained.ipynb #c2c11f8c
+import json
+import math
 import re
 import torch
 from dataclasses import dataclass
 from pathlib import Path
 from ..files import StudyError
-from .grids import resize_biases
+from .grids import halved, image_size_of, resize_biases
 from .others import shared_tensors
 from ..networks import start_file
 
@@ -197,15 +199,49 @@ def _fit_tensor(
     name,    # in the model
     tensor,  # the file's
     wanted,  # the model's
-    grids,   # name -> (height, width) of the model's attention grid, for attention biases
+    grids,   # name -> (height, width) of the grids of file (None: square) and model, for biases
 ):           # the tensor in the model's shape, or as it is where nothing can be done
     "Fit a tensor whose shape depends on the input channels or on the image's size"
     if name == "stem.conv1.linear.weight" and tensor.ndim == 4 and tensor.numel():
         return _fit_first_conv(tensor, wanted.shape[1])
-    side = round(tensor.shape[-1] ** 0.5) if tensor.ndim == 2 and tensor.numel() else 0
-    if side and name in grids and tensor.shape != wanted.shape and side**2 == tensor.shape[-1]:
-        return resize_biases(tensor, (side, side), grids[name])
-    return tensor
+    if name not in grids or tensor.ndim != 2 or not tensor.numel(): return tensor
+    old, new = grids[name]
+    side = round(tensor.shape[-1] ** 0.5)
+    old = old or (side, side)
+    if old == new or math.prod(old) != tensor.shape[-1]: return tensor
+    return resize_biases(tensor, old, new)
+
+# %% ../../nbs/22a_model.pretrained.ipynb #c7134830
+def _grid_of(
+    name,  # of attention biases
+    size,  # (height, width) of the images
+):         # (height, width)
+    "Return the grid that attention biases are for in a network of images of that size"
+    halvings = int(re.search(r"stages\.(\d)", name)[1]) - ("downsample" in name)
+    grid = tuple(side // 16 for side in size)
+    for _ in range(halvings): grid = halved(grid)
+    return grid
+
+def _grids(
+    model,
+    size,   # (height, width) that the file is for; None: unknown
+):          # dict: name -> (height, width) of the file's grid, or None, and of the model's
+    "Return the grids of all attention biases"
+    names = [name for name in model.state_dict() if name.endswith("attention_biases")]
+    return {name: (size and _grid_of(name, size), _grid_of(name, model.image_size))
+            for name in names}
+
+# %% ../../nbs/22a_model.pretrained.ipynb #394c65e5
+def _image_size_in(
+    path,  # a weight file, or None
+):         # (height, width), or None
+    "Return the size of the images that a file's card names; None without a card"
+    from safetensors import safe_open
+
+    if path is None or Path(path).suffix != ".safetensors": return None
+    with safe_open(path, "pt") as file: text = (file.metadata() or {}).get("card", "{}")
+    try: return image_size_of(json.loads(text)["image_size"])
+    except (KeyError, TypeError, ValueError, StudyError): return None
 
 # %% ../../nbs/22a_model.pretrained.ipynb #14036593
 def _check_fit(model, fitted, wanted, source):
@@ -273,10 +309,14 @@ def load_pretrained(
         head = tensors.get(names.get("head.weight"))
         new_head = head is not None and head.ndim > 0 and len(head) != model.num_classes
     wanted = _wanted(form, state, new_head)
-    grids = {
-        f"{prefix}.attention_biases": module.resolution
-        for prefix, module in model.named_modules() if hasattr(module, "attention_biases")
-    }
+    size = _image_size_in(path)
+    if not size and len(set(model.image_size)) > 1 and "LeViT checkpoint" not in form:
+        height, width = model.image_size
+        raise StudyError(
+            f"{source}: does not say which images it is for, and the model's are {height} x "
+            f"{width}; build it for square ones, load them, then call resize_attention"
+        )
+    grids = _grids(model, size)
     fitted = {
         name: _fit_tensor(name, tensors[names[name]], state[name], grids)
         for name in wanted if names.get(name) in tensors
