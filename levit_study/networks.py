@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEVIT', 'UNET', 'WIDEST', 'UNetSettings', 'network_name', 'unet_settings', 'Chosen', 'check_network',
-           'check_card_network', 'start_file', 'Freezing', 'check_freezing']
+           'check_card_network', 'start_file', 'Freezing', 'check_freezing', 'check_batches']
 
 # %% ../nbs/00e_networks.ipynb #d3ff97b6
 import re
@@ -168,3 +168,18 @@ def check_freezing(
         if epochs and (problem := _why_not_freeze(run)):
             place = f"datasets.{run.dataset}.training.freeze_encoder_epochs = {epochs}"
             raise ValueError(f"{place}: {problem}")
+
+# %% ../nbs/00e_networks.ipynb #6078b004
+def check_batches(
+    runs, # `params.Run`s
+):
+    "Raise `ValueError` for a run of single slices whose network cannot learn from one"
+    for run in runs:
+        network, settings = run.model.network, run.model.settings
+        if run.training.batch_size != 1 or network in (LEVIT, UNET): continue
+        from levit_study.model.others import try_alone
+        sizes = len(run.data.structures) + 1, run.data.size, run.data.in_channels
+        try: try_alone(network, settings, *sizes)
+        except StudyError as error:
+            place = f"datasets.{run.dataset}.training.batch_size = 1"
+            raise ValueError(f"{place}: {error}; give 2 or more") from None

@@ -20,7 +20,8 @@ from .consistency import check_ablation, check_classes, check_contrasts, check_f
 from .consistency import check_graphs, check_names, check_phantoms, check_schedule
 from .consistency import check_structures, check_zooms, dealing
 from .files import StudyError, brief, check_ends, check_values, yaml_problem
-from .networks import LEVIT, Chosen, Freezing, check_freezing, check_network
+from .networks import LEVIT, Chosen, Freezing, check_batches, check_freezing
+from .networks import check_network
 from .inputs import Inputs, check_orientation, check_patient, young
 from .recipes import augmentation
 from .settings import check_loss
@@ -192,7 +193,6 @@ class Training(Section, Freezing):
         augmentation(value)
         return value
 
-
 # %% ../nbs/01_params.ipynb #f405d535
 class Measurement(Section):
     "What is measured on the best weights, and how; a data set may have its own"
@@ -343,10 +343,8 @@ class Params(Section):
         for name in self.study.datasets:
             _check_network(name, self.datasets[name])
             runs = [pick_run(self, name, loss, 0) for loss in self.study.losses]
-            check_freezing(runs)
-            check_graphs(runs)
-            check_schedule(runs)
-            check_classes(runs)
+            checks = check_freezing, check_batches, check_graphs, check_schedule, check_classes
+            for check in checks: check(runs)
 
 # %% ../nbs/01_params.ipynb #67dde75f
 def _known_keys(place) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from pathlib import Path
 from ..files import StudyError
+from ..networks import LEVIT
 from ..params import Run
 from ..data.augment import augment
 from ..data.dataset import PreparedStore, epoch_order, oversampled
@@ -92,11 +93,11 @@ def _load(run: Run, path, fabric: Fabric) -> tuple: # the store, training and va
 # %% ../../nbs/31_training.fit.ipynb #0786d458
 def _batches_of(order: torch.Tensor, batch_size: int, run: Run) -> tuple: # of index tensors
     "Cut an epoch's order into batches; `StudyError` if a batch norm would see a single value"
-    batches = order.split(batch_size)
-    if run.data.size > 64: return batches
-    if len(batches) > 1 and len(batches[-1]) == 1:
+    batches, levit = order.split(batch_size), run.model.network == LEVIT
+    if levit and run.data.size > 64: return batches
+    if len(batches) > 1 and len(batches[-1]) == 1 and (levit or batch_size > 1):
         batches = (*batches[:-2], torch.cat(batches[-2:]))
-    if min(map(len, batches)) == 1:
+    if levit and min(map(len, batches)) == 1:
         setting = f"datasets.{run.dataset}.training.batch_size = {batch_size}"
         need = f"slices of {run.data.size} pixels need 2 or more in a batch"
         raise StudyError(f"{setting}: {need}")
