@@ -13,6 +13,7 @@ import sys
 
 from . import __version__
 from .files import StudyError, enter_project, write_csv
+from .plan_command import add_plan
 from .publish_command import add_publish, add_report, add_verify
 from .submit_command import add_submit
 
@@ -224,35 +225,6 @@ def _choose(a):
     table = choice_table(scores, params.evaluation.confidence, params.evaluation.bootstrap)
     print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
-# %% ../nbs/72_commands.ipynb #5b4fce79
-def _add_plan(commands):
-    about = "say what difference a design can establish, and its cost, from recorded trainings"
-    command = commands.add_parser("plan", help=about, description=about)
-    add, numbers = command.add_argument, dict(nargs="+", type=int, metavar="N")
-    recorded = "; default: as recorded"
-    add("records", nargs="?", help="folder with trainings, as a published study's (reports/runs)")
-    add("--dataset", help="which one, where the folder holds several")
-    add("--patients", **numbers, help=f"test patients, over all folds{recorded}")
-    add("--folds", **numbers, help=f"number of folds, 1 for one split{recorded}")
-    add("--seeds", **numbers, help=f"trainings per loss and fold{recorded}")
-    add("--losses", type=int, help=f"number of losses, compared in pairs{recorded}")
-    add("--difference", type=float, help="Dice difference: its power, and designs that decide it")
-    add("--patient-sd", type=float, help="SD of the paired difference in Dice between patients")
-    add("--seed-sd", type=float, help="SD of a loss's mean Dice between trainings")
-    add("--alpha", type=float, default=.05, help="level of all comparisons together (0.05)")
-    add("--power", type=float, default=.8, help="chance to decide a true difference (0.8)")
-    add("--seconds", type=float, help=f"seconds per epoch{recorded}")
-    add("--epochs", type=int, help=f"epochs per training{recorded}")
-    command.set_defaults(run=_plan)
-
-def _plan(a):
-    from levit_study.evidence.planning import PlanRequest, describe_plan
-    if a.records is None and (a.patient_sd is None or a.seed_sd is None):
-        enter_project()
-        a.records = "reports/runs"
-    asked = {name: getattr(a, name) for name in PlanRequest._fields}
-    print(describe_plan(PlanRequest(**asked)))
-
 # %% ../nbs/72_commands.ipynb #72d61c47
 def _add_bench(commands):
     about = "measure images per second of the model, or time and memory of the losses"
@@ -351,7 +323,7 @@ _GROUPS = {
                                    _add_export_predictions),
     "look at trainings": (_add_runs, _add_choose, _add_ensemble),
     "run many trainings": (add_submit,),
-    "plan and publish": (_add_plan, add_publish, add_report, add_verify),
+    "plan and publish": (add_plan, add_publish, add_report, add_verify),
     "measure speed": (_add_bench,),
     "what the pipeline calls": (_add_train, _add_notebook, _add_code, _add_plots_page),
 }

@@ -66,6 +66,7 @@ def _counting(loss:Mapping): # with its weight, if it has one
         yield loss
         for part in _inner(loss): yield from _counting(part)
 
+# %% ../nbs/00c_settings.ipynb #395881ff
 def _check_bounded(terms:list[Mapping]): # each with kind and weight
     "Raise `StudyError` for a term that a learned weight would drive without end"
     for term in terms:

@@ -14,22 +14,22 @@ from levit_study.stages import ROOMS
 from levit_study.training import identity
 
 # The rooms that decide no stage's numbers: they speak, measure, describe, check or start.
-NOTHING = """consistency files code processes training.identity inputs kinds networks settings params machine stages pipeline matrix job slurm submit submit_command publish_command bench commands data.fingerprint model.weights model.export model.drawing
+NOTHING = """consistency files code processes training.identity inputs kinds networks settings params sections machine stages pipeline matrix job slurm submit submit_command publish_command plan_command bench commands data.fingerprint model.weights model.export model.drawing
              training.record training.launch losses.pictures evaluation.engine evaluation.loading evaluation.targets evaluation.predict evaluation.sharing evaluation.ensemble evaluation.maps
              evaluation.score evaluation.exchange evaluation.ensemble_runs evidence.simulation evidence.choice evidence.spreads evidence.power evidence.planning evidence.publishing
              report.data_figures report.examples report.overlay""".split()
 # A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing
 # (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.
 REACHED = {
-    "prepare": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "report", "evidence.intervals", "data.fingerprint",
+    "prepare": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "sections", "recipes", "losses", "model", "report", "evidence.intervals", "data.fingerprint",
                 "data.native", "data.augment"],
-    "train": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "machine", "model.weights", "training.record", "training.identity", "training.launch",
+    "train": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "sections", "machine", "model.weights", "training.record", "training.identity", "training.launch",
               "report", "evidence.intervals", "data.cases"],
-    "evaluate": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "machine", "model.weights", "model.pretrained", "model.freezing",
+    "evaluate": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "sections", "recipes", "losses", "machine", "model.weights", "model.pretrained", "model.freezing",
                  "training.record", "training.device", "training.identity", "training.state", "data.augment", "data.affines", "data.nifti", "data.channels", "data.labels", "data.volumes"],
-    "report": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "machine", "data.augment", "data.affines", "data.nifti",
+    "report": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "sections", "recipes", "losses", "model", "machine", "data.augment", "data.affines", "data.nifti",
                "data.channels", "data.labels", "data.volumes"],
-    "site": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "recipes", "losses", "model", "data", "training", "evidence.statistics",
+    "site": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "sections", "recipes", "losses", "model", "data", "training", "evidence.statistics",
              "evidence.intervals", "evidence.answer", "evidence.findings", "evidence.claims", "evidence.tables", "evaluation"],
 }
 

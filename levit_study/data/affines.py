@@ -81,6 +81,7 @@ def _coded_affines(header):
                 forms[name] = np.full((4, 4), np.nan)
     return forms
 
+# %% ../../nbs/09_data.affines.ipynb #40e0fae2
 def _is_rigid(affine):
     "Whether an affine gives three perpendicular directions"
     finite = np.isfinite(affine).all() and voxel_sizes(affine).min() > 1e-6

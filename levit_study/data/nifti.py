@@ -160,6 +160,7 @@ def _is_thick(size):
     thick = int(size.argmax())
     return thick if size[thick] > 2*np.delete(size, thick).max() else None
 
+# %% ../../nbs/10_data.nifti.ipynb #18a62cbf
 def _seen_from_the_feet(axes, thick):
     "Return where the stored axes run if the thick slices can be seen from the feet"
     one, other = (k for k in range(3) if k != thick)

@@ -149,6 +149,7 @@ def _dice(labels, reference, values) -> list:
     sizes = [a.sum() + b.sum() for a, b in pairs]
     return [2 * (a & b).sum() / n if n else np.nan for (a, b), n in zip(pairs, sizes, strict=True)]
 
+# %% ../../nbs/42c_evaluation.engine.ipynb #0f4f8e0a
 def _agreement(labels, others) -> float:
     "The share of voxels with the same label, of those that either map calls a structure"
     either = (labels > 0) | (others > 0)

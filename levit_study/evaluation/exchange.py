@@ -105,6 +105,7 @@ def _one_channel(path, place: int):
     form = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     return form(stored, None, header, dtype=stored.dtype)
 
+# %% ../../nbs/45_evaluation.exchange.ipynb #d0de8fdf
 def _place_channels(case: Case, folder: Path):
     "A case's channels as `<case>_0000.nii.gz`, `_0001` …; those of a fourth axis are written out"
     for number, (path, place) in enumerate(case.channels or [(case.image, None)]):

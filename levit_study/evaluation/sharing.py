@@ -61,6 +61,7 @@ def _check_replaced(path, digest):
         problem = "exists already, and is no copy of these weights"
         raise StudyError(f"{path}: {problem}; name another file, or remove it")
 
+# %% ../../nbs/43a_evaluation.sharing.ipynb #b5876ada
 def _copy_card(weights, path):
     "Write the evaluation's card beside a copy of the weights, with the copy's digest"
     content = json.loads(card_file(weights).read_text(encoding="utf-8-sig"))

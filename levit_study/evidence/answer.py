@@ -53,6 +53,7 @@ def _about(params: Params, dataset: str, organs: pd.DataFrame) -> str:
 # %% ../../nbs/55a_evidence.answer.ipynb #767b0382
 def _named(loss): return "the baseline" if loss == "baseline" else loss_name(loss)
 
+# %% ../../nbs/55a_evidence.answer.ipynb #7a12ac9a
 def _stricter(decided, confidence) -> str: # decided rows of tests.csv or contrasts.csv
     "Return what becomes of them with the seeds of a fold as one value; empty without such seeds"
     if "folds_p_holm" not in decided or decided.folds_p_holm.isna().all(): return ""
@@ -136,6 +137,7 @@ def _counted(number, verdict): # -> '2 are contradicted'
     verb = "are" if number > 1 else "is"
     return f"{number or 'none'} {verb} {standing_in_words(verdict)}"
 
+# %% ../../nbs/55a_evidence.answer.ipynb #779e3560
 def _undecided(claims) -> list[str]: # rows of claims.csv
     "Return how many claims are undecided, and of how many it is known why"
     counts = claims.standing.map(standing_in_words).value_counts()

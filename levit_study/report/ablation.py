@@ -52,6 +52,7 @@ def _draw_rows(axis, rows, heights, look):
     axis.plot(rows.difference, heights, ls="none", ms=4.5, marker=look["marker"], color=color,
               mec="white", zorder=3)
 
+# %% ../../nbs/62i_report.ablation.ipynb #83e6d6cc
 def _in_words(means, about):
     "Put the differences into words"
     words = [f"{about.dataset(row.dataset)}, {about.name(row.loss)}: {row.difference:+.3f} "

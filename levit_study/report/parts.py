@@ -263,6 +263,7 @@ def settle(figure):
     for _ in range(2): figure.get_layout_engine().execute(figure)  # again for ticks that it moved
     figure.set_layout_engine(None)
 
+# %% ../../nbs/60a_report.parts.ipynb #8817a795
 def finished(figure, title, body, alt, table, about): # -> Picture
     "Title the figure, settle its layout once for all, and return it with its words"
     title = _titled(title, table, about)

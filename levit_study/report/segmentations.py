@@ -235,6 +235,7 @@ def _example_name(example, about):
     place = f"{example['case']}, slice {number}, {about.dataset(example['dataset'])}"
     return f"{example['role'].capitalize()} case: {place}"
 
+# %% ../../nbs/61a_report.segmentations.ipynb #e44b75d9
 def _caption_body(examples):
     known = all(example.get("spacing") for example in examples)
     return ("Rows per case: contours of the segmentation; its errors over the reference's outline;"

@@ -121,6 +121,7 @@ def _tested(study):
     claims = study.table("claims")
     return claims if claims.empty else claims[~claims.standing.str.startswith("not tested")]
 
+# %% ../../nbs/63c_report.studies.ipynb #9d89c04b
 def _verdicts(study):
     "How many of the paper's claims are supported and contradicted"
     claims = _tested(study)
@@ -137,6 +138,7 @@ def _each(values): # -> '64', '24 and 48'
     *words, last = dict.fromkeys(map(str, values))
     return f"{', '.join(words)} and {last}" if words else last
 
+# %% ../../nbs/63c_report.studies.ipynb #a49cb509
 def _setting(study):
     "Networks, pixels, epochs and learning rates of all data sets"
     datasets = [study.params.datasets[name] for name in study.params.study.datasets]

@@ -127,6 +127,7 @@ def finish_saving(t: Trainer):
     saving, t.saving = t.saving, None
     if saving is not None: saving.result()
 
+# %% ../../nbs/30f_training.checkpoint.ipynb #f90cd97d
 @contextmanager
 def all_saved(t: Trainer):
     "Wait for the last checkpoint at the end of the block, however it ends"

@@ -197,6 +197,7 @@ def stop_for_gradient(t: Trainer, step: int, norm):
     place = f"the gradients' norm is {norm.item()} in epoch {t.epoch}, step {step}"
     raise StudyError(f"{t.name}: {place}, though the loss is finite; {_ADVICE}")
 
+# %% ../../nbs/30e_training.record.ipynb #73a7b8be
 def check_weights(t: Trainer):
     "Raise `StudyError` rather than let weights that are not finite be validated and saved"
     weights = [p for group in t.optimiser.param_groups for p in group["params"]]

@@ -77,6 +77,7 @@ def _record(step): # returns a function that repeats it
     with torch.cuda.graph(graph, capture_error_mode="thread_local"): step()
     return graph.replay
 
+# %% ../../nbs/30g_training.step.ipynb #93cee7d1
 @lru_cache
 def _other_stream(): return torch.cuda.Stream()
 
