@@ -46,7 +46,7 @@ KEPT = {
     "bench": {"kind"}, "data/dataset": {"found"}, "data/jobs": {"kind"}, "data/phantom": {"kind"}, "data/splits": {"kind"},
     "evaluation/metrics": {"found"}, "evaluation/score": {"found"}, "evaluation/targets": {"found"}, "evidence/answer": {"kind"},
     "evidence/ranking": {"own"}, "evidence/statistics": {"found"}, "evidence/tables": {"found"}, "kinds": {"kind"},
-    "losses/interface": {"kind"}, "params": {"kind"}, "settings": {"kind"},   # `kind` is a key of params.yaml
+    "losses/interface": {"kind"}, "params": {"kind"}, "sections": {"kind"}, "settings": {"kind"},   # `kind` is a key of params.yaml
 }
 # Strings that decide what is trained, or are in published tables: a better word would train again.
 LATER = {"encoder held still for ", "the validation patients chose the epoch and are reported on"}
