@@ -91,8 +91,9 @@ def _choices(table, titles, confidence) -> str: # table: of `choices_table`
                  f" ({titles.get(dataset, dataset)}), ")
         gain = f"none is surely better than {plain}."
         if best.prediction != plain:
+            sure = f"{100 * confidence:g} % interval"
             gain = (f"the best is *{best.prediction}*: {interval_in_words(best, 'gain')} over"
-                    f" {plain} ({confidence:.0%} interval) in {best.time:.1f} times the time.")
+                    f" {plain} ({sure}) in {best.time:.1f} times the time.")
         texts.append(tried + gain)
     return " ".join(texts)
 
