@@ -62,7 +62,8 @@ def network_name(
     network = about.get("network", LEVIT)
     if network == LEVIT: return f"LeViT-UNet-{about['variant']}"
     if network != UNET: return network.rpartition(".")[2]
-    return f"U-Net of {len(unet_settings(about.get('settings') or {})['widths'])} levels"
+    levels = len(unet_settings(about.get("settings") or {})["widths"])
+    return f"{dict(zip(range(3, 7), ('three', 'four', 'five', 'six')))[levels]}-level U-Net"
 
 # %% ../nbs/00e_networks.ipynb #c3336973
 class Chosen(BaseModel):
