@@ -18,8 +18,9 @@ from .statistics import ALL, by_structure
 
 # %% ../../nbs/51a_evidence.tables.ipynb #113021c9
 def _as_text(value, form): # form: of numbers that are not whole
-    "Return a cell's text: whole numbers whole, undefined as a dash"
+    "Return a cell's text: whole numbers whole, truth values as yes and no, undefined as a dash"
     if value is None or (isinstance(value, float) and np.isnan(value)): return "–"
+    if isinstance(value, (bool, np.bool_)): return "yes" if value else "no"
     if isinstance(value, (float, np.floating)) and not float(value).is_integer():
         return f"{value:{form}}"
     if isinstance(value, (int, float, np.number)): return f"{value:,.0f}"
