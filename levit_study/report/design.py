@@ -19,8 +19,8 @@ from .parts import print_right, row_height, settle, shade_rows
 from .parts import structures_of, wrapped
 
 # %% ../../nbs/62d_report.design.ipynb #3105fe1c
-_NUMBER = r"[+\-−]?(?:\d+\.?\d*|\.\d+)(?:e[+\-]?\d+)?"
-_INTERVAL = re.compile(rf"\s*(?P<comparison>\S.*? - .*?\S):?\s+(?P<estimate>{_NUMBER})"
+_NUMBER = r"[+\-−](?:\d+\.?\d*|\.\d+)(?:e[+\-]?\d+)?"  # a sign, as each difference has
+_INTERVAL = re.compile(rf"\s*(?P<comparison>\S.*? - .*?\S): (?P<estimate>{_NUMBER})"
                        rf"(?:\s*\[(?P<low>{_NUMBER}),\s*(?P<high>{_NUMBER})\])?")
 _UNITS = {"best_epoch": "epochs", "epochs_to_95": "epochs", "hd95": "mm", "asd": "mm"}
 
