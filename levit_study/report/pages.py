@@ -15,7 +15,7 @@ import re
 import struct
 from pathlib import Path
 from ..files import StudyError, without_web_grammar
-from .provenance import figure_origin
+from .provenance import FIGURES, figure_name
 
 # %% ../../nbs/63_report.pages.ipynb #3f94a144
 def _mathml(
@@ -178,16 +178,12 @@ def _last_bar_only(outputs):
     return [o for o in outputs if o.output_type != "stream" or o.text.strip()]
 
 # %% ../../nbs/63_report.pages.ipynb #d85f090a
-_ORDER = {first: place for place, first in enumerate( # of the report: first word of a file's name
-    "fig1 fig2 fig3 forest contrasts dice ablation sensitivity agreement claims survival ranking "
-    "optimism convention reliability".split())}
-
 def figure_words(
     folder, # reports/figures
 ) -> dict: # caption -> title, caption, alt, and `file`, the PNG of twice the resolution
     "The words of all saved figures, by caption: that is what a figure leaves as text in a notebook"
-    figures, last = {}, len(_ORDER)
-    place = lambda path: (_ORDER.get(path.stem.split("_")[0], last), path.stem)
+    figures, order = {}, [*FIGURES, None]  # as in the report, then what is not ours
+    place = lambda path: (order.index(figure_name(path.stem)), path.stem)
     for path in sorted(Path(folder).glob("*.json"), key=place):
         try:
             words = json.loads(path.read_text(encoding="utf-8"))
@@ -262,7 +258,7 @@ def escaped(text):
 # %% ../../nbs/63_report.pages.ipynb #f09e151b
 def _made(stem, source, runs):
     "What made a figure, with links to its runs and to the notebook that draws it, in Markdown"
-    origin = figure_origin(stem)
+    origin = FIGURES.get(figure_name(stem))
     if not source: return ""
     text = f" [Made by {escaped(source)}]({runs})"
     if origin is None: return text
