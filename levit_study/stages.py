@@ -52,9 +52,10 @@ ROOMS = {
         model.grids model.network model.fusion model.others model.precision model.build
         model.inference training.course evaluation.metrics evaluation.inference
         evaluation.card evaluation.calibration evaluation.evaluate""",
-    "report": """data.cases data.context data.dataset data.native training.course
-        evaluation.metrics evaluation.elsewhere evidence.results evidence.manifests
-        evidence.intervals evidence.statistics evidence.tables evidence.derived
+    "report": """data.cases data.context data.dataset data.native training.scores
+        training.course evaluation.metrics evaluation.elsewhere evidence.results
+        evidence.manifests evidence.intervals evidence.statistics evidence.tables
+        evidence.derived
         evidence.reliability evidence.contrasts evidence.ablation evidence.ensembles
         evidence.choices evidence.claims evidence.verdicts evidence.networks
         evidence.paper evidence.survival evidence.ranking evidence.imbalance

@@ -19,6 +19,7 @@ from ..files import StudyError
 from .look import About, structure_colors
 from .selection import kept_predictions, segmented_cases, telling_slice
 from .segmentations import ERRORS
+from ..training.scores import dice_from_counts, overlap_counts
 
 # %% ../../nbs/61b_report.viewer.ipynb #7f818f93
 def _label_strip(labels: np.ndarray) -> str: # labels: 0 to 255
@@ -55,20 +56,12 @@ def _cut(labelled: np.ndarray) -> tuple[slice, ...]: # boolean (slices, rows, co
     return tuple(slice(*span, step) for span, step in zip(spans, steps))
 
 # %% ../../nbs/61b_report.viewer.ipynb #1826864d
-def _met(reference, prediction, count): # -> (slices, reference's label, prediction's label)
-    "How many voxels of each slice have each pair of labels"
-    met = np.empty((len(reference), count, count), np.int64)
-    for here, first, second in zip(met, reference, prediction):
-        pairs = first.astype(np.int64)*count + second
-        here.flat = np.bincount(pairs.ravel(), minlength=count*count)
-    return met
+def _counts(reference, prediction, num_classes): # -> (3, slices, classes)
+    "Voxels of each slice and class in both maps, in the prediction, in the reference"
+    pairs = zip(prediction, reference, strict=True)  # by slice: a whole CT takes gigabytes
+    return np.stack([overlap_counts(*pair, num_classes) for pair in pairs], 1)
 
 # %% ../../nbs/61b_report.viewer.ipynb #65634f56
-def _dice(met): # -> Dice of each label above 0; NaN where neither map has it
-    both, sizes = np.diagonal(met, 0, -2, -1), met.sum(-1) + met.sum(-2)
-    with np.errstate(invalid="ignore"): return (2*both/np.where(sizes, sizes, np.nan))[..., 1:]
-
-
 def _rounded(values): # -> list, None for NaN
     return [None if np.isnan(v) else round(float(v), 3) for v in np.atleast_1d(values)]
 
@@ -86,12 +79,14 @@ def case_record(
 ) -> dict: # what web/viewer.js shows of a case
     "A case's strips, its Dice by structure and slice, and what of it was kept"
     maps = [volume.label, *predictions.values()]
-    count = 1 + max([*structures.values(), *(int(labels.max()) for labels in maps)])
-    places = [value - 1 for value in structures.values()]
+    classes = list(structures.values())
+    largest = max([*classes, *(int(labels.max()) for labels in maps)])
     kept = _cut(np.any([labels > 0 for labels in maps], 0))
-    met = {loss: _met(volume.label, labels, count) for loss, labels in predictions.items()}
-    whole = {loss: _dice(pairs.sum(0))[places] for loss, pairs in met.items()}
-    means = {loss: _mean(_dice(pairs)[:, places])[kept[0]] for loss, pairs in met.items()}
+    counts = {loss: _counts(volume.label, labels, largest + 1)
+              for loss, labels in predictions.items()}
+    whole = {loss: dice_from_counts(*each.sum(1))[classes] for loss, each in counts.items()}
+    means = {loss: _mean(dice_from_counts(*each)[:, classes])[kept[0]]
+             for loss, each in counts.items()}
     label, spacing = volume.label[kept], volume.spacing or (1, 1, 1)
     numbers = list(range(len(volume.label)))[kept[0]]
     return {
