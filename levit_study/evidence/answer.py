@@ -9,7 +9,7 @@ __all__ = ['answer', 'effects_of', 'shown_answers', 'with_answer', 'differing_an
 import re
 import pandas as pd
 from .claims import MARGIN, standing_in_words, typeset
-from .findings import findings, interval_in_words, listed
+from .findings import findings, interval_in_words, listed, overall
 from .results import judging_splits, special_trainings
 from .statistics import ALL
 from ..networks import network_name
@@ -90,13 +90,9 @@ def _verdict(rows, named, confidence) -> str: # rows: of tests.csv; named: those
             f"{reach.max():.3f}{which}.")
 
 # %% ../../nbs/55a_evidence.answer.ipynb #7925223d
-def _overall(table):
-    "Return the rows of the mean of structures; of a single structure its own"
-    return table[table.structure == (ALL if (table.structure == ALL).any() else table.structure)]
-
 def _differences(tests: pd.DataFrame, confidence=.95) -> str: # tests: one data set and split
     "Return the differences between losses, and which are decided after Holm's correction"
-    rows = _overall(tests[tests.metric == "dice"]) if len(tests) else tests
+    rows = overall(tests[tests.metric == "dice"]) if len(tests) else tests
     if not rows.empty: rows = rows.dropna(subset=["difference"])  # losses that share no training
     if rows.empty: return ""
     every, beside = rows, rows[rows.second != rows.second.iloc[0]]
@@ -118,7 +114,7 @@ _EFFECTS = "Effects across several losses"
 
 def _effects(contrasts: pd.DataFrame, confidence=.95) -> str: # contrasts: one data set and split
     "Return the effects across several losses, and which are decided after Holm's correction"
-    rows = _overall(contrasts) if len(contrasts) else contrasts
+    rows = overall(contrasts) if len(contrasts) else contrasts
     if rows.empty: return ""
     parts = [f"{row.contrast} {interval_in_words(row)}" for row in rows.itertuples()]
     clear = rows[(rows.p_holm < 1 - confidence) & (rows.low * rows.high > 0)].contrast

@@ -14,9 +14,8 @@ from pathlib import Path
 import pandas as pd
 from ..evidence.answer import effects_of, shown_answers
 from ..evidence.claims import standing_in_words, typeset
-from ..evidence.findings import titles_apart
-from ..evidence.results import judging_splits
-from ..evidence.statistics import ALL
+from ..evidence.findings import listed, overall, titles_apart
+from ..evidence.results import judging_cases, judging_splits
 from ..evidence.tables import to_markdown
 from ..files import StudyError
 from ..networks import network_name
@@ -89,10 +88,8 @@ def published_studies(root=".") -> list[PublishedStudy]:
 
 # %% ../../nbs/63c_report.studies.ipynb #79211ced
 def _judging(study):
-    "The rows of organs.csv for the mean of structures, over the cases that judge"
-    organs = study.table("organs")
-    judged = organs.split == organs.dataset.map(judging_splits(organs))
-    return organs[(organs.structure == ALL) & judged]
+    "The rows of organs.csv for all structures together, over the cases that judge"
+    return overall(judging_cases(study.table("organs")))
 
 def _scores(study): # Markdown
     "Mean Dice of each loss, over the cases that judge; of many variants of the data their range"
@@ -135,8 +132,7 @@ def _verdicts(study):
 # %% ../../nbs/63c_report.studies.ipynb #25acd41b
 def _each(values): # -> '64', '24 and 48'
     "Different values once each, in words"
-    *words, last = dict.fromkeys(map(str, values))
-    return f"{', '.join(words)} and {last}" if words else last
+    return listed(list(dict.fromkeys(map(str, values))))
 
 # %% ../../nbs/63c_report.studies.ipynb #a49cb509
 def _setting(study):

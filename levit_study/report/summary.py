@@ -14,8 +14,8 @@ from markupsafe import Markup, escape
 from ..networks import network_name
 from ..params import Params
 from ..evidence.claims import standing_in_words, typeset
+from ..evidence.findings import overall
 from ..evidence.results import special_trainings
-from ..evidence.statistics import ALL
 from .look import About, about_study
 from .parts import counted
 
@@ -140,8 +140,7 @@ def _judged(organs): # -> splits, a column each
 
 def _results(organs, dataset, losses, about: About): # -> heading, rows (loss, cells)
     "Dice over all structures per loss, held out and as the paper selects; surface Dice"
-    rows = organs[organs.dataset == dataset]
-    rows = rows[(rows.structure == ALL) | (rows.structure.nunique() == 1)]
+    rows = overall(organs[organs.dataset == dataset])
     rows = rows[rows.loss.isin(losses)]  # a method from elsewhere has no row here
     held = next((split for split in _SPLITS if split in set(rows.split)), "valid")
     best = {split: rows[rows.split == split].dice.max() for split in _SPLITS}
