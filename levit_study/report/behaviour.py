@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from ..evidence.findings import signed
 from ..evidence.reliability import calibration_errors
 from .look import About, checked, study_style
 from .parts import QUARTILES, bands, finished, has_spread, legend_below, log_axis
@@ -245,8 +246,7 @@ def _error_in_words(errors, dataset, loss):
     if (dataset, loss) not in errors.index: return "ECE –"
     error = errors.loc[dataset, loss]
     if not np.isfinite(error["ece"]): return "ECE –"
-    signed = f"{error['signed']:+.3f}".replace("-", "−")
-    return f"ECE {shown_number(error['ece'])}, signed {signed}"
+    return f"ECE {shown_number(error['ece'])}, signed {signed(error['signed'])}"
 
 # %% ../../nbs/62b_report.behaviour.ipynb #becb6e7e
 def _wilson(share, count, z=1.96):

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from .look import About, checked, study_style
-from .parts import bands, finished, legend_below, wrapped
+from .parts import bands, finished, legend_below, structures_of, wrapped
 
 # %% ../../nbs/62c_report.clinical.ipynb #4158db70
 @study_style()
@@ -23,7 +23,7 @@ def bland_altman(
     values = checked(values, "bland_altman", columns, about)
     values = values.dropna(subset=["reference", "predicted"])
     checked(values, "bland_altman", [])
-    losses, measures = list(values["loss"].unique()), _measures_of(values)
+    losses, measures = list(values["loss"].unique()), structures_of(values, "measure")
     height = 42 if len(losses) < 5 else 34
     heights = [len(names)*height + 14 for names in measures.values()]
     figure, parts = bands(values, heights, about)
@@ -47,11 +47,6 @@ _AGREEMENT = (
     " ventricle in the reference.")
 
 # %% ../../nbs/62c_report.clinical.ipynb #d0e6df85
-def _measures_of(values): # -> dict data set: names of measures
-    groups = values.groupby("dataset", sort=False)["measure"]
-    return {dataset: list(names.unique()) for dataset, names in groups}
-
-
 def _topic(values):
     "What a figure is about: its only unit's measures"
     topics = {"%": "ejection fraction", "ml": "volumes"}

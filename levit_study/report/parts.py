@@ -222,9 +222,9 @@ def lines_with_bars(ax, column, lines):
         ax.errorbar(along, rows.dice, yerr=reach, fmt="none", ecolor=look["color"], lw=.9)
 
 # %% ../../nbs/60a_report.parts.ipynb #4559709c
-def structures_of(table): # -> dict data set: list of names
-    "Structures per data set in the order of the table"
-    groups = table.groupby("dataset", sort=False)["structure"]
+def structures_of(table, column="structure"): # -> dict data set: list of names
+    "Structures, or what another column names, per data set in the order of the table"
+    groups = table.groupby("dataset", sort=False)[column]
     return {dataset: list(names.unique()) for dataset, names in groups}
 
 # %% ../../nbs/60a_report.parts.ipynb #e1e1efa9
