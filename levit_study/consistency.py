@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_names', 'check_structures', 'check_folds', 'check_contrasts', 'check_ablation', 'check_zooms', 'check_graphs',
-           'check_schedule', 'check_classes', 'check_phantoms', 'dealing', 'deciding']
+           'check_schedule', 'check_classes', 'check_phantoms', 'dealing', 'deciding', 'differing']
 
 # %% ../nbs/00f_consistency.ipynb #4e60797a
 from difflib import get_close_matches
@@ -178,3 +178,18 @@ def deciding(record: dict) -> dict: # of `params.Run.record`
     if record["fold"] is None:
         data["split"] = {key: value for key, value in data["split"].items() if key != "folds"}
     return record | {"data": data}
+
+# %% ../nbs/00f_consistency.ipynb #0bae01ef
+def differing(
+    here,     # a record: nested dictionaries
+    there,    # another one
+    place="", # what the paths begin with
+) -> dict:
+    "Return the values that differ, by their path, as 'training.epochs' -> (30, 20)"
+    if not (isinstance(here, dict) and isinstance(there, dict)):
+        return {} if here == there else {place: (here, there)}
+    different = {}
+    for key in dict.fromkeys([*here, *there]):
+        below = f"{place}.{key}".removeprefix(".")
+        different |= differing(here.get(key), there.get(key), below)
+    return different

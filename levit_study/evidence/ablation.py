@@ -8,6 +8,7 @@ __all__ = ['ablation_table']
 # %% ../../nbs/51e_evidence.ablation.ipynb #2cea2eae
 import pandas as pd
 from pydantic import BaseModel
+from ..consistency import differing
 from .statistics import allowing_for_spread, by_structure, judged_parts
 from .statistics import paired_differences, pooled_spread, these_interval
 from .statistics import training_means
@@ -28,31 +29,21 @@ def _settings(params: Params, name: str) -> dict:
     model, training = _values(about.model), _values(about.training)
     return {"data": data, "model": model, "training": training, "evaluation": evaluation}
 
-def _differing(here, there, place="") -> dict:
-    "Return the values that differ, by their path: 'training.augmentation.turn' -> (0.2, 0.1)"
-    if not (isinstance(here, dict) and isinstance(there, dict)):
-        return {} if here == there else {place: (here, there)}
-    differing = {}
-    for key in dict.fromkeys([*here, *there]):
-        below = f"{place}.{key}".removeprefix(".")
-        differing |= _differing(here.get(key), there.get(key), below)
-    return differing
-
 def _settings_that_differ(
     params: Params,
     name: str,      # data set
     reference: str, # data set that it is compared with
 ) -> dict[str, tuple]: # path -> (value, the reference's value)
     "Return the settings in which two data sets differ"
-    return _differing(_settings(params, name), _settings(params, reference))
+    return differing(_settings(params, name), _settings(params, reference))
 
-def _in_words(differing: dict) -> str:
+def _in_words(different: dict) -> str:
     "Return settings that differ as one line: 'training.schedule constant, not cosine'"
     def shown(value):
         if isinstance(value, dict): return ", ".join(f"{k} {shown(v)}" for k, v in value.items())
         return "none" if value is None else str(value)
     return "; ".join(f"{key} {shown(here)}, not {shown(there)}"
-                     for key, (here, there) in differing.items())
+                     for key, (here, there) in different.items())
 
 # %% ../../nbs/51e_evidence.ablation.ipynb #ced230a7
 _COLUMNS = ["reference", "dataset", "split", "protocol", "metric", "differs", "loss", "structure",

@@ -17,7 +17,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from ..files import StudyError, brief, check_ends, run_tail
-from ..consistency import deciding
+from ..consistency import deciding, differing
 from ..params import Params, Run, pick_evaluation, pick_run
 from ..evaluation.elsewhere import SCORES, numbers_fault, read_elsewhere, scores_fault
 from ..training.course import best_epoch, summary
@@ -61,15 +61,6 @@ def training_grid(params: Params, dataset: str) -> str:
     size = params.datasets[dataset].data.size
     return f"network, {size} x {size}"
 
-# %% ../../nbs/50_evidence.results.ipynb #74c932ad
-def _flat(record: dict, place="") -> dict:
-    "Return a nested record as one level: `{'training.epochs': 30, …}`"
-    out = {}
-    for key, value in record.items():
-        here = f"{place}{key}"
-        out |= _flat(value, f"{here}.") if isinstance(value, dict) else {here: value}
-    return out
-
 # %% ../../nbs/50_evidence.results.ipynb #855724da
 _AGAIN = "run dvc repro to make it again"
 
@@ -79,12 +70,11 @@ def _check_record(
     where,          # what to name: the record's file
 ):
     "Raise `StudyError` unless a run used the expected parameters"
-    used, wanted = _flat(record), _flat(expected)
-    different = [key for key in wanted | used if used.get(key) != wanted.get(key)]
+    different = differing(expected, record)
     if not different: return
-    key, more = different[0], len(different) - 1
-    also = f" (and {more} more)" if more else ""
-    values = f"{key} = {brief(used.get(key))}, params.yaml says {brief(wanted.get(key))}"
+    key, (wanted, used) = next(iter(different.items()))
+    also = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+    values = f"{key} = {brief(used)}, params.yaml says {brief(wanted)}"
     raise StudyError(f"{where}: was made with {values}{also}; {_AGAIN}")
 
 # %% ../../nbs/50_evidence.results.ipynb #ddf637f8

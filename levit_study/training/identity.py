@@ -17,7 +17,7 @@ from importlib.metadata import version
 from ..code import digest_of_code, own_files
 from ..files import hash_file
 from ..networks import LEVIT, UNET, start_file, unet_settings
-from ..consistency import deciding
+from ..consistency import deciding, differing
 from ..params import Run
 from ..settings import check_loss
 
@@ -124,20 +124,16 @@ def identity_of(record: dict, data_digest: str, platform: tuple[str, str]) -> st
     return hashlib.sha256(decides.encode()).hexdigest()
 
 # %% ../../nbs/30a_training.identity.ipynb #a0c21ca3
-def _differing_key(then: dict, now: dict, place="") -> str:
+def _first_difference(then: dict, now: dict) -> str:
     "Return the first difference between two records of a run, as `training.epochs: 30, was 20`"
-    for key in {**now, **then}:
-        before, after = then.get(key), now.get(key)
-        if before == after: continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            return _differing_key(before, after, f"{place}{key}.")
-        return f"{place}{key}: {after!r}, was {before!r}"
+    for key, (after, before) in differing(now, then).items():
+        return f"{key}: {after!r}, was {before!r}"
     return "data, precision or number of processes"
 
 # %% ../../nbs/30a_training.identity.ipynb #7c5b4169
 def why_anew(then: dict, now: dict) -> str:
     "Return why a training cannot resume from a checkpoint, and what more epochs would need"
-    reason = _differing_key(then, now)
+    reason = _first_difference(then, now)
     if not reason.startswith("training.epochs: "): return reason
     if now["training"]["schedule"] != "constant":
         return f"{reason}; the rates of schedule {now['training']['schedule']} depend on it"
