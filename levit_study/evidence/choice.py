@@ -92,7 +92,6 @@ def compare_predictions(
     dataset: str,
     losses=None,    # of which losses' networks; None: those of the study
     root=".",
-    progress=True,
 ) -> pd.DataFrame:  # one row per run, candidate, case and structure
     "Try all ways to predict on the validation cases of all runs of a data set"
     compute, rows = params.compute, []
@@ -102,7 +101,7 @@ def compare_predictions(
         raise StudyError(f"--losses {unknown[0]}: no loss of this study; choose from {known}")
     runs = _run_stores(params, dataset, losses or params.study.losses, root)
     cases = sum(len(store.split("valid")) for _, store, _ in runs)
-    with tqdm(total=cases, unit="case", desc=f"choose {dataset}", disable=not progress) as bar:
+    with tqdm(total=cases, unit="case", desc=f"choose {dataset}") as bar:
         for run, store, weights in runs:
             record = run_folders(dataset, run.loss, run.seed, root, run.fold)[0] / "training.json"
             best = read_record(record)["best_dice"]  # by which the report knows the training again

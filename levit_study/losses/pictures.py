@@ -38,10 +38,9 @@ def scene(
 def logits_of(
     labels, # (H,W)
     logit=4.0, # of the labelled class; the others have 0
-    num_classes=3,
 ):
-    "Logits `(1,C,H,W)`, float64, of a prediction that is sure of `labels`"
-    return (logit * F.one_hot(labels, num_classes)).permute(2, 0, 1)[None].double()
+    "Logits `(1,3,H,W)`, float64, of a prediction that is sure of `labels`"
+    return (logit * F.one_hot(labels, 3)).permute(2, 0, 1)[None].double()
 
 # %% ../../nbs/25a_losses.pictures.ipynb #f01425e8
 def pulls(

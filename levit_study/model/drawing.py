@@ -90,13 +90,12 @@ def _draw_arrows(ax, parts, level):
 
 # %% ../../nbs/23c_model.drawing.ipynb #13141bb6
 def draw_network(
-    model,    # a `LevitUNet` in evaluation mode
-    ax=None,  # matplotlib axes; None: new ones
-):            # the axes
+    model, # a `LevitUNet` in evaluation mode
+):         # matplotlib's axes
     "Draw the network from `outline`"
     import matplotlib.pyplot as plt
 
-    ax = ax or plt.subplots(figsize=(14, 5.2), dpi=72)[1]
+    ax = plt.subplots(figsize=(14, 5.2), dpi=72)[1]
     parts = outline(model).iloc[:-1]
     level = dict(zip(parts.part, (parts.height / model.image_size[0]).map(math.log2)))
     _draw_boxes(ax, parts, level)

@@ -36,14 +36,14 @@ def telling_slice(
     return int(np.lexsort((sizes[:, sizes.sum(0).argmin()], (sizes > 0).sum(1)))[-1])
 
 # %% ../../nbs/60d_report.selection.ipynb #de608050
-def kept_predictions(cases: pd.DataFrame, in_folds: bool, root) -> dict[str, Path]:
+def kept_predictions(cases: pd.DataFrame, in_folds: bool) -> dict[str, Path]:
     """Return {loss: file} with the predictions of one case, of the first seed that has them
 
     `StudyError` if a loss has none."""
     kept, missing = {}, {}
     names = cases[["dataset", "loss", "seed", "fold"]].drop_duplicates()
     for dataset, loss, seed, fold in names.itertuples(index=False):
-        folder = run_folders(dataset, loss, seed, root, fold if in_folds else None)[1]
+        folder = run_folders(dataset, loss, seed, fold=fold if in_folds else None)[1]
         path = folder / "predictions.h5"
         (kept if path.exists() else missing).setdefault(loss, path)
     for loss, path in missing.items():
@@ -64,15 +64,14 @@ def examples(
     results: Results,
     dataset: str,
     split: str, # whose cases
-    root=".",
     shown: int = 0, # which channel of a scan of several
 ) -> list[dict]:
     "Return slices of the typical, best and worst case with each loss's prediction, for figure 4"
-    store = PreparedStore(Path(root, "data", "prepared", f"{dataset}.h5"))
+    store = PreparedStore(Path("data/prepared", f"{dataset}.h5"))
     cases = segmented_cases(results, dataset, split)
     slices = []
     for role, case in _typical_cases(cases).items():
-        kept = kept_predictions(cases[cases.case == case], results.in_folds, root)
+        kept = kept_predictions(cases[cases.case == case], results.in_folds)
         volume, predictions = stored_volume(store, case, channel=shown), {}
         number = telling_slice(volume.label)
         for loss, path in kept.items():

@@ -119,18 +119,17 @@ def viewer_cases(
     results: Results,
     dataset: str,
     split: str, # whose cases
-    root=".",
     shown: int = 0, # which channel of a scan of several
     budget: int = 2_000_000, # bytes; at least one case is kept
 ) -> tuple[list[dict], int, dict]: # cases with the worst first, how many there are, structures
     "Read the cases of a page: all, or the worst and a spread; `StudyError` if a file is missing"
-    store = PreparedStore(Path(root, "data", "prepared", f"{dataset}.h5"))
+    store = PreparedStore(Path("data/prepared", f"{dataset}.h5"))
     cases = segmented_cases(results, dataset, split)
     order = list(cases.groupby("case").dice.mean().sort_values(kind="stable").index)
     records, used = {}, 0
     for case in _by_turns(order):
         rows = cases[cases.case == case]
-        predictions = _predictions_of(kept_predictions(rows, results.in_folds, root), case)
+        predictions = _predictions_of(kept_predictions(rows, results.in_folds), case)
         volume = stored_volume(store, case, channel=shown)
         patient = str(rows.patient.iloc[0]) if "patient" in rows else ""
         record = case_record(volume, predictions, store.structures, patient)
