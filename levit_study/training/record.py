@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['made_by', 'keep_epoch', 'keep_run', 'check_space', 'stop_for_loss', 'stop_for_gradient', 'check_weights',
-           'memory_hint', 'memory_named', 'Stopped', 'Watch', 'watched']
+           'memory_named', 'Stopped', 'Watch', 'watched']
 
 # %% ../../nbs/30e_training.record.ipynb #5de7e49e
 import csv
@@ -206,7 +206,7 @@ def check_weights(t: Trainer):
     raise StudyError(f"{t.name}: {place}, though the losses are; {_ADVICE}")
 
 # %% ../../nbs/30e_training.record.ipynb #e120bdca
-def memory_hint(t: Trainer, setting="batch_size") -> str:
+def _memory_hint(t: Trainer, setting="batch_size") -> str:
     "Return what to change when the GPU's memory is too small for `setting`"
     run, device = t.run, t.fabric.device
     name = torch.cuda.get_device_name() if device.type == "cuda" else device
@@ -222,7 +222,7 @@ def memory_hint(t: Trainer, setting="batch_size") -> str:
 def memory_named(t: Trainer, setting="batch_size"):
     "Turn a GPU's lack of memory within the block into a `StudyError` that says what to change"
     try: yield
-    except torch.OutOfMemoryError: raise StudyError(memory_hint(t, setting)) from None
+    except torch.OutOfMemoryError: raise StudyError(_memory_hint(t, setting)) from None
 
 # %% ../../nbs/30e_training.record.ipynb #f67ba711
 def _starved(cpu: float, wall: float, threads: int) -> str | None:
