@@ -24,14 +24,8 @@ class Tick(NamedTuple):
 
 # %% ../../nbs/63e_report.checklists.ipynb #19cd87b4
 def _reported(text): return Tick("reported", text)
-
-# %% ../../nbs/63e_report.checklists.ipynb #b00414f2
 def _partly(text): return Tick("partly", text)
-
-# %% ../../nbs/63e_report.checklists.ipynb #4e644dd0
 def _open(text): return Tick("open", text)
-
-# %% ../../nbs/63e_report.checklists.ipynb #9a397afb
 def _not_applicable(text): return Tick("not applicable", text)
 
 # %% ../../nbs/63e_report.checklists.ipynb #e3f0219b
