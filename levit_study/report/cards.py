@@ -16,7 +16,7 @@ from .checklists import checklist_text
 from .contents import Page
 from .pages import escaped
 from ..evidence.manifests import json_content
-from .records import Records, patients_by_split, read_records
+from .records import Records, patients_in_words, read_records
 from .studies import published_studies
 from ..settings import loss_name
 
@@ -78,13 +78,12 @@ def _trained(r: Records, dataset, loss) -> str: # Markdown
     settings = r.params.datasets[dataset]
     run = pick_run(r.params, dataset, loss, r.params.study.seeds[0])
     t, data = run.training, settings.data  # a loss may have terms of its own
-    counts = _listed(f"{n} {split}" for split, n in patients_by_split(r, dataset).items())
     start = "random" if settings.model.pretrained is False else settings.model.pretrained
     return _facts([
         ("network", network_name(settings.model)),
         ("loss", f"{loss_name(loss)}: {_in_words(run.loss_settings)}"),
         ("data set", escaped(settings.title) + " (synthetic)" * settings.synthetic),
-        ("patients", counts),
+        ("patients", patients_in_words(r, dataset)),
         ("input", f"slices of {data.size} × {data.size} pixels, intensity {data.intensity}"),
         ("output", _listed(data.structures)),
         ("start", start),
@@ -160,11 +159,11 @@ def _datasheet(r: Records, dataset: str) -> str: # Markdown
     data, split = settings.data, settings.data.split
     digests = {str(record.get("data_digest", ""))[:16] for record in r.of(dataset).values()} - {""}
     made = "made by the phantom; no patient" if settings.synthetic else "scans of patients"
-    counts = _listed(f"{n} {name}" for name, n in patients_by_split(r, dataset).items())
     parts = [f"# Datasheet: {escaped(settings.title)}", _facts([
         ("nature", made), ("folder", f"`{data.folder}`"),
         ("layout", manifest.get("settings", {}).get("layout", data.layout)),
-        ("structures", _listed(data.structures)), ("patients", counts),
+        ("structures", _listed(data.structures)),
+        ("patients", patients_in_words(r, dataset)),
         *_composition(manifest),
         ("split", f"{split.kind}, by patient"),
         ("preparation", f"intensity {data.intensity}, {data.size} × {data.size} pixels"),

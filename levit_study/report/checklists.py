@@ -14,7 +14,7 @@ from ..evidence.tables import to_markdown
 from ..files import StudyError
 from ..networks import network_name
 from .pages import escaped
-from .records import Records, patients_by_split
+from .records import Records, patients_in_words
 
 # %% ../../nbs/63e_report.checklists.ipynb #7a0a0f01
 class Tick(NamedTuple):
@@ -39,14 +39,9 @@ def _rule(function):
 # %% ../../nbs/63e_report.checklists.ipynb #d7f8a95f
 def _counts(r: Records): # Markdown
     "The patients of each split, per data set"
-    parts = []
-    for dataset in r.params.study.datasets:
-        counts = patients_by_split(r, dataset)
-        if not counts: continue
-        names = {"valid": "validation", "train": "training", "fold": "cross-validation"}
-        listed = ", ".join(f"{number} {names.get(name, name)}" for name, number in counts.items())
-        parts.append(f"{escaped(r.params.datasets[dataset].title)}: {listed} patients")
-    return "; ".join(parts)
+    counts = {name: patients_in_words(r, name) for name in r.params.study.datasets}
+    return "; ".join(f"{escaped(r.params.datasets[name].title)}: {words} patients"
+                     for name, words in counts.items() if words)
 
 # %% ../../nbs/63e_report.checklists.ipynb #f9ae11c3
 @_rule
