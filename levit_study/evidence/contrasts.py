@@ -44,13 +44,15 @@ def _contrast_row(rows_of, weights, limits, seed_sd):
     rows = _weighted_differences(rows_of, weights)
     spread = pooled_spread(training_means(rows_of), seed_sd)
     scale = (sum(weight**2 for weight in weights.values()) / 2) ** .5
-    target, interval = allowing_for_spread(rows, spread._replace(sd=spread.sd * scale), *limits)
+    most = sum(max(weight, 0) for weight in weights.values())  # Dice of 1 here, of 0 there
+    spread = spread._replace(sd=spread.sd * scale)
+    target, interval = allowing_for_spread(rows, spread, *limits, most)
     return {
         "weights": _weights_in_words(weights), "patients": interval.patients,
         "trainings": interval.trainings, "difference": interval.estimate, "target": target,
         "low": interval.low, "high": interval.high, "p": interval.p if target == ANY else np.nan,
         "method": "; ".join(filter(None, [interval.method, interval.parts])),
-        **seeds_as_one(rows.dropna(subset=["difference"]), limits[0]),
+        **seeds_as_one(rows.dropna(subset=["difference"]), limits[0], most),
     }
 
 # %% ../../nbs/51d_evidence.contrasts.ipynb #10f284ef

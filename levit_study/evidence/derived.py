@@ -126,15 +126,16 @@ def patient_values(
 def _agreement(values, confidence, resamples):
     "Return bias, absolute error and limits of agreement of one loss and measure"
     defined = values.dropna(subset=["error"])
-    bias = mean_interval(defined, defined.error, confidence, resamples)
-    absolute = mean_interval(defined, defined.error.abs(), confidence, resamples)
+    sure = confidence, resamples
+    bias = mean_interval(defined, defined.error, *sure)
+    absolute = mean_interval(defined, defined.error.abs(), *sure, possible=(0, np.inf))
     reach = 1.96 * defined.error.std(ddof=1)
     few = f"small: {bias.patients} patients" if bias.patients < 20 else ""
     return {
         "patients": bias.patients, "trainings": bias.trainings,
         "reference": defined.reference.mean(),
         "bias": bias.estimate, "bias_low": bias.low, "bias_high": bias.high,
-        "absolute_error": absolute.estimate, "absolute_low": max(absolute.low, 0),
+        "absolute_error": absolute.estimate, "absolute_low": absolute.low,
         "absolute_high": absolute.high, "limit_low": bias.estimate - reach,
         "limit_high": bias.estimate + reach, "left_out": len(values) - len(defined), "note": few,
     }

@@ -33,7 +33,8 @@ def _rows(about, table, members, sure): # about: `_Ensemble`
     for split, part in table[table.ensemble == about.ensemble].groupby("split", sort=False):
         judged = _beside_members(part, members)
         if judged.empty: continue
-        dice, gain = (mean_interval(judged, judged[name], *sure) for name in ("dice", "gain"))
+        dice, gain = (mean_interval(judged, judged[name], *sure, (least, 1))
+                      for name, least in (("dice", 0), ("gain", -1)))
         single = judged.groupby("structure").single.mean().mean()
         yield (split, about.ensemble, about.members, dice.patients, dice.estimate, dice.low,
                dice.high, single, gain.estimate, gain.low, gain.high)

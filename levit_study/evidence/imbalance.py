@@ -45,7 +45,7 @@ def imbalance_table(
     judged = judged[judged.structure.isin(varied.index[varied])].dropna(subset=["dice"])
     keys = ["structure", "share", "dataset", "loss"]
     for key, part in judged.groupby(keys, sort=False):
-        mean = mean_interval(part, part.dice, confidence, resamples)
+        mean = mean_interval(part, part.dice, confidence, resamples, (0, 1))
         rows.append((*key, mean.estimate, mean.low, mean.high, mean.patients, mean.trainings))
     columns = [*keys, "dice", "dice_low", "dice_high", "patients", "trainings"]
     table = pd.DataFrame(rows, columns=columns)

@@ -88,6 +88,11 @@ class Interval(NamedTuple):
         if self.error < 1e-12: return float(abs(self.estimate) < 1e-12)
         return float(2 * stats.t.sf(abs(self.estimate) / self.error, self.freedom))
 
+    def within(self, low, high):
+        "Return the interval limited to what its measure can be; an absent one stays absent"
+        limits = np.clip([self.low, self.high], low, high)
+        return self._replace(low=float(limits[0]), high=float(limits[1]))
+
     def __str__(self):
         if not np.isfinite(self.low): return f"{self.estimate:.3f} [no interval]"
         return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -281,11 +286,12 @@ def fold_interval(
     folds: np.ndarray, # the fold of each training
     confidence=.95,
     resamples=2000,
+    possible=(-np.inf, np.inf), # least and largest value that the mean can have
 ) -> Interval:
     "Return the wider, at each end, of corrected t and nested bootstrap; both are in `parts`"
-    nested = _nested_interval(table, folds, confidence, resamples)
+    nested = _nested_interval(table, folds, confidence, resamples).within(*possible)
     means = weighted_means(table, seed_weights=np.eye(len(folds)))
-    corrected = corrected_t(means, folds, confidence, nested.estimate)
+    corrected = corrected_t(means, folds, confidence, nested.estimate).within(*possible)
     sides = [each for each in (corrected, nested) if np.isfinite(each.low)]
     if not sides: return nested
     surest = max(sides, key=lambda each: each.p)
@@ -303,14 +309,16 @@ def mean_interval(
     values: pd.Series,  # one for each row
     confidence=.95,
     resamples=2000,
+    possible=(-np.inf, np.inf), # least and largest of such values; of Dice (0, 1)
 ) -> Interval:
     "Return the mean of values with its interval over patients and trainings, folds where there are"
     strata = rows.structure if "structure" in rows else np.zeros(len(rows))
     if rows.fold.nunique() < 2:
-        return bootstrap_interval(values, rows.patient, rows.seed, strata, confidence, resamples)
+        units = rows.patient, rows.seed, strata
+        return bootstrap_interval(values, *units, confidence, resamples).within(*possible)
     table, folds = tabulate_trainings(values, rows.patient, rows.seed, rows.fold, strata)
     if not table.sums.size: return Interval(np.nan, np.nan, np.nan, 0, 0, 0, "none")
-    interval = fold_interval(table, folds, confidence, resamples)
+    interval = fold_interval(table, folds, confidence, resamples, possible)
     return interval._replace(n=int(np.isfinite(values).sum()))
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #3203aff3

@@ -41,10 +41,10 @@ def reliability_table(
     rows = []
     if len(bins): bins = calibration_errors(judging_cases(bins)).dropna(subset=["ece"])
     for key, part in bins.groupby(["dataset", "loss", "split"], sort=False):
-        measures = part.ece, part.signed
-        ece, signed = (corrected_t(each, part.fold, confidence) for each in measures)
-        rows.append((*key, len(part), part.pixels.sum(), ece.estimate, np.maximum(ece.low, 0),
-                     ece.high, signed.estimate, signed.low, signed.high))
+        ece, signed = (corrected_t(part[name], part.fold, confidence).within(least, 1)
+                       for name, least in (("ece", 0), ("signed", -1)))
+        rows.append((*key, len(part), part.pixels.sum(), ece.estimate, ece.low, ece.high,
+                     signed.estimate, signed.low, signed.high))
     return pd.DataFrame(rows, columns=_COLUMNS)
 
 # %% ../../nbs/51c_evidence.reliability.ipynb #cddcb122

@@ -42,6 +42,7 @@ def these_interval(
     pairs: pd.DataFrame, # what `paired_differences` returns
     confidence=.95,
     resamples=2000,
+    most=1,              # the largest possible difference; of two shares, as Dice, 1
 ) -> Interval:
     "Return the interval of the mean paired difference of these trainings: over patients alone"
     keys = ["structure", "patient", "case"]
@@ -49,17 +50,18 @@ def these_interval(
     units = mean.patient, None, mean.structure
     found = bootstrap_interval(mean.difference, *units, confidence, resamples)
     trainings = pairs.dropna(subset=["difference"])[["seed", "fold"]].drop_duplicates()
-    return found._replace(trainings=len(trainings))
+    return found._replace(trainings=len(trainings)).within(-most, most)
 
 # %% ../../nbs/51_evidence.statistics.ipynb #7836d633
 def difference_interval(
     pairs: pd.DataFrame, # what `paired_differences` returns
     confidence=.95,
     resamples=2000,
+    most=1,              # the largest possible difference
 ) -> Interval:
     "Return the interval of the mean paired difference, over patients and the available trainings"
     known = pairs.dropna(subset=["difference"])
-    return mean_interval(known, known.difference, confidence, resamples)
+    return mean_interval(known, known.difference, confidence, resamples, (-most, most))
 
 # %% ../../nbs/51_evidence.statistics.ipynb #4495fd3f
 SEED_SD = .02  # standard deviation between trainings' mean Dice that is assumed
@@ -150,12 +152,14 @@ def judged_interval(
     confidence=.95,
     resamples=2000,
     spread: Spread | None = None, # between trainings; None: what the pairs themselves show
+    most=1,                       # the largest possible difference
 ) -> Interval:
     "Return the interval for any training; for a single one without a `spread`, for this one"
     several = pairs[pairs.difference.notna()].fold.nunique() > 1
     if several or spread is None or not spread.freedom:
-        return difference_interval(pairs, confidence, resamples)
-    return _allow_for_trainings(these_interval(pairs, confidence, resamples), spread, confidence)
+        return difference_interval(pairs, confidence, resamples, most)
+    these = these_interval(pairs, confidence, resamples, most)
+    return _allow_for_trainings(these, spread, confidence).within(-most, most)
 
 # %% ../../nbs/51_evidence.statistics.ipynb #957373a9
 def seed_interval(
@@ -237,10 +241,10 @@ def by_structure(cases: pd.DataFrame):
     if len(structures) > 1: yield ALL, existing(cases)
 
 # %% ../../nbs/51_evidence.statistics.ipynb #1350f7b8
-def _targets(pairs, spread, confidence, resamples):
+def _targets(pairs, spread, confidence, resamples, most=1):
     "Return the intervals for these trainings and for any training, and Wilcoxon's p of these"
-    these = these_interval(pairs, confidence, resamples)
-    every = judged_interval(pairs, confidence, resamples, spread)
+    these = these_interval(pairs, confidence, resamples, most)
+    every = judged_interval(pairs, confidence, resamples, spread, most)
     if these.trainings < 2 and not spread.freedom:  # of one training nothing else can be said
         every = every._replace(low=np.nan, high=np.nan, error=np.nan, method="none")
     return these, every
@@ -254,9 +258,10 @@ def allowing_for_spread(
     spread: Spread,      # between trainings
     confidence=.95,
     resamples=2000,
+    most=1,              # the largest possible difference
 ) -> tuple[str, Interval]:
     "Return `ANY` and the interval for any training, or `THESE` and these ones' where none is known"
-    return _target(*_targets(pairs, spread, confidence, resamples))
+    return _target(*_targets(pairs, spread, confidence, resamples, most))
 
 # %% ../../nbs/51_evidence.statistics.ipynb #8b613a91
 SEEDS_AS_ONE = ["folds_low", "folds_high", "folds_p", "folds_p_holm"]  # see `without_empty`
@@ -264,9 +269,10 @@ SEEDS_AS_ONE = ["folds_low", "folds_high", "folds_p", "folds_p_holm"]  # see `wi
 def seeds_as_one(
     pairs: pd.DataFrame, # columns patient, structure, seed, fold, difference; none undefined
     confidence=.95,
+    most=1,              # the largest possible difference
 ) -> dict:
     "Return limits and p of a mean difference with the seeds of a fold taken as one value"
-    strict = folds_t(pairs, pairs.difference, confidence)
+    strict = folds_t(pairs, pairs.difference, confidence).within(-most, most)
     return dict(folds_low=strict.low, folds_high=strict.high, folds_p=strict.p)
 
 def only_repeated(table: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:

@@ -88,7 +88,7 @@ def _rows_of_group(params, names, judged, manifests, sure) -> list[tuple]:
     rows = []
     for name, (number, start) in arms.items():
         for loss, part in judged[judged.dataset == name].groupby("loss", sort=False):
-            mean = mean_interval(part, part.dice, *sure)
+            mean = mean_interval(part, part.dice, *sure, (0, 1))
             other = beside.get(number) if start != _RANDOM else None
             others = judged[(judged.dataset == other) & (judged.loss == loss)] if other else None
             gain = _gain(part, others, sure, pick_evaluation(params, name).seed_sd)

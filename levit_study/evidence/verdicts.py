@@ -46,6 +46,7 @@ def judge(
 _SPREAD = {"dice": 1, "small": 1.1, "imbalance": 1, "nsd": 1, "final_dice": 1.6,
            "final_jaccard": 1.8, "early_dice": 3, "early_jaccard": 2.8}
 _RESOLUTION = {"best_epoch": .5}  # epochs are whole; equal ones are no finding
+_GAPS = "gap", "case_gap"  # differences themselves: two of them differ by up to 2
 
 # %% ../../nbs/52a_evidence.verdicts.ipynb #b7a37b4a
 class _Reach(NamedTuple):
@@ -197,16 +198,16 @@ def _over_trainings(claim, study):
     if values.empty: return _Evidence(f"no training is shared by {' and '.join(_losses(claim))}")
     folds = values.index.get_level_values("fold")
     options = confidence, _RESOLUTION.get(measure, 1e-4), spread, folds
+    most = runs.epochs.max() if measure == "best_epoch" else 2 if measure in _GAPS else 1
     differences = [(values[first] - values[second]).to_numpy() for first, second in claim.pairs]
-    intervals = tuple(seed_interval(each, *options) for each in differences)
+    intervals = tuple(seed_interval(each, *options).within(-most, most) for each in differences)
     number = min(interval.trainings for interval in intervals)
-    bound = claim.margin or (runs.epochs.max() if measure == "best_epoch" else 1)
     losses = long.loss.nunique()
     reaches = [_reach_of(each, folds, spread, confidence, losses) for each in differences]
     reason = _ONE_TRAINING if number < 2 else _course_note(number, folds.nunique(), spread)
     return _Evidence(reason, PROTOCOLS["valid"], intervals, values.mean().to_dict(), 0,
                      tuple(values.index), tuple(differences),
-                     max((_out_of_reach(each, bound) for each in reaches), key=len))
+                     max((_out_of_reach(each, claim.margin or most) for each in reaches), key=len))
 
 def _course_note(trainings, folds, spread):
     "Say what an interval over trainings rests on"
