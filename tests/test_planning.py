@@ -36,7 +36,7 @@ def test_without_records_the_spreads_must_be_given(plan, tmp_path):
     assert status == 1 and "--patient-sd and --seed-sd" in error
     status, output, error = plan("--patients", "50", "--seeds", "3", "--patient-sd", "0.05", "--seed-sd", "0.01")
     assert status == 0, error
-    assert f"{detectable(Design(50, 1, 3), Spreads(.05, .01 * 2**.5)):.4f}" in output
+    assert f"{detectable(Design(50, 1, 3), Spreads(.05, .01 * 2**.5, assumed=.01)):.4f}" in output
 
 
 @pytest.mark.parametrize("arguments, words", [

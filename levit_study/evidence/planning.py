@@ -144,7 +144,8 @@ def _one_dataset(cases, epochs, request):
 def _settled(request):
     "Return what was asked with the gaps filled, spreads, cost, and a line about the records"
     if request.patient_sd is not None and request.seed_sd is not None and request.records is None:
-        given = Spreads(request.patient_sd, 2**.5 * request.seed_sd)
+        trained = dict(training=2**.5 * request.seed_sd, assumed=request.seed_sd)
+        given = Spreads(request.patient_sd, **trained)
         if not request.patients: raise StudyError("without records: give --patients")
         request = request._replace(folds=request.folds or (1,), seeds=request.seeds or (1,),
                                    losses=request.losses or 2)

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from .spreads import Spreads
+from .statistics import PRIOR
 
 # %% ../../nbs/54a_evidence.power.ipynb #4e2a2d89
 class Design(NamedTuple):
@@ -41,12 +42,20 @@ def _over_trainings(design, spreads):
     return (_overlap_factor(design) * variance) ** .5, design.trainings - 1
 
 # %% ../../nbs/54a_evidence.power.ipynb #10fc19e2
+def _with_assumption(variance, design, assumed):
+    "Return the variance between two losses' trainings, and its freedom, as a report of one split"
+    shown = 2 * (design.seeds - 1)  # degrees of freedom of two losses; further losses add theirs
+    pooled = PRIOR * 2 * assumed**2 / design.seeds + shown * variance
+    return pooled / (PRIOR + shown), PRIOR + shown
+
 def _over_both(design, spreads):
     "Return standard error and degrees of freedom with patients and trainings drawn at random"
     rest = spreads.rest**2 / (design.patients * design.seeds)
     parts = np.array([spreads.patient**2 / design.patients + rest,
                       spreads.training**2 / design.trainings + rest * (design.trainings > 1)])
     freedom = np.array([design.patients - 1, design.trainings - 1 or np.inf])
+    if design.folds == 1 and spreads.assumed:
+        parts[1], freedom[1] = _with_assumption(parts[1], design, spreads.assumed)
     variance = parts.sum()
     return variance**.5, variance**2 / (parts**2 / freedom).sum() if variance else np.inf
 

@@ -17,6 +17,7 @@ from scipy import stats
 
 from .intervals import patients_of
 from .results import judging_cases, read_table
+from .statistics import SEED_SD
 from ..files import StudyError
 
 # %% ../../nbs/54_evidence.spreads.ipynb #df85b7c5
@@ -68,6 +69,7 @@ class Spreads(NamedTuple):
     patient: float     # between patients
     training: float    # between trainings; NaN where one alone cannot show it
     rest: float = 0.0  # of a patient in a training, beyond both; 0 where it is part of `patient`
+    assumed: float = 0.0  # between trainings of one loss, which the report assumes; 0: nothing
 
 # %% ../../nbs/54_evidence.spreads.ipynb #79a1ad75
 def _squares(block):
@@ -113,7 +115,7 @@ def recorded_spreads(cases: pd.DataFrame, patient_sd=None, seed_sd=None) -> dict
     """Return {comparison: (spreads, upper limits)} of one data set; given ones override records
 
     `StudyError` where the records show no spread: one loss alone, or one training each."""
-    spreads, given = {}, {}
+    spreads, given = {}, {"assumed": SEED_SD if seed_sd is None else seed_sd}
     if patient_sd is not None: given |= {"patient": patient_sd, "rest": 0.0}
     if seed_sd is not None: given["training"] = 2**.5 * seed_sd  # of the difference of two losses
     for second, first in combinations(dict.fromkeys(cases.loss), 2):
