@@ -114,7 +114,7 @@ def check(random):
     assert np.allclose([low[0], high[0]], ours[1:3], atol=1e-3), (ours, low, high)
 
 
-def distances(random, patients, missed, studies=300):
+def distances(random, patients, missed, studies=200):
     "Return how often the interval of mean HD95 over patients holds it, misses at 504 mm"
     values = random.gamma(1.5, 12, (studies, patients, 6)) * random.lognormal(
         -.18, .6, (studies, patients, 1))
