@@ -33,8 +33,11 @@ _ROWS = ("background", "mean of structures")  # that tables have beside those of
 
 def check_structures(structures: dict):
     "Raise `ValueError` unless values run from 1 without a gap and no two names make one column"
-    if sorted(structures.values()) != list(range(1, len(structures) + 1)):
-        raise ValueError("the label values must be 1, 2, 3 … without a gap or background")
+    values = [*structures.values()]
+    if sorted(values) != list(range(1, len(values) + 1)):
+        raise ValueError(f"{brief(values)}: the label values must be 1, 2, 3 … without a gap "
+                         "or background; a label_map turns other values in the files into "
+                         "these, as {10: 1, 200: 2}")
     columns = {}  # as in valid_dice_right_ventricle
     for name in structures:
         if not name.strip() or not name.isprintable():

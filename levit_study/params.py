@@ -325,7 +325,7 @@ def _known_keys(place) -> list[str]:
     return list(section.model_fields) if section else []
 
 # %% ../nbs/01_params.ipynb #87237280
-_NOT_KEYS = ("int", "str", "bool", "float")  # pydantic names the types that it tried, too
+_NOT_KEYS = ("int", "str", "bool", "float", "[key]")  # what pydantic tried, and where
 _TRIED = ("literal[", "dict[", "list[", "constrained-", "function-")  # how their names begin
 
 def _key_of(problem: dict) -> str:
@@ -333,14 +333,22 @@ def _key_of(problem: dict) -> str:
     parts = [str(part) for part in problem["loc"] if part not in _NOT_KEYS]
     return ".".join(part for part in parts if not part.startswith(_TRIED))
 
+def _first_of(problems: list) -> dict:
+    "Return the one of pydantic's errors to name: of a mapping that is allowed, its entry's"
+    # an unknown key first: where a key is misspelt, the right one is missing, too
+    first = min(problems, key=lambda each: each["type"] != "extra_forbidden")
+    if not isinstance(first["input"], dict): return first
+    inside = [each for each in problems if _key_of(each).startswith(f"{_key_of(first)}.")]
+    return inside[0] if inside else first
+
+# %% ../nbs/01_params.ipynb #87237281
 def as_line(
     error: ValidationError,
     path,      # what to name first: the file
     place=(),  # keys that lead to the section that was checked, if it was not the whole file
 ) -> str:
     "Return the first problem of a `ValidationError` as one line: file, key, value, what is allowed"
-    # an unknown key first: where a key is misspelt, the right one is missing, too
-    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    first = _first_of(error.errors())
     key, value = _key_of(first), first["input"]
     alike = [each["msg"] for each in error.errors() if _key_of(each) == key]  # of alternatives
     message = " or ".join(dict.fromkeys(text.removeprefix("Value error, ") for text in alike))

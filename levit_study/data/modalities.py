@@ -139,4 +139,5 @@ def _check_numbers(path, labels, structures, table):
         value = stored.get(name.lower())
         if value is None or value < len(table) and table[value] == wanted: continue
         raise StudyError(f"{path}: '{name}' is label {value} there, in data.structures {wanted}: "
-                         f"correct it, or set data.label_map to {{{value}: {name}, …}}")
+                         f"correct it, or let data.label_map turn {value} into the number of "
+                         f"{name}")
