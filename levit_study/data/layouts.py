@@ -253,7 +253,8 @@ def _refuse(folder, names):
     elif not folder.is_dir(): state = "is not a folder"
     elif not matching(folder, r"[^.].*"): state = "is empty"
     hints = "; or ".join(_how_to_get[name] for name in names)
-    raise StudyError(f"{folder}: {state}: put your scans there, as {hints}")
+    raise StudyError(f"{folder}: {state}: put your scans there, as {hints}; convert those in "
+                     "another format first (docs/02_real_data.md)")
 
 # %% ../../nbs/13_data.layouts.ipynb #e9df9cba
 def _search(folder, names):

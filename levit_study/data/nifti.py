@@ -123,7 +123,7 @@ def _read_header(path, head):
         reason = f"damaged NIfTI header ({first_line(problem)})"
         raise StudyError(f"{path}: {reason}: fetch or convert it again") from None
     if header is None:
-        remedy = "convert it, for instance with dcm2niix"
+        remedy = "convert it, DICOM with dcm2niix, others as docs/02_real_data.md says"
         raise StudyError(f"{path}: not a NIfTI file (.nii or .nii.gz): {remedy}")
     if dtype.kind not in "iuf":
         what = f"voxels of type {dtype} are not plain numbers"
