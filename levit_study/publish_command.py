@@ -82,7 +82,7 @@ def _verify(a):
         bar.set_description(f"{folder.name}, computed from its records")
         try: outcome = verify_study(folder)
         except StudyError as error:  # the other studies are looked at
-            bar.write(f"{folder}: {error}")
+            bar.write(f"{folder}: {str(error).removeprefix(f'{folder}: ')}")
             wrong += 1
             continue
         problems = {name: problem for name, problem in outcome.items() if problem}

@@ -201,7 +201,9 @@ def scan_files(scans: Scans, outputs: Outputs, maps=(), channels=None) -> list[S
     if is_file: raise StudyError(f"{output}: {source} is a folder, so --output must be one, too")
     found = sorted(path for path in source.iterdir() if _is_nifti(path) and path.is_file())
     found = [path for path in found if not _beside_its_scan(path)]
-    if not found: raise StudyError(f"{source}: holds no .nii or .nii.gz file that is a scan")
+    if not found:
+        raise StudyError(f"{source}: holds no .nii or .nii.gz file that is a scan; convert "
+                         "another format first (docs/02_real_data.md)")
     numbers = _listed_numbers(source, channels)
     if several or numbers: return _scans_of_channels(found, output, more, channels, numbers)
     return [ScanFiles(path, output / _label_name(path), *more) for path in found]
