@@ -16,7 +16,9 @@ from .intervals import patients_of
 from .power import Design, detectable, equal_within, power_of
 from .results import judging_cases
 from .spreads import Spreads, read_trainings, recorded_spreads
-from ..files import StudyError
+from .statistics import SEED_SD
+from ..files import StudyError, project_folder
+from ..params import load_params, pick_evaluation
 
 # %% ../../nbs/54b_evidence.planning.ipynb #28cf409e
 class _Question(NamedTuple):
@@ -129,6 +131,14 @@ def _check(request):
             short = f"--patients {patients} in {folds} folds"
             raise StudyError(f"{short}: each fold needs two patients or more to judge")
 
+# %% ../../nbs/54b_evidence.planning.ipynb #b1e21040
+def _assumed_sd(records, dataset):
+    "Return the `evaluation.seed_sd` of the study that holds the records; without one, its default"
+    try: file = project_folder(records) / "params.yaml"
+    except StudyError: return SEED_SD
+    params = load_params(file)
+    return pick_evaluation(params, dataset).seed_sd if dataset in params.datasets else SEED_SD
+
 # %% ../../nbs/54b_evidence.planning.ipynb #a3def272
 def _one_dataset(cases, epochs, request):
     "Return cases and epochs of the data set asked for; `StudyError` names those to choose from"
@@ -152,7 +162,8 @@ def _settled(request):
         spreads = {"first - second": (given, given)}
         return request, spreads, _recorded_cost(pd.DataFrame(), request.seconds, request.epochs), ""
     dataset, cases, epochs = _one_dataset(*read_trainings(request.records), request)
-    spreads = recorded_spreads(cases, request.patient_sd, request.seed_sd)
+    given = request.patient_sd, request.seed_sd
+    spreads = recorded_spreads(cases, *given, _assumed_sd(request.records, dataset))
     patients = patients_of(judging_cases(cases)).nunique()
     trainings = cases[["loss", "seed", "fold"]].drop_duplicates().loss.value_counts().min()
     request = request._replace(

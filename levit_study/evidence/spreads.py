@@ -111,11 +111,16 @@ def _spreads_of(
     return Spreads(*(float(variance) ** .5 for variance in variances))
 
 # %% ../../nbs/54_evidence.spreads.ipynb #511a9f88
-def recorded_spreads(cases: pd.DataFrame, patient_sd=None, seed_sd=None) -> dict:
-    """Return {comparison: (spreads, upper limits)} of one data set; given ones override records
+def recorded_spreads(
+    cases: pd.DataFrame, # of one data set
+    patient_sd=None,     # instead of what the records show, Dice
+    seed_sd=None,        # the same, of a loss's mean between trainings
+    assumed=SEED_SD,     # between trainings, by `evaluation.seed_sd`
+) -> dict:
+    """Return {comparison: (spreads, upper limits)}; given ones override records
 
     `StudyError` where the records show no spread: one loss alone, or one training each."""
-    spreads, given = {}, {"assumed": SEED_SD if seed_sd is None else seed_sd}
+    spreads, given = {}, {"assumed": assumed if seed_sd is None else seed_sd}
     if patient_sd is not None: given |= {"patient": patient_sd, "rest": 0.0}
     if seed_sd is not None: given["training"] = 2**.5 * seed_sd  # of the difference of two losses
     for second, first in combinations(dict.fromkeys(cases.loss), 2):
