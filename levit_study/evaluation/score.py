@@ -30,11 +30,19 @@ class Rules:
     label_map: str | dict | None = None           # of the predictions, see `label_table`
     reference_label_map: str | dict | None = None # of the references
     tolerance: float | None = None # of the surface Dice; None: 2 mm, or 1 where spacing is unknown
+    patient: str | None = None     # regular expression whose group in a case's name is the patient
 
     def tables(self) -> tuple:
         "From the predictions' and the references' values to the structures'"
         maps = self.label_map, self.reference_label_map
         return tuple(label_table(each, self.structures) for each in maps)
+
+    def patient_of(self, case: str) -> str:
+        "The patient of a case's name; `StudyError` if the expression does not match it"
+        if self.patient is None: return patient_of(case)
+        match = re.search(self.patient, case)
+        if match and match[1]: return match[1]
+        raise StudyError(f"{case}: data.patient = {self.patient!r} does not match this case")
 
 # %% ../../nbs/44_evaluation.score.ipynb #fc0991c6
 def _parse_pairs(texts, option: str) -> dict: # text -> text
@@ -140,8 +148,9 @@ def score(
     pairs, problems = _pair_files(predictions, references)
     rows = []
     for case, files in pairs.items():
-        about = {"split": "test", "case": case, "patient": patient_of(case)}
-        try: measured, notes = _score_case(*files, rules)
+        try:
+            about = {"split": "test", "case": case, "patient": rules.patient_of(case)}
+            measured, notes = _score_case(*files, rules)
         except StudyError as problem: problems.append(str(problem))
         else:
             rows += [about | row for row in measured]
@@ -192,7 +201,8 @@ def _rules(options, params: Params | None) -> Rules:
     check_dataset(params, options.dataset)
     usual = pick_evaluation(params, options.dataset).surface_tolerance
     tolerance = usual if options.tolerance is None else options.tolerance
-    return Rules(params.datasets[options.dataset].data.structures, *numberings, tolerance)
+    data = params.datasets[options.dataset].data
+    return Rules(data.structures, *numberings, tolerance, data.patient)
 
 # %% ../../nbs/44_evaluation.score.ipynb #5c89ad6f
 def _left_out(cases, dataset: str, root) -> list[str]:

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
-from ..data.cases import patient_of
+from ..evidence.intervals import patients_of
 from ..evidence.manifests import read_manifest, json_content
 from ..evidence.results import judging_splits
 from ..params import Params
@@ -82,9 +82,7 @@ def _patients_by_split(records: Records, dataset: str) -> dict[str, int]:
     if counts and not in_folds: return {name: number for name, number in counts.items() if number}
     if records.cases.empty: return {}
     rows = records.cases[records.cases.dataset == dataset]
-    names = rows["case"].map(patient_of)
-    patients = rows["patient"].fillna(names) if "patient" in rows else names
-    counts = patients.groupby(rows["split"], sort=False).nunique().to_dict()
+    counts = patients_of(rows).groupby(rows["split"], sort=False).nunique().to_dict()
     return {"fold": counts["fold"]} if in_folds and "fold" in counts else counts
 
 def patients_in_words(records: Records, dataset: str) -> str:
