@@ -62,6 +62,7 @@ ROOMS = {
         evidence.transfer evidence.findings evidence.answer evidence.published report.look
         report.parts report.provenance report.selection report.imbalance report.transfer
         report.contrasts
+        report.progress
         report.ablation report.figures report.differences report.design report.behaviour
         report.clinical report.segmentations report.viewer report.charts""",
     "site": """evaluation.elsewhere evidence.results evidence.manifests report.look

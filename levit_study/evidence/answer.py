@@ -8,8 +8,8 @@ __all__ = ['answer', 'effects_of', 'shown_answers', 'with_answer', 'differing_an
 # %% ../../nbs/55a_evidence.answer.ipynb #435fa6fd
 import re
 import pandas as pd
-from .claims import MARGIN, standing_in_words, typeset
-from .findings import findings, interval_in_words, listed, overall
+from .claims import BASELINE, MARGIN, standing_in_words, typeset
+from .findings import findings, interval_in_words, listed, overall, signed
 from .results import judging_splits, special_trainings
 from .statistics import ALL
 from ..networks import network_name
@@ -216,6 +216,26 @@ def _rising(runs: pd.DataFrame) -> str: # rows of convergence.csv of one data se
     return (f"{number} still rising at the last epoch: longer training may give higher "
             f"scores{order}.")
 
+# %% ../../nbs/55a_evidence.answer.ipynb #f23381cc
+def _course(runs: pd.DataFrame) -> str: # rows of convergence.csv of one data set
+    "Return how the differences to the baseline change during training; empty for few epochs"
+    if "late_dice" not in runs or runs.epochs.min() < 9 or BASELINE not in {*runs.loss}: return ""
+    names = [name for name in ("seed", "fold") if name in runs]
+    early, late = (runs.pivot(index=names, columns="loss", values=f"{part}_dice")
+                   for part in ("early", "late"))
+    parts = []
+    for loss in runs.loss[runs.loss != BASELINE].unique():
+        pair = pd.DataFrame({"early": early[loss] - early[BASELINE],
+                             "late": late[loss] - late[BASELINE]}).dropna()
+        if pair.empty: continue
+        first, last = pair.mean()
+        nearer = (pair.late.abs() < pair.early.abs()).sum()
+        parts.append(f"{signed(first)} to {signed(last)} with {loss_name(loss)} "
+                     f"(nearer to 0 in {nearer} of {len(pair)} trainings)")
+    if not parts: return ""
+    return ("From the first to the last third of the epochs, validation Dice less the baseline's "
+            f"goes from {listed(parts)}.")
+
 # %% ../../nbs/55a_evidence.answer.ipynb #9990ea48
 def answer(
     params: Params,
@@ -238,8 +258,8 @@ def answer(
         tested.append(_claims(claims))
         parts += [_about(params, dataset, organs), _differences(tests, sure),
                   _effects(effects, sure),
-                  _table(organs, params.study.losses, tolerance, sure), _rising(runs),
-                  tested[-1]]
+                  _table(organs, params.study.losses, tolerance, sure), _course(runs),
+                  _rising(runs), tested[-1]]
     if not any(tested): parts.append("These trainings test none of the paper's claims.")
     return "\n\n".join(filter(None, [*findings(params, tables), *parts])) + "\n"
 

@@ -213,7 +213,8 @@ def _convergence(run, window=5):
     dice, epochs = run.valid_dice.to_numpy(float), run.epoch.to_numpy()
     steps = np.diff(dice)
     late = steps[len(steps) // 2:]
-    early = run[epochs <= max(1, epochs.max() // 3)]
+    third = max(1, epochs.max() // 3)
+    early, end = run[epochs <= third], run[epochs > epochs.max() - third]
     return {
         "epochs": len(run),
         "best_epoch": int(best.epoch),
@@ -224,6 +225,7 @@ def _convergence(run, window=5):
         "area": dice.mean(),
         "early_dice": early.valid_dice.mean(),
         "early_jaccard": early.valid_jaccard.mean(),
+        "late_dice": end.valid_dice.mean(),
         "step_variance": steps.var(ddof=1) if len(steps) > 1 else np.nan,
         "roughness": late.std(ddof=1) if len(late) > 1 else np.nan,
         "gap": _lag(run, "train_dice", window),

@@ -58,6 +58,7 @@ FIGURES = { # in the report's order: stem of its files, or how it begins -> orig
     "ranking": _Origin("ranking.csv", "62d_report.design"),
     "optimism": _Origin("cases.csv", "62_report.differences"),
     "convention_shift": _Origin("cases.csv", "62_report.differences"),
+    "lead_over_epochs": _Origin("epochs.csv", "62j_report.progress"),
     "reliability": _Origin("reliability.csv", "62b_report.behaviour"),
     "fig4": _Origin("predictions.h5", "61a_report.segmentations")}
 
