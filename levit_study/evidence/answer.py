@@ -231,7 +231,7 @@ def _course(runs: pd.DataFrame) -> str: # rows of convergence.csv of one data se
         first, last = pair.mean()
         nearer = (pair.late.abs() < pair.early.abs()).sum()
         parts.append(f"{signed(first)} to {signed(last)} with {loss_name(loss)} "
-                     f"(nearer to 0 in {nearer} of {len(pair)} trainings)")
+                     f"(nearer to 0 in {nearer} of {len(pair)} training{'s' * (len(pair) > 1)})")
     if not parts: return ""
     return ("From the first to the last third of the epochs, validation Dice less the baseline's "
             f"goes from {listed(parts)}.")
