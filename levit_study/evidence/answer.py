@@ -223,18 +223,18 @@ def _course(runs: pd.DataFrame) -> str: # rows of convergence.csv of one data se
     names = [name for name in ("seed", "fold") if name in runs]
     early, late = (runs.pivot(index=names, columns="loss", values=f"{part}_dice")
                    for part in ("early", "late"))
-    parts = []
+    parts, when = [], (" in the first third of the epochs", " in the last", "nearer to 0 in ")
     for loss in runs.loss[runs.loss != BASELINE].unique():
-        pair = pd.DataFrame({"early": early[loss] - early[BASELINE],
-                             "late": late[loss] - late[BASELINE]}).dropna()
-        if pair.empty: continue
-        first, last = pair.mean()
-        nearer = (pair.late.abs() < pair.early.abs()).sum()
-        parts.append(f"{signed(first)} to {signed(last)} with {loss_name(loss)} "
-                     f"(nearer to 0 in {nearer} of {len(pair)} training{'s' * (len(pair) > 1)})")
-    if not parts: return ""
-    return ("From the first to the last third of the epochs, validation Dice less the baseline's "
-            f"goes from {listed(parts)}.")
+        first, last = (part[loss] - part[BASELINE] for part in (early, late))
+        pairs = last.count()
+        if not pairs: continue
+        nearer = f"{(last.abs() < first.abs()).sum()} of {pairs} training{'s' * (pairs > 1)}"
+        parts.append(f"from {signed(first.mean())}{when[0]} to {signed(last.mean())}{when[1]} "
+                     f"with {loss_name(loss)} ({when[2]}{nearer})")
+        when = "", "", ""
+    return f"{_COURSE} {listed(parts)}." if parts else ""
+
+_COURSE = "How far validation Dice is from the baseline's changes during training:"
 
 # %% ../../nbs/55a_evidence.answer.ipynb #9990ea48
 def answer(
