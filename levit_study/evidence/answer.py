@@ -226,7 +226,7 @@ def _course(runs: pd.DataFrame) -> str: # rows of convergence.csv of one data se
     parts, when = [], (" in the first third of the epochs", " in the last", "nearer to 0 in ")
     for loss in runs.loss[runs.loss != BASELINE].unique():
         first, last = (part[loss] - part[BASELINE] for part in (early, late))
-        pairs = last.count()
+        pairs = int(last.count())
         if not pairs: continue
         nearer = f"{(last.abs() < first.abs()).sum()} of {pairs} training{'s' * (pairs > 1)}"
         parts.append(f"from {signed(first.mean())}{when[0]} to {signed(last.mean())}{when[1]} "
