@@ -67,8 +67,8 @@ def _tooltip(*fields): # (name, title) or (name, title, format)
 # %% ../../nbs/62g_report.charts.ipynb #64d87683
 def _size_points(means, about): # -> the same rows with size and words
     values = means.to_dict("records")
-    words = [f"{row['case']}, {row['structure']}, {about.name(row['loss'])}: Dice {row['dice']:.3f}, "
-             f"{row['voxels']:.4g} voxels" for row in values]
+    words = [f"{row['case']}, {row['structure']}, {about.name(row['loss'])}: "
+             f"Dice {row['dice']:.3f}, {row['voxels']:.4g} voxels" for row in values]
     return means.assign(size=means.voxels, words=words)[
         ["case", "structure", "loss", "dice", "size", "words"]]
 
