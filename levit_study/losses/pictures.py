@@ -87,9 +87,10 @@ def draw_losses(
     losses, # title: loss, for three classes
 ):
     "Draw for each loss what a moved boundary costs, and how hard it pulls on pixels"
-    shifts, zones, size = range(-5, 6), ["right", "missed", "invented"], (2.5 * len(losses), 3.4)
+    shifts, zones, size = range(-5, 6), ["right", "missed", "invented"], (2.5 * len(losses), 3.6)
     with style():
-        _, axes = plt.subplots(2, len(losses), figsize=size, layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(2, len(losses), figsize=size, layout="constrained",
+                                    squeeze=False)
         for (costs, ratios), (title, criterion) in zip(axes.T, losses.items(), strict=True):
             for place, name in enumerate(("large structure", "small structure")):
                 added, marker = _added_costs(criterion, place, shifts), "os"[place]
@@ -101,6 +102,7 @@ def draw_losses(
             ratios.set(xticks=range(3), xticklabels=zones, xlim=(-.5, 2.5))
             ratios.set(yscale="log", ylim=(3e-4, 200))
         axes[0, 0].set_ylabel("added loss")
-        axes[0, 0].legend()
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper left", ncols=2)  # clear of all curves
         axes[1, 0].set_ylabel("pull on a pixel\n(cross-entropy = 1)")
         plt.show()

@@ -7,10 +7,11 @@ __all__ = ['ablation_forest']
 
 # %% ../../nbs/62i_report.ablation.ipynb #4e455f32
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from .look import About, DOUBLE, MM, checked, study_style
-from .parts import finished, legend_below, loss_handles, row_height, shade_rows
+from ..evidence.findings import signed
+from .look import About, checked, study_style
+from .parts import bands, finished, legend_below, loss_handles, row_height
+from .parts import shade_rows
 
 # %% ../../nbs/62i_report.ablation.ipynb #b0c5c4f5
 @study_style()
@@ -26,8 +27,8 @@ def ablation_forest(
     names, losses = list(means.dataset.unique()), list(means.loss.unique())
     labels = [about.dataset(name) for name in names]
     height = len(names)*max(row_height(labels), 3*len(losses) + 3) + 30
-    figure = Figure(figsize=(DOUBLE*MM, height*MM), layout="constrained")
-    axis = figure.subplots()
+    figure, parts = bands(means, [height - 14], about)
+    axis = next(iter(parts.values())).subplots()
     axis.axvline(0, color="#222222", lw=.8)
     for loss, shift in zip(losses, np.linspace(-.3, .3, len(losses) + 2)[1:-1], strict=True):
         rows = means[means.loss == loss].set_index("dataset").reindex(names)
@@ -55,7 +56,7 @@ def _draw_rows(axis, rows, heights, look):
 # %% ../../nbs/62i_report.ablation.ipynb #83e6d6cc
 def _in_words(means, about):
     "Put the differences into words"
-    words = [f"{about.dataset(row.dataset)}, {about.name(row.loss)}: {row.difference:+.3f} "
-             f"({row.these_low:+.3f} to {row.these_high:+.3f} on other patients)"
+    words = [f"{about.dataset(row.dataset)}, {about.name(row.loss)}: {signed(row.difference)} "
+             f"({signed(row.these_low)} to {signed(row.these_high)} on other patients)"
              for row in means.itertuples()]
     return f"Difference in mean Dice: {'; '.join(words)}."

@@ -192,9 +192,10 @@ def _panel_grid(part, names, columns):
 
 # %% ../../nbs/62b_report.behaviour.ipynb #4ab0d804
 def _label_outside(part, x, y):
-    "Label the axes of a grid of panels once each"
+    "Label the common x axis once, and the y axis at the first panel of each row"
     part.supxlabel(x, fontsize=7)
-    part.supylabel(y, fontsize=7)
+    for ax in part.axes:
+        if ax.get_subplotspec().is_first_col(): ax.set_ylabel(y)
 
 # %% ../../nbs/62b_report.behaviour.ipynb #3070baea
 @study_style()
@@ -216,7 +217,7 @@ def reliability(
             words = _error_in_words(errors, dataset, loss)
             ax.set_title(f"{wrapped(about.name(loss), 26)}\n{words}")
         _label_outside(part, "Confidence (predicted probability, 0 to 1)",
-                       "Accuracy; share of pixels (0 to 1)")
+                       "Accuracy;\nshare of pixels (0 to 1)")
     diagonal = Line2D([], [], label="perfect calibration", **_DIAGONAL)
     shares = Patch(color="#CFCFCF", label="share of pixels")
     legend_below(figure, [*loss_handles(losses, about), diagonal, shares])
@@ -273,12 +274,13 @@ def _draw_reliability(ax, bins, look):
     pooled, enough = _pooled_bins(bins), bins[bins["pixels"] >= _FEWEST]
     pooled = pooled[pooled["pixels"] >= _FEWEST]
     x, y = pooled["confidence"], pooled["accuracy"]
+    ax.set(xlim=(0, 1), ylim=(0, 1), aspect=1)
     ax.plot([0, 1], [0, 1], **_DIAGONAL)
-    ax.bar(x, pooled["share"], width=.05, color="#CFCFCF")
+    if pooled.empty: return
+    ax.bar(x.clip(.025, .975), pooled["share"], width=.05, color="#CFCFCF")  # whole bars
     if has_spread(bins):
         ends = enough.groupby("bin")["accuracy"].agg(["min", "max"]).reindex(pooled.index)
         ax.fill_between(x, ends["min"], ends["max"], color=look["color"], alpha=.16, lw=0)
-    ax.plot(x, y, ms=3.6, **look)
+    ax.plot(x, y, ms=3.6, clip_on=False, zorder=3, **look)  # whole marks at the border
     interval = np.clip(_wilson(y, pooled["pixels"]), 0, 1)
     ax.errorbar(x, y, yerr=interval, fmt="none", ecolor=look["color"], elinewidth=.9, capsize=1.5)
-    ax.set(xlim=(0, 1), ylim=(0, 1), aspect=1)

@@ -11,6 +11,7 @@ from html import escape
 import numpy as np
 import pandas as pd
 from ..evidence.claims import BASELINE
+from ..evidence.findings import signed
 from ..evidence.statistics import ALL
 from .behaviour import SIZE, mean_sizes
 from .clinical import limits_of
@@ -64,10 +65,10 @@ def _tooltip(*fields): # (name, title) or (name, title, format)
     return [dict(zip(keys, each)) for each in fields]
 
 # %% ../../nbs/62g_report.charts.ipynb #64d87683
-def _size_points(means): # -> the same rows with size and words
+def _size_points(means, about): # -> the same rows with size and words
     values = means.to_dict("records")
-    words = [f"{row['case']}, {row['structure']}, {row['loss']}: Dice {row['dice']:.3f}, "
-             f"{row['voxels']:.4g} voxels" for row in values]
+    words = [f"{row['case']}, {row['structure']}, {about.name(row['loss'])}: "
+             f"Dice {row['dice']:.3f}, {row['voxels']:.4g} voxels" for row in values]
     return means.assign(size=means.voxels, words=words)[
         ["case", "structure", "loss", "dice", "size", "words"]]
 
@@ -78,7 +79,7 @@ def size_charts(
 ) -> list[dict]: # a chart for each data set
     "Dice against size as a chart: a point is a structure of a case, a line the trend of a loss"
     means = mean_sizes(cases, "size_charts", about)
-    return [_size_chart(dataset, _size_points(rows), about)
+    return [_size_chart(dataset, _size_points(rows, about), about)
             for dataset, rows in means.groupby("dataset", sort=False)]
 
 # %% ../../nbs/62g_report.charts.ipynb #814d683f
@@ -113,8 +114,9 @@ def _case_differences(cases, losses): # of one data set -> case, structure, loss
     return tall.dropna().reset_index()
 
 def _interval_words(row, name): # row: of `against`
-    return (f"{row['structure']}, {name}: {row['value']:+.3f}, interval {row['low']:+.3f} to "
-            f"{row['high']:+.3f}, {row['patients']:.0f} patients")
+    value, low, high = (signed(row[key]) for key in ("value", "low", "high"))
+    patients = f"{row['patients']:.0f} patients"
+    return f"{row['structure']}, {name}: {value}, interval {low} to {high}, {patients}"
 
 def forest_charts(
     tests, # dataset, split, structure, first, second, difference, low, high, patients
@@ -137,8 +139,8 @@ def _forest_rows(rows, points, about): # -> records of intervals, of cases
     "Both with words"
     rows = rows[["structure", "loss", "value", "low", "high", "patients", "clear"]]
     words = [_interval_words(row, about.name(row["loss"])) for row in rows.to_dict("records")]
-    dots = [f"{row['case']}, {row['structure']}, {about.name(row['loss'])}: {row['value']:+.3f}"
-            for row in points.to_dict("records")]
+    dots = [f"{row['case']}, {row['structure']}, {about.name(row['loss'])}: "
+            f"{signed(row['value'])}" for row in points.to_dict("records")]
     return _records(rows.assign(words=words), about), _records(points.assign(words=dots), about)
 
 # %% ../../nbs/62g_report.charts.ipynb #df815850
@@ -146,7 +148,8 @@ def _forest_chart(dataset, rows, points, about):
     "One data set's chart of differences"
     losses, names = list(rows["loss"].unique()), structures_of(rows)[dataset]
     intervals, dots = _forest_rows(rows, points, about)
-    x = _axis("value", f"Difference in Dice against {about.name(BASELINE)}")
+    against_it = f"Difference in Dice against {about.name(BASELINE)}"
+    x = _axis("value", f"{against_it} (right of 0: larger)")
     x["axis"], marks = {"tickCount": 7, "format": "+.2~f"}, _loss_marks(losses, about)
     reach = [rows["low"].min(), points["value"].min(), rows["high"].max(), points["value"].max()]
     domain = [float(np.nanmin(reach)), float(np.nanmax(reach))]
@@ -193,7 +196,8 @@ def _agreement_points(rows, about, unit): # -> records
     table = rows[["patient", "seed", "loss"]].assign(case=rows["patient"].astype(str), error=error,
                                                      middle=middle)
     words = [f"{row['case']}, {about.name(row['loss'])}, seed {row['seed']}: "
-             f"{row['error']:+.1f} {unit}" for row in table.to_dict("records")]
+             f"{row['error']:+.1f} {unit}".replace(": -", ": −")
+             for row in table.to_dict("records")]
     return _records(table.drop(columns="patient").assign(words=words), about)
 
 # %% ../../nbs/62g_report.charts.ipynb #59330edd

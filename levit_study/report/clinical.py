@@ -41,10 +41,10 @@ def bland_altman(
 
 _AGREEMENT = (
     "Points: one patient in one training, prediction less reference against their mean; line: mean"
-    " difference (bias); limits of agreement, bias ± 1.96 standard deviations, are a band and"
-    " numbers in brackets. Where case names do not give"
-    " the phase, end-diastole and end-systole are the frames with the larger and the smaller left"
-    " ventricle in the reference.")
+    " difference (bias); band: limits of agreement, bias ± 1.96 standard deviations, which hold"
+    " about 95 % of single patients where differences are normal. Both are printed above. Where"
+    " case names do not give the phase, end-diastole and end-systole are the frames with the"
+    " larger and the smaller left ventricle in the reference.")
 
 # %% ../../nbs/62c_report.clinical.ipynb #d0e6df85
 def _topic(values):
@@ -70,7 +70,8 @@ def _draw_grid(part, values, measures, losses, about):
         for ax, loss in zip(line, losses, strict=True):
             look = about.looks(losses)[loss]
             title = _draw_agreement(ax, rows[rows["loss"] == loss], look)
-            ax.set_title(title if len(losses) < 5 else title.replace(" ", "\n", 1), fontsize=6.5)
+            narrow = title.replace(", limits ", "\n")
+            ax.set_title(title if len(losses) < 4 else narrow, fontsize=6.5)
             ax.set_xlabel(f"Mean of both ({unit})")
         line[0].set_ylabel(f"{wrapped(measure, 24)}\nerror ({differs})")
     for ax, loss in zip(axes[0], losses, strict=True):
@@ -88,8 +89,8 @@ def _draw_agreement(ax, rows, look): # -> bias and limits in words
     middle = (rows["reference"] + rows["predicted"])/2
     mark = dict(ms=2.4, mec="none", alpha=.6, color=look["color"], marker=look["marker"])
     ax.plot(middle, rows["predicted"] - rows["reference"], ls="none", **mark)
-    limits = f" [{low:+.1f}, {high:+.1f}]" if np.isfinite(low) else ""
-    return f"{bias:+.1f}{limits}".replace("-", "−")
+    limits = f", limits {low:+.1f} to {high:+.1f}" if np.isfinite(low) else ""
+    return f"bias {bias:+.1f}{limits}".replace("-", "−")
 
 # %% ../../nbs/62c_report.clinical.ipynb #eb9997fb
 def _agreement_in_words(values, about):
@@ -98,7 +99,8 @@ def _agreement_in_words(values, about):
     for (dataset, measure, loss), rows in values.groupby(keys, sort=False):
         bias, low, high = limits_of(rows)
         limits = f" ({low:+.1f} to {high:+.1f})" if np.isfinite(low) else ""
+        numbers = f"{bias:+.1f}{limits}".replace("-", "−")  # a hyphen is not read out
         name = f"{about.dataset(dataset)}, {measure}, {about.name(loss)}"
         unit = rows["unit"].iloc[0].replace("%", "percentage points")
-        words.append(f"{name}: {bias:+.1f}{limits} {unit}")
+        words.append(f"{name}: {numbers} {unit}")
     return f"Bias and limits of agreement: {'; '.join(words)}."

@@ -8,6 +8,7 @@ __all__ = ['contrasts_forest']
 # %% ../../nbs/62h_report.contrasts.ipynb #de58e276
 from matplotlib.lines import Line2D
 from ..evidence.claims import typeset
+from ..evidence.findings import signed
 from .differences import band_height, draw_intervals
 from .look import About, LOOKS, checked, study_style
 from .parts import bands, finished, legend_below, pair_handles, structures_of
@@ -49,5 +50,5 @@ def _in_words(table, about):
     "Put each contrast's effect on the mean of structures, or the last structure, into words"
     last = table.groupby(["dataset", "contrast"], sort=False).tail(1)
     return "; ".join(f"{about.dataset(row.dataset)}, {row.contrast}, {row.structure}: "
-                     f"{row.difference:+.3f} ({row.low:+.3f} to {row.high:+.3f})"
+                     f"{signed(row.difference)} ({signed(row.low)} to {signed(row.high)})"
                      for row in last.itertuples()) + "."

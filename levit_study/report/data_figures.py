@@ -27,7 +27,7 @@ def imbalance(
 ): # -> Picture
     "Draw the share of the training voxels of each class on a logarithmic axis, largest first"
     checked(shares, "imbalance", ["dataset", "structure", "voxel_share"])
-    about = replace(about, split="train", protocol="")
+    about = replace(about, split="train", protocol="", grid="")
     if "split" in shares:
         shares = shares[shares["split"] == "train"]
     tables = {d: part.sort_values("voxel_share", ascending=False).set_index("structure")

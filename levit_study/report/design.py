@@ -9,8 +9,10 @@ __all__ = ['claim_intervals', 'claims_forest', 'rank_stability', 'survival_curve
 import re
 import numpy as np
 import pandas as pd
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from ..evidence.claims import CLAIMS, standing_in_words
 from ..evidence.survival import false_ranking
 from .look import About, DOUBLE, MM, Picture, checked, study_style
@@ -114,7 +116,9 @@ _CLAIMS_BODY = (
     " verdict rests (simultaneous over a claim's comparisons); turned so that the claimed direction"
     " is to the right. A claim is supported if all its intervals are right of zero, contradicted if"
     " one is left of it; a claim of equality (shaded: its margin) if all lie within, or one lies"
-    " beyond. Colour: the claim's verdict, whatever a single interval says. Claims about small"
+    " beyond. Colour: the claim's verdict, whatever a single interval says. Cut off: the trainings"
+    " ended too early to show their best epochs; out of reach: so few trainings could not decide"
+    " the claim, whatever their outcome. Claims about small"
     " structures rest on fewer patients than are given here. Not corrected for the number of"
     " claims.")
 
@@ -128,19 +132,29 @@ def _claims_in_words(table, about):
         words.append(f"{about.dataset(dataset)}: {listed}.")
     return " ".join(words)
 
+# %% ../../nbs/62d_report.design.ipynb #0e6adc00
+def _luminance(color):
+    "Relative luminance of a colour, 0 black to 1 white (WCAG 2)"
+    shares = np.array(to_rgb(color))
+    shares = np.where(shares <= .04045, shares/12.92, ((shares + .055)/1.055)**2.4)
+    return float(shares @ [.2126, .7152, .0722])
+
+def _readable_on(color):
+    "White or black, whichever has the higher contrast with `color`"
+    return "white" if 1.05/(_luminance(color) + .05) > (_luminance(color) + .05)/.05 else "black"
+
 # %% ../../nbs/62d_report.design.ipynb #5c90821b
 def _draw_shares(ax, rows, names, losses, about):
     "Draw a bar per structure, divided among the losses by the share of the rank"
     looks, left = about.looks(losses), np.zeros(len(names))
     for loss in losses:
-        part = rows[rows["loss"] == loss].set_index("structure")
+        part, color = rows[rows["loss"] == loss].set_index("structure"), looks[loss]["color"]
         widths = 100 * part["share"].reindex(names).fillna(0).to_numpy()
-        ax.barh(range(len(names)), widths, .72, left=left, color=looks[loss]["color"],
-                edgecolor="white", lw=.6)
+        ax.barh(range(len(names)), widths, .72, left=left, color=color, edgecolor="white", lw=.6)
         for place, width in enumerate(widths):
             if width < 14: continue
             ax.text(left[place] + width / 2, place, f"{width:.0f}", ha="center", va="center",
-                    color="white", fontsize=6.5)
+                    color=_readable_on(color), fontsize=6.5)
         left += widths
     ax.set_xlim(0, 100)
 
@@ -189,11 +203,12 @@ def _firsts_in_words(table, about):
 
 # %% ../../nbs/62d_report.design.ipynb #cbffd54c
 _AXIS = np.geomspace(.02, .3, 12)
-_LINES = {.5: ("#9AC7E3", ":"), .7: ("#3E92C4", "--"), .9: ("#083C5D", "-")}
+_LINES = {.5: ("#4F9BC9", ":"), .7: ("#2878A8", "--"), .9: ("#083C5D", "-")}
+_RECORDED = "#DDDDDD"
 
 def _draw_survival(ax, count, means, recorded, floor):
     "Draw the probability that the first is not the best, a line per correlation"
-    if recorded: ax.axvspan(*recorded, color="#EEEEEE", lw=0, zorder=0)
+    if recorded: ax.axvspan(*recorded, color=_RECORDED, lw=0, zorder=0)
     if floor: ax.axvline(floor, color="#D55E00", lw=1)
     for correlation, (color, style) in _LINES.items():
         values = [false_ranking(means, count, sd, correlation)[0] for sd in _AXIS]
@@ -230,8 +245,8 @@ def survival_curves(
     for ax in axes[-columns:]: ax.set_xlabel("Assumed SD of Dice between patients")
     handles = [Line2D([], [], color=color, ls=style, label=f"correlation {correlation:g}")
                for correlation, (color, style) in _LINES.items()]
-    if recorded: handles.append(Line2D([], [], color="#DDDDDD", lw=5, label="this study"))
-    if floors: handles.append(Line2D([], [], color="#D55E00", label="implied by Jaccard"))
+    if recorded: handles.append(Patch(color=_RECORDED, label="spread in this study"))
+    if floors: handles.append(Line2D([], [], color="#D55E00", label="spread implied by Jaccard"))
     legend_below(figure, handles)
     title = "Would published rankings survive another sample of patients?"
     figure.suptitle(title, x=.006, ha="left")
@@ -256,4 +271,5 @@ def _survival_in_words(tables, sd=.05, correlation=.7):
     for name, (count, means) in tables.items():
         first = false_ranking(means, count, sd, correlation)[0]
         words.append(f"{name}: {first:.0%}")
-    return f"With a spread of {sd:g} and a correlation of {correlation:g}: {'; '.join(words)}."
+    assumed = f"with a spread of {sd:g} and a correlation of {correlation:g}"
+    return f"Probability that the first is not the best, {assumed}: {'; '.join(words)}."

@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 from ..evaluation.metrics import with_worst_case
 from ..evidence.claims import BASELINE
+from ..evidence.findings import signed
 from ..evidence.results import judging_splits
+from ..evidence.statistics import ALL
 from .look import About, DOUBLE, checked, study_style
 from .parts import bands, finished, label_rows, legend_below, loss_handles
 from .parts import pair_handles, per_training, print_right, row_height
@@ -27,7 +29,7 @@ def forest(
     "Draw per-structure paired differences in Dice against the baseline with their intervals"
     columns = ["dataset", "structure", "first", "second", "difference", "low", "high", "patients"]
     tests = checked(tests, "forest", columns, about)
-    table = checked(against(tests), f"forest against {BASELINE}", [])
+    table = checked(_with_trainings(against(tests)), f"forest against {BASELINE}", [])
     losses, structures = list(table["loss"].unique()), structures_of(table)
     looks = {loss: about.looks(losses)[loss] for loss in losses}
     heights = [band_height(names, losses) for names in structures.values()]
@@ -38,11 +40,12 @@ def forest(
         draw_intervals(ax, rows, names, looks)
         print_right(ax, [_n_in_words(rows.loc[rows["structure"] == s, "patients"]) for s in names])
         ax.set_xlabel(f"Difference in Dice against {about.name(BASELINE)} (right of 0: larger)")
+    _same_scale([ax for part in parts.values() for ax in part.axes])
     marks = pair_handles("interval excludes 0", "interval includes 0")
     legend_below(figure, [*loss_handles(losses, about, ls="none"), *marks])
     body = ("Large marks: mean paired difference, filled where the interval excludes 0;"
             f" lines: {interval_name}, each by itself, not corrected for the number of"
-            " comparisons; n: patients.")
+            f" comparisons; n: patients.{' All scales are the same.' if len(parts) > 1 else ''}")
     title = f"Dice: paired differences against {about.name(BASELINE)}"
     alt = f"Forest plot. {_differences_in_words(table, about)}"
     return finished(figure, title, body, alt, table, about)
@@ -86,6 +89,18 @@ def _n_in_words(counts):
     if not len(counts.dropna()): return ""
     return f"n = {low:.0f}" if low == high else f"n = {low:.0f} to {high:.0f}"
 
+# %% ../../nbs/62_report.differences.ipynb #57d5af13
+def _with_trainings(table):
+    "Count the trainings behind each difference: seeds in each fold"
+    if "seeds" not in table: return table
+    folds = table["folds"].fillna(1).clip(lower=1) if "folds" in table else 1
+    return table.assign(trainings=(table["seeds"]*folds).astype(int))
+
+def _same_scale(axes):
+    "Give all axes the widest of their scales, so that lengths can be compared between bands"
+    limits = np.array([ax.get_xlim() for ax in axes])
+    for ax in axes: ax.set_xlim(limits.min(), limits.max())
+
 # %% ../../nbs/62_report.differences.ipynb #da937323
 def _differences_in_words(table, about):
     "Say how many differences are clear and put the six largest into words"
@@ -93,7 +108,7 @@ def _differences_in_words(table, about):
     words = []
     for row in clear.head(6).itertuples():
         name = f"{about.dataset(row.dataset)}, {row.structure}, {about.name(row.loss)}"
-        words.append(f"{name}: {row.value:+.3f} ({row.low:+.3f} to {row.high:+.3f})")
+        words.append(f"{name}: {signed(row.value)} ({signed(row.low)} to {signed(row.high)})")
     largest = f"; the largest: {'; '.join(words)}" if words else ""
     return f"{len(clear)} of {len(table)} intervals exclude zero{largest}."
 
@@ -109,7 +124,7 @@ def convention_shift(
     cases = checked(cases, "convention_shift", columns, about)
     cases = cases.assign(hd95=with_worst_case(cases))
     losses, structures = list(cases["loss"].unique()), structures_of(cases)
-    structures = {d: [*names, "mean over structures"] for d, names in structures.items()}
+    structures = {d: [*names, ALL] for d, names in structures.items()}
     heights = [band_height(names, losses) for names in structures.values()]
     figure, parts = bands(cases, heights, about)
     for dataset, part in parts.items():
@@ -130,14 +145,14 @@ _CONVENTIONS = (
     " the diagonal, or left out where records lack it; distances in the stated unit); hollow: that"
     " of published tables (predicted but absent from the reference: Dice 1, HD95 0; missed or"
     " absent in both: 0 and 0; spacing ignored)."
-    " Means over cases and trainings.")
+    " Means over cases and trainings. Where both agree, the filled mark hides the hollow one.")
 
 # %% ../../nbs/62_report.differences.ipynb #19c1948f
 def _mean_pairs(cases, first, second): # -> loss, structure, first, second
     "Means over cases and seeds per structure, and their mean over the structures as a last row"
     means = cases.groupby(["loss", "structure"], sort=False)[[first, second]].mean()
     means.columns = ["first", "second"]
-    overall = means.groupby("loss", sort=False).mean().assign(structure="mean over structures")
+    overall = means.groupby("loss", sort=False).mean().assign(structure=ALL)
     return pd.concat([means, overall.set_index("structure", append=True)]).reset_index()
 
 # %% ../../nbs/62_report.differences.ipynb #f216b62d
@@ -159,11 +174,11 @@ def _pairs_in_words(cases, about):
     parts = []
     for dataset, rows in cases.groupby("dataset", sort=False):
         pairs = _mean_pairs(rows, "dice", "transunet_dice")
-        pairs = pairs[pairs["structure"] == "mean over structures"]
+        pairs = pairs[pairs["structure"] == ALL]
         words = [f"{about.name(p.loss)} {shown_number(p.first)} and {shown_number(p.second)}"
                  for p in pairs.itertuples()]
         parts.append(f"{about.dataset(dataset)}: {', '.join(words)}")
-    return f"Mean Dice over structures, this study's and the published tables': {'; '.join(parts)}."
+    return f"Mean Dice of structures, this study's and the published tables': {'; '.join(parts)}."
 
 # %% ../../nbs/62_report.differences.ipynb #f6fe696a
 @study_style()
@@ -192,8 +207,8 @@ def optimism_shift(
             ax.set_xlabel(f"Mean {metric.capitalize()} (0 to 1)")
     legend_below(figure, pair_handles("validation cases (paper)", "held-out cases"))
     body = ("Filled: best epoch on the validation cases, reported on them; hollow: the same weights"
-            " on cases that did not choose the epoch; large marks: mean over trainings, small"
-            " dots: trainings. Numbers: paper minus held-out"
+            " on cases that did not choose the epoch; whole volumes on their own grid; large marks:"
+            " mean over trainings, small dots: trainings. Numbers: paper minus held-out"
             f"{'' if gaps is None else ' with its interval'}."
             " The two sets of cases differ, so part of the gap is chance.")
     title = "Optimism of choosing and reporting on the same cases"
@@ -237,8 +252,8 @@ def _gap_in_words(means, loss, limits):
     "The mean gap of a loss, below it its interval, if there is one"
     rows = means[means["loss"] == loss]
     gap = (rows["valid"] - rows["test"]).mean()
-    text = f"{gap:+.3f}" if np.isfinite(gap) else "–"
-    return f"{text}\n[{limits[0]:+.3f}, {limits[1]:+.3f}]" if limits else text
+    text = signed(gap) if np.isfinite(gap) else "–"
+    return f"{text}\n[{signed(limits[0])}, {signed(limits[1])}]" if limits else text
 
 # %% ../../nbs/62_report.differences.ipynb #48ee0a3e
 def _gaps_in_words(cases, about):
@@ -248,5 +263,6 @@ def _gaps_in_words(cases, about):
         means = _split_means(rows, "dice")
         gaps = (means["valid"] - means["test"]).groupby(means["loss"], sort=False).mean()
         name = about.dataset(dataset)
-        words += [f"{name}, {about.name(loss)}: {shown_number(gap)}" for loss, gap in gaps.items()]
+        words += [f"{name}, {about.name(loss)}: {signed(gap) if np.isfinite(gap) else '–'}"
+                  for loss, gap in gaps.items()]
     return f"Paper minus held-out Dice: {'; '.join(words)}."

@@ -6,6 +6,7 @@
 __all__ = ['ORGANS', 'MANY_ORGANS', 'LOSSES', 'MANY_LOSSES', 'toy_runs', 'toy_cases', 'toy_slice', 'check_figure']
 
 # %% ../../nbs/60b_report.examples.ipynb #6ce66d98
+import re
 from itertools import combinations, product
 import matplotlib
 import numpy as np
@@ -112,4 +113,5 @@ def check_figure(picture, panels=None, units=True):
     assert panels in (None, len(axes)), f"{len(axes)} panels instead of {panels}"
     words = (picture.title, picture.caption, picture.alt)
     assert all(text.startswith(picture.title) for text in words) and "nan" not in picture.alt
+    assert not re.search(r"(?<![\w.])-\d", " ".join(words)), "a minus that is not read out"
     assert "phantom" not in picture.caption or all("synthetic" in text for text in words)

@@ -25,7 +25,7 @@ def fig1(
     "Draw the last epoch's training loss, validation loss, Dice and Jaccard per loss"
     metrics = ["train_loss", "valid_loss", "valid_dice", "valid_jaccard"]
     checked(runs, "fig1", ["dataset", "loss", "seed", *metrics])
-    about = replace(about, protocol="last")
+    about = replace(about, protocol="last", grid=_GRID)
     paper = _paper_for(runs, about, paper)
     figure = _metric_panels(runs, metrics, about, paper, bars=True)
     for part in figure.subfigs:
@@ -39,6 +39,8 @@ def fig1(
     return finished(figure, "Last epoch: losses, Dice and Jaccard", body, alt, runs, about)
 
 # %% ../../nbs/61_report.figures.ipynb #e1f4874f
+_GRID = "the network's"  # epochs are scored there
+
 def _metric_panels(runs, metrics, about, paper, bars):
     "Draw a panel per metric and a band of panels per data set"
     losses = list(runs["loss"].unique())
@@ -119,7 +121,8 @@ def fig2(
     "Draw both losses over the epochs, an axis per loss, and the validation Dice on shared axes"
     columns = ["dataset", "loss", "seed", "epoch", "train_loss", "valid_loss", "valid_dice"]
     checked(epochs, "fig2", columns)
-    losses, about = list(epochs["loss"].unique()), replace(about, protocol="")
+    losses = list(epochs["loss"].unique())
+    about = replace(about, protocol="", grid=_GRID)
     heights = [-(-len(losses)//4)*36 + 62 + 2*len(losses)]*epochs["dataset"].nunique()
     figure, parts = bands(epochs, heights, about, extra=18)
     for dataset, part in parts.items():
@@ -246,6 +249,7 @@ def fig3(
     "Draw the best Dice and the best Jaccard per loss with seeds and their range"
     metrics = ["best_dice", "best_jaccard"]
     checked(runs, "fig3", ["dataset", "loss", "seed", *metrics])
+    about = replace(about, grid=_GRID)
     paper = _paper_for(runs, about, paper)
     figure = _metric_panels(runs, metrics, about, paper, bars=False)
     legend_below(figure, _run_handles(paper))

@@ -6,9 +6,9 @@
 __all__ = ['dice_against_share']
 
 # %% ../../nbs/62e_report.imbalance.ipynb #e9830b88
-from matplotlib.figure import Figure
-from .look import About, DOUBLE, MM, checked, study_style
-from .parts import finished, legend_below, lines_with_bars, log_axis, loss_handles
+from .look import About, checked, study_style
+from .parts import bands, finished, legend_below, lines_with_bars, log_axis
+from .parts import loss_handles
 
 # %% ../../nbs/62e_report.imbalance.ipynb #840c5d29
 @study_style()
@@ -21,13 +21,14 @@ def dice_against_share(
     columns = ["structure", "share", "dataset", "loss", "dice", "dice_low", "dice_high"]
     table = checked(table, "dice_against_share", columns)
     losses, structures = list(table.loss.unique()), list(table.structure.unique())
-    figure = Figure(figsize=(DOUBLE*MM, 74*MM), layout="constrained")
-    axes = figure.subplots(1, len(structures), sharey=True, squeeze=False)[0]
+    figure, parts = bands(table, [66], about)
+    part, = parts.values()
+    axes = part.subplots(1, len(structures), sharey=True, squeeze=False)[0]
     looks = about.looks(losses)
     for axis, structure in zip(axes, structures, strict=True):
-        part = table[table.structure == structure].assign(share=lambda rows: 100*rows.share)
-        lines_with_bars(axis, "share", [(part[part.loss == loss], looks[loss]) for loss in losses])
-        log_axis(axis, part.share.min(), part.share.max())
+        rows = table[table.structure == structure].assign(share=lambda rows: 100*rows.share)
+        lines_with_bars(axis, "share", [(rows[rows.loss == loss], looks[loss]) for loss in losses])
+        log_axis(axis, rows.share.min(), rows.share.max())
         axis.set(title=structure, xlabel="Share of the training voxels (%, log)", ylim=(0, 1))
     axes[0].set_ylabel("Dice (0 to 1), mean over cases")
     legend_below(figure, loss_handles(losses, about))

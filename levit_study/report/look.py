@@ -105,7 +105,7 @@ NAMES = {
     "synapse": "Synapse CT", "acdc": "ACDC MR", "phantom_ct": "CT phantom",
     "phantom_mr": "MR phantom",
     "train": "training", "valid": "validation", "test": "test",
-    "fold": "each fold's own cases",
+    "fold": "each fold's held-out cases",
     "train_loss": "Training loss (own scale)", "valid_loss": "Validation loss (own scale)",
     "valid_dice": "Validation Dice (0 to 1)", "valid_jaccard": "Validation Jaccard (0 to 1)",
     "best_dice": "Best Dice (0 to 1)", "best_jaccard": "Best Jaccard (0 to 1)"}
@@ -116,6 +116,7 @@ class About:
     "What the tables do not say themselves and every caption must"
     protocol: str = "paper" # "cross-validated", "held-out", "last" or free text; empty: none
     split: str = "valid" # which cases the values are of; empty for all
+    grid: str = "the scans' own, whole volumes" # of the scores; empty where there are none
     synthetic: tuple = () # synthetic data sets, besides those whose name starts with "phantom"
     losses: tuple = () # all losses of the study in its order, so that colours agree
     cases: dict = field(default_factory=dict) # data set -> volumes, for tables that list no cases

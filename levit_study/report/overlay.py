@@ -26,7 +26,7 @@ def draw_overlay(
     slices: int = 12,
 ):
     "Write a picture of slices of a scan with the contours of its label map"
-    about = About(protocol="prediction, research use only", split="new scan")
+    about = About(protocol="prediction, research use only", split="new scan", grid="")
     shared = {"dataset": str(card.get("dataset")), "case": volume.case}
     shared |= {"structures": card["structures"], "spacing": volume.spacing[1:]}
     shown = [

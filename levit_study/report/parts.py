@@ -56,6 +56,10 @@ def _sample(table, dataset, about):
         patients = part["patient"].nunique()
     counts += [counted(n, word) for n, word in ((patients, "patient"), (volumes, "volume")) if n]
     if "seed" in part and len(part): counts.append(_trainings(part))
+    elif "trainings" in part and len(part):
+        fewest, most = part["trainings"].agg(["min", "max"]).astype(int)
+        shown = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        counts.append(f"{counted(shown, 'training')} per loss")
     return f"n = {', '.join(filter(None, counts))}" if any(counts) else ""
 
 
@@ -81,20 +85,24 @@ def _titled(title, table, about):
 _PROTOCOLS = {
     "paper": "paper (best epoch chosen and reported on the validation cases)",
     "cross-validated": "cross-validated (each patient judged by networks that were not "
-        "trained on that patient)",
+        "trained on that patient; best epoch chosen on validation cases)",
     "held-out": "held-out (best epoch chosen on the validation cases, reported on the test cases)",
     "last": "last epoch, nothing chosen"}
 
 # %% ../../nbs/60a_report.parts.ipynb #76078634
 def _caption(title, body, table, about):
-    "Join title, what is drawn, data sets with their samples, split and protocol"
+    "Join title, what is drawn, data sets with their samples, split, grid and protocol"
     samples = [(about.dataset(d), _sample(table, d, about)) for d in table["dataset"].unique()]
     words = [f"{title}. {body}"]
     if "seed" in table and not table.groupby("dataset")[table.columns].apply(has_spread).any():
         words.append("One training per loss: no spread over trainings can be shown.")
     words.append(f"Data: {'; '.join(', '.join(filter(None, sample)) for sample in samples)}.")
     if about.split:
-        words.append(f"Split: {about.name(about.split)}.")
+        together = about.split == "valid" and "fold" in table and table["fold"].nunique() > 1
+        of_all = " (n: those of all folds together)" if together else ""
+        words.append(f"Split: {about.name(about.split)}{of_all}.")
+    if about.split and about.grid:
+        words.append(f"Grid: {about.grid}.")
     if about.protocol:
         words.append(f"Protocol: {_PROTOCOLS.get(about.protocol, about.protocol)}.")
     return " ".join(words)
@@ -156,16 +164,20 @@ def row_height(labels, lines=1):
 
 # %% ../../nbs/60a_report.parts.ipynb #6b484a43
 def bands(table, heights, about, width=DOUBLE, extra=14): # -> figure, {data set: subfigure}
-    "A figure with a band per data set, `heights` mm high, and `extra` mm for title and legend"
+    """A figure with a band per data set, `heights` mm high, and `extra` mm for title and legend;
+    with a single height all data sets share a band, which names their samples alone"""
     size = (width*MM, (sum(heights) + extra)*MM)
     figure = Figure(figsize=size, layout="constrained")
     datasets = list(table["dataset"].unique())
-    parts = figure.subfigures(len(datasets), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for dataset, part in zip(datasets, parts, strict=True):
-        label = ", ".join(filter(None, [about.dataset(dataset), _sample(table, dataset, about)]))
+    samples = [_sample(table, dataset, about) for dataset in datasets]
+    labels = [", ".join(filter(None, [about.dataset(dataset), sample]))
+              for dataset, sample in zip(datasets, samples, strict=True)]
+    if len(heights) == 1 < len(datasets): labels = ["; ".join(dict.fromkeys(samples))]
+    parts = figure.subfigures(len(labels), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for label, part in zip(labels, parts, strict=True):
         label = wrapped(label, int(width*.62))
         part.suptitle(label, x=.006, ha="left", fontsize=7.5, fontweight="normal")
-    return figure, dict(zip(datasets, parts, strict=True))
+    return figure, dict(zip(datasets, parts))
 
 # %% ../../nbs/60a_report.parts.ipynb #1d5f9689
 def label_rows(ax, names):

@@ -6,10 +6,11 @@
 __all__ = ['dice_against_patients']
 
 # %% ../../nbs/62f_report.transfer.ipynb #ff0001c0
-from matplotlib.figure import Figure
+import os
+from dataclasses import replace
 from matplotlib.lines import Line2D
-from .look import About, DOUBLE, LOOKS, MM, checked, study_style
-from .parts import finished, legend_below, lines_with_bars, log_axis
+from .look import About, LOOKS, checked, study_style
+from .parts import bands, finished, legend_below, lines_with_bars, log_axis
 
 # %% ../../nbs/62f_report.transfer.ipynb #3f021a9d
 @study_style()
@@ -25,8 +26,10 @@ def dice_against_patients(
     looks = {start: dict(zip(("color", "linestyle", "marker"), look)) for start, look
              in zip(table.start.unique(), LOOKS * len(table))}
     panels = list(table.groupby(["task", "loss"], sort=False))
-    figure = Figure(figsize=(DOUBLE*MM, 74*MM), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    of_task = table.assign(dataset=table.task)
+    about = replace(about, names=about.names | _task_names(table, about))
+    figure, bands_of = bands(of_task, [66], about)
+    axes = next(iter(bands_of.values())).subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, ((task, loss), part) in zip(axes, panels, strict=True):
         starts = part.groupby("start", sort=False)
         lines_with_bars(axis, "patients", [(rows, looks[start]) for start, rows in starts])
@@ -40,11 +43,16 @@ def dice_against_patients(
     body = (f"Lines: mean over cases and trainings; bars: {100*confidence:g} % intervals over"
             f" {chance}. Smaller sets are subsets of larger ones; the test"
             " patients are the same throughout.")
-    of_task = table.assign(dataset=table.task)
     title = "Dice against the number of training patients"
     return finished(figure, title, body, _in_words(table, about), of_task, about)
 
 # %% ../../nbs/62f_report.transfer.ipynb #64de85a1
+def _task_names(table, about):
+    "Name each task by the words with which the titles of its data sets begin"
+    names = {task: os.path.commonprefix([about.name(name) for name in rows.dataset.unique()])
+             for task, rows in table.groupby("task", sort=False)}
+    return {task: name.rstrip(" ,0123456789") or about.name(task) for task, name in names.items()}
+
 def _in_words(table, about):
     "Say what each start gains over the random one with the fewest and with the most patients"
     words, several = [], table.task.nunique() > 1
@@ -53,6 +61,7 @@ def _in_words(table, about):
         part = part.sort_values("patients")
         ends = part.iloc[[0, -1]] if len(part) > 1 else part
         gains = ", ".join(f"{row.gain:+.2f} with {row.patients:.0f}" for row in ends.itertuples())
+        gains = gains.replace("-", "−")  # a hyphen is not read out
         words.append(f"{about.dataset(task) + ', ' if several else ''}{about.name(loss)}, {start}: "
                      f"{gains}")
     return f"Dice gained over the random start, by patients: {'; '.join(words) or 'none known'}."
