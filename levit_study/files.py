@@ -71,7 +71,7 @@ def check_values(content, path):
 # %% ../nbs/00_files.ipynb #e16716d2
 @contextmanager
 def written_whole(
-    path, # where the file shall appear; its folder is made if need be
+    path, # where the file is to appear; its folder is made if need be
 ):
     "Yield a temporary path beside `path`; move it to `path` if the block ends well, else remove it"
     path = Path(path)

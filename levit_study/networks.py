@@ -149,7 +149,7 @@ def _names_encoder(run) -> bool:
     return names_encoder(model.network, model.settings, len(data.structures) + 1, data.in_channels)
 
 def _why_not_freeze(run) -> str:
-    "Return what speaks against holding a run's encoder still, nothing if it can be"
+    "Return why a run's encoder cannot be frozen; empty if it can"
     model, epochs = run.model, run.training.epochs
     if run.training.freeze_encoder_epochs > epochs: return f"the training has {epochs} epochs"
     if not model.pretrained:

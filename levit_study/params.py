@@ -87,8 +87,8 @@ class Data(Section, Inputs):
     intensity: _Rule | dict[str, _Rule] = "minmax"  # of all channels, or {channel: rule}
     window: list[float] | None = Field(None, min_length=2, max_length=2)
     size: int = Field(224, ge=32, le=1024, multiple_of=32)
-    # of files without an affine: where slices, rows and columns run to, as SPL; auto: the organs
-    # of all cases together tell
+    # of files without an affine: where slices, rows and columns run to, as SPL; auto: as the organs
+    # of all cases together show
     orientation: str = "auto"
     # side of the centred square that the network sees, as a share of the longer side; None: the
     # whole slice, stretched
