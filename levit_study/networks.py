@@ -141,7 +141,7 @@ def start_file(
 # %% ../nbs/00e_networks.ipynb #e366c33b
 class Freezing(BaseModel):
     "How long a pretrained encoder stays as it was loaded"
-    freeze_encoder_epochs: int = young(0, ge=0)  # the first so many epochs; 0: it learns at once
+    freeze_encoder_epochs: int = young(0, ge=0)  # frozen for so many epochs; 0: learns at once
 
 def _names_encoder(run) -> bool:
     from levit_study.model.freezing import names_encoder

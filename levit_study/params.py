@@ -166,7 +166,7 @@ class Measurement(Section):
     # average over views that show more (below 1) or less of the slice
     zooms: list[Annotated[float, Field(ge=0.5, le=2)]] = Field([1.0], min_length=1, max_length=16)
     largest_regions: bool = False                # keep each structure's largest connected region
-    # run-to-run standard deviation of mean Dice, assumed beneath what a study's trainings show
+    # run-to-run standard deviation of mean Dice, assumed; pooled with that of the trainings
     seed_sd: float = Field(0.02, ge=0, le=0.5)
 
     def judging(self) -> dict:
