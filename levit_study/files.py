@@ -71,12 +71,12 @@ def check_values(content, path):
 # %% ../nbs/00_files.ipynb #e16716d2
 @contextmanager
 def written_whole(
-    path, # where the file shall appear; its folder is made if need be
+    path, # where the file is to appear; its folder is made if need be
 ):
     "Yield a temporary path beside `path`; move it to `path` if the block ends well, else remove it"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix: writers go by it
+    partial = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix: writers use it
     partial.touch()
     mode = partial.stat().st_mode  # some writers, as safetensors, make files for the owner alone
     partial.unlink()

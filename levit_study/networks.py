@@ -141,7 +141,7 @@ def start_file(
 # %% ../nbs/00e_networks.ipynb #e366c33b
 class Freezing(BaseModel):
     "How long a pretrained encoder stays as it was loaded"
-    freeze_encoder_epochs: int = young(0, ge=0)  # the first so many epochs; 0: it learns at once
+    freeze_encoder_epochs: int = young(0, ge=0)  # frozen for so many epochs; 0: learns at once
 
 def _names_encoder(run) -> bool:
     from levit_study.model.freezing import names_encoder
@@ -149,7 +149,7 @@ def _names_encoder(run) -> bool:
     return names_encoder(model.network, model.settings, len(data.structures) + 1, data.in_channels)
 
 def _why_not_freeze(run) -> str:
-    "Return what speaks against holding a run's encoder still, nothing if it can be"
+    "Return why a run's encoder cannot be frozen; empty if it can"
     model, epochs = run.model, run.training.epochs
     if run.training.freeze_encoder_epochs > epochs: return f"the training has {epochs} epochs"
     if not model.pretrained:

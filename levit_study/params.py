@@ -87,8 +87,8 @@ class Data(Section, Inputs):
     intensity: _Rule | dict[str, _Rule] = "minmax"  # of all channels, or {channel: rule}
     window: list[float] | None = Field(None, min_length=2, max_length=2)
     size: int = Field(224, ge=32, le=1024, multiple_of=32)
-    # of files without an affine: where slices, rows and columns run to, as SPL; auto: the organs
-    # of all cases together tell
+    # of files without an affine: where slices, rows and columns run to, as SPL; auto: as the organs
+    # of all cases together show
     orientation: str = "auto"
     # side of the centred square that the network sees, as a share of the longer side; None: the
     # whole slice, stretched
@@ -166,7 +166,7 @@ class Measurement(Section):
     # average over views that show more (below 1) or less of the slice
     zooms: list[Annotated[float, Field(ge=0.5, le=2)]] = Field([1.0], min_length=1, max_length=16)
     largest_regions: bool = False                # keep each structure's largest connected region
-    # run-to-run standard deviation of mean Dice, assumed beneath what a study's trainings show
+    # run-to-run standard deviation of mean Dice, assumed; pooled with that of the trainings
     seed_sd: float = Field(0.02, ge=0, le=0.5)
 
     def judging(self) -> dict:

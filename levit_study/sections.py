@@ -31,7 +31,7 @@ class Split(Section):
     # where the study has folds: their number, or the name of a `splits_final.json` in the folder;
     # test cases belong to none
     folds: Annotated[int, Field(ge=2)] | str = 5
-    train_patients: int | None = young(None, ge=1)  # the first so many of them train; None: all
+    train_patients: int | None = young(None, ge=1)  # only this many of them train; None: all
 
 # %% ../nbs/00i_sections.ipynb #ff676cd9
 _Three = Field(None, min_length=3, max_length=3)

@@ -170,7 +170,7 @@ def check_shared(request: Request, folder=".", mounts="/proc/self/mounts"):
 
 # %% ../nbs/70c_slurm.ipynb #3492adba
 _TO_START = 60  # seconds until a task trains, roughly
-_EARLY = 60     # so many seconds too early may Slurm send its notice
+_EARLY = 60     # seconds by which Slurm may send its notice too early
 
 def check_time(request: Request, cell: Cell, cost: Cost):
     "Raise `StudyError` if an epoch takes longer than the time limit leaves"

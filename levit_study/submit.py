@@ -68,7 +68,7 @@ def _worker_variables(
 
 def _too_many(
     number: int,    # of workers that would be possible
-    name: str,      # of what there is too little
+    name: str,      # what there are too few of
     processes: int, # of each training
 ) -> str:
     "Return what to do where too many trainings are asked for at once"

@@ -181,12 +181,12 @@ def _movable(groups, jobs, kind):
 
 # %% ../../nbs/18d_data.jobs.ipynb #acf3cff9
 def _place(job):
-    "Return whom a case judges: copies in two folds were dealt to one, so folds train and test"
+    "Return where a case stands against its copies: these share a fold, so only test is apart"
     return job.split if not job.folds or job.split == "test" else "train"
 
 # %% ../../nbs/18d_data.jobs.ipynb #04a5a132
 def _leave_out(group, jobs):
-    "Mark the cases of a group of patients but for those in the last of train, valid and test"
+    "Mark the cases of a group of patients except those in the last of train, valid and test"
     members = [job for job in jobs if job.case.patient in group and not job.problem]
     last = max(map(_place, members), key=SPLITS.index)
     judged = ", ".join(sorted({job.case.patient for job in members if _place(job) == last}))

@@ -155,7 +155,7 @@ def _segment(network, data: Data, files: ScanFiles, assume_axes=False, progress=
 
 # %% ../../nbs/43_evaluation.predict.ipynb #e302d072
 def _kept_volumes(network, files: ScanFiles) -> dict:
-    "The volumes of a label map that is there; `StudyError` unless it is this network's"
+    "The volumes of an existing label map; `StudyError` unless it is this network's"
     about = files.about
     volumes, made = about.get("volumes_ml"), [about.get(k) for k in ("scan", "model", "predicted")]
     known = isinstance(volumes, dict) and volumes.keys() == network.card["structures"].keys()
@@ -168,7 +168,7 @@ def _kept_volumes(network, files: ScanFiles) -> dict:
 
 # %% ../../nbs/43_evaluation.predict.ipynb #57c8303f
 def _read_kept(data: Data, files: ScanFiles):
-    "A scan as a `Volume`, and the label map that is there"
+    "A scan as a `Volume`, and its existing label map"
     volume, header = _read(files, data, True)
     first = volume.image[:, 0] if volume.image.ndim == 4 else volume.image
     scan = first, volume.affine, header, []
@@ -211,7 +211,7 @@ def _draw(outputs: Outputs, files: ScanFiles, volume, labels, card):
 
 # %% ../../nbs/43_evaluation.predict.ipynb #f88dfe2b
 def _has_maps(network, files: ScanFiles, names) -> bool:
-    "Whether the maps that are asked for were made with the label map that is there"
+    "Whether the maps that are asked for were made with the existing label map"
     made, there = files.about.get("maps") or {}, set(files.made_before)
     wanted = {files.map_file(name) for name in names}
     if not wanted: return True
@@ -226,7 +226,7 @@ def _say(files: ScanFiles, text: str):
 
 # %% ../../nbs/43_evaluation.predict.ipynb #9d256b3b
 def _one_scan(network, data, files: ScanFiles, scans: Scans, outputs: Outputs, progress) -> dict:
-    "Segment a scan, or keep what is there, with its picture; return its volumes in ml"
+    "Segment a scan, or keep what exists, with its picture; return its volumes in ml"
     names, kept = map_names(outputs, data.structures), outputs.existing == "keep"
     kept = kept and files.labels.exists()
     if kept:

@@ -245,7 +245,7 @@ def _refuse_doubles(files: list[ScanFiles], volumes):
 
 # %% ../../nbs/42a_evaluation.targets.ipynb #6c5644ae
 def _refuse_existing(targets, existing):
-    "Raise `StudyError` if a target is no file, or is there and shall not be replaced"
+    "Raise `StudyError` if a target is no file, or is there and must not be replaced"
     there = [target for target in targets if os.path.lexists(target)]
     for target in there:
         if target.exists() and not target.is_file():
@@ -279,7 +279,7 @@ def try_writing(target):
 # %% ../../nbs/42a_evaluation.targets.ipynb #444e2ba3
 def check_targets(files: list[ScanFiles], outputs: Outputs, sources=()):
     """Raise `StudyError` if a result would replace what is read (the scans, and `sources`) or
-    another result, exists and shall not be replaced, or could not be written"""
+    another result, exists and must not be replaced, or could not be written"""
     if outputs.existing not in ("refuse", "overwrite", "keep"):
         raise StudyError(f"existing {outputs.existing!r}: choose refuse, overwrite or keep")
     volumes = None if outputs.volumes is None else Path(outputs.volumes)

@@ -232,7 +232,7 @@ def count_one_sided(pairs: pd.DataFrame) -> int:
 # %% ../../nbs/51_evidence.statistics.ipynb #0188c9fc
 ALL = "mean of structures"
 BASELINE = "baseline"               # the loss that others are compared with, where it is there
-THESE, ANY = "these trainings", "any training"  # what a difference can be asked of
+THESE, ANY = "these trainings", "any training"  # which trainings a difference is about
 
 def by_structure(cases: pd.DataFrame):
     "Yield (structure, its rows) in the data's order, and last those of all that exist, if several"

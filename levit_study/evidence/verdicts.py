@@ -367,7 +367,7 @@ def claims_ledger(
     datasets=None,        # data sets in the order of the report; None: those of the tables
     confidence=.95,
     resamples=2000,
-    seed_sd=SEED_SD,      # standard deviation between trainings' mean Dice that is assumed beneath
+    seed_sd=SEED_SD,      # standard deviation of trainings' mean Dice, assumed; pooled with
                           # what the study's own show; 0: none; or {data set: sd}
     synthetic=(),         # data sets of made-up scans
 ) -> pd.DataFrame:

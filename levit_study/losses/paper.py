@@ -74,7 +74,7 @@ def power_of_wrong(
 # %% ../../nbs/26_losses.paper.ipynb #943fbfa3
 class RegionLoss(SegmentationLoss):
     """Mean or sum over classes of `class_values(overlap, predicted, reference, squared)`, each
-    `(R,C)` with a row per image, or one for the batch"""
+    `(R,C)`, a row per image or one for the batch; `squared` is None unless in `needs`"""
     settings = Region
     needs = frozenset({"regions"})
 

@@ -39,7 +39,7 @@ def names_encoder(
 
 # %% ../../nbs/22c_model.freezing.ipynb #90cd9f12
 class HeldEncoder:
-    "The encoder of a network in training, still for its first epochs"
+    "The encoder of a network in training, frozen for its first epochs"
     def __init__(self, network, epochs: int):
         self.parts, self.epochs, self.still = _encoder_parts(network), epochs, False
         weights = [p for part in self.parts for p in part.parameters()]
@@ -67,5 +67,5 @@ class HeldEncoder:
 
 # %% ../../nbs/22c_model.freezing.ipynb #64e013bf
 def held_encoder(network, epochs: int) -> HeldEncoder | None:
-    "Return the encoder that is still for the first `epochs`; None of none"
+    "Return the encoder that is frozen for the first `epochs`; None for 0"
     return HeldEncoder(network, epochs) if epochs else None

@@ -119,7 +119,7 @@ def _partition(r: Records):
 @_rule
 def _sample_size(r: Records):
     return _partly(f"{_counts(r) or 'No cases yet'}; whether it was planned is not in the records; "
-                   "[what a design can decide](/library/54_evidence-planning)")
+                   "[what a design can decide](/library/54b_evidence-planning)")
 
 # %% ../../nbs/63e_report.checklists.ipynb #22312b33
 @_rule

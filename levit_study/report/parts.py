@@ -33,6 +33,7 @@ def shown_score(value, metric):
 
 # %% ../../nbs/60a_report.parts.ipynb #d697dec4
 def counted(count, word):
+    "Return a count with its word, in the plural unless it is 1: 3 runs"
     return f"{count} {word}{'' if str(count) == '1' else 's'}"
 
 # %% ../../nbs/60a_report.parts.ipynb #d09d7d52

@@ -138,4 +138,4 @@ def why_anew(then: dict, now: dict) -> str:
     if now["training"]["schedule"] != "constant":
         return f"{reason}; the rates of schedule {now['training']['schedule']} depend on it"
     if then["training"].get("keep_state"): return reason
-    return f"{reason}; training.keep_state: true, set before, keeps what going on needs"
+    return f"{reason}; training.keep_state: true would have kept what more epochs need"

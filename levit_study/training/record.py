@@ -267,7 +267,7 @@ class Watch:
     steps: int = field(default=0, init=False)  # of several processes
 
     def step_done(self, slices: int) -> bool: # whether to stop here
-        "Show a step of so many slices in each process"
+        "Show a step with this many slices in each process"
         fabric = self.t.fabric
         self.bar.update(slices * fabric.world_size)
         if fabric.world_size == 1:
