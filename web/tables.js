@@ -3,8 +3,8 @@
 "use strict";
 const text = cell => cell ? cell.textContent.trim() : "";
 const number = words => { // the first number of a cell; "−" as papers print it
-  const found = words.replace(/−/g, "-").match(/^[<>]?\s*([+-]?\d[\d.]*(?:e[+-]?\d+)?)/i);
-  return found ? parseFloat(found[1]) : NaN;
+  const found = words.replace(/−/g, "-").match(/^[<>]?\s*([+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?)/i);
+  return found ? parseFloat(found[1].replace(/,/g, "")) : NaN;
 };
 
 function sortable(table) {

@@ -174,11 +174,12 @@ def _draw_shared(part, epochs, losses, about):
     early, longer = epochs[epochs["epoch"] <= _EARLY], _early_in_words(epochs)
     axes = part.subplots(1, 2, width_ratios=[3, 2]) if longer else [part.subplots()]
     _draw_dice(axes[0], epochs, losses, about)
-    axes[0].set_title("all losses")
+    together = "all losses" if len(losses) > 1 else about.name(losses[0])
+    axes[0].set_title(together)
     _draw_best(axes[0], epochs, losses, about)
     if longer:
         _draw_dice(axes[1], early, losses, about)
-        axes[1].set_title(f"all losses, first {_EARLY} epochs")
+        axes[1].set_title(f"{together}, first {_EARLY} epochs")
 
 # %% ../../nbs/61_report.figures.ipynb #43c0434b
 def _draw_curve(ax, epochs, column, **look):

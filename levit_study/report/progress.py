@@ -6,6 +6,7 @@
 __all__ = ['differences_by_epoch', 'lead_over_epochs']
 
 # %% ../../nbs/62j_report.progress.ipynb #5d93dafd
+from dataclasses import replace
 import pandas as pd
 from ..evidence.claims import BASELINE
 from .look import About, checked, study_style
@@ -56,6 +57,7 @@ def lead_over_epochs(
     about=About(), # what the caption must say
 ): # -> Picture
     "Draw each loss's difference to the baseline in validation Dice over the epochs"
+    about = replace(about, protocol="", grid="the network's")
     leads = checked(leads, "lead_over_epochs", ["dataset", "loss", "seed", "epoch", "difference"])
     losses = list(leads["loss"].unique())
     columns, looks = min(4, len(losses)), about.looks(losses)
@@ -71,7 +73,7 @@ def lead_over_epochs(
         axes[0].set_ylabel("Dice less the baseline's")
     body = (f"Validation Dice less that of {about.name(BASELINE)}, trained with the same seed and"
             " on the same patients: thin lines are trainings, thick ones their mean; running means"
-            " over a tenth of the epochs, at least three. Above 0 the loss is ahead. The epochs"
-            " are chosen on these patients, too.")
+            " over a tenth of the epochs, at least three. Above 0 the loss is ahead. Best"
+            " epochs are chosen on these patients, too.")
     title = f"Difference to {about.name(BASELINE)} over the epochs"
     return finished(figure, title, body, f"Line charts. {_in_words(leads, about)}", leads, about)
