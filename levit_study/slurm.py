@@ -100,9 +100,9 @@ def _check_options(request: Request):
 
 # %% ../nbs/70c_slurm.ipynb #d41c02ab
 def _partitions(*options) -> dict[str, str]:
-    "Return the time limit of each partition that Slurm shows; the default's name has a star"
+    "Return the time limits of Slurm's partitions; the default's name has a star"
     lines = _ask("sinfo", "--noheader", "--format=%P %l", *options).splitlines()
-    return dict(words for line in lines if len(words := line.split()) == 2)  # others: a greeting
+    return dict(words for line in lines if len(words := line.split()) == 2)
 
 def _longest(limit: str) -> float:
     "Return the minutes of a partition's time limit"
