@@ -35,6 +35,9 @@ def brief(value, most=200) -> str:
 # %% ../nbs/00_files.ipynb #b8414d41
 def yaml_problem(error) -> str: # of ruamel.yaml
     "Say in one line where YAML ends being readable, and what to do there"
+    if isinstance(error, UnicodeDecodeError):
+        line = error.object.count(b"\n", 0, error.start) + 1
+        return f"line {line}: not text in UTF-8; save the file in that encoding"
     mark, begun = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
     if mark is None: return " ".join(str(error).split())[:200]
     problem = " ".join(str(error.problem).split())[:150]
