@@ -346,6 +346,12 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 # %% ../nbs/72_commands.ipynb #5fabddf3
+def _parsed(arguments):
+    "Return what a command line says; an empty argument is what an unset variable leaves of itself"
+    parser = _parser()
+    if "" in arguments: parser.error("an argument is empty; is a variable of the shell unset?")
+    return parser.parse_args(arguments)
+
 def _disk_problem(error: OSError) -> str:
     "Say in one line what the system refused"
     reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
@@ -354,9 +360,10 @@ def _disk_problem(error: OSError) -> str:
     remedy = "check the folder's rights and the free space"
     return f"{where}cannot be read or written ({reason}); {remedy}"
 
+# %% ../nbs/72_commands.ipynb #7dfa2f31
 def main(arguments=None) -> int:
     "Run a command and return its exit status; bad input gives one line on standard error"
-    a = _parser().parse_args(arguments)
+    a = _parsed(sys.argv[1:] if arguments is None else arguments)
     # Threads that spin long while they wait slow every other program; a short spin costs an
     # idle machine nothing (never spinning: a sixth of its speed).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -379,4 +386,10 @@ def main(arguments=None) -> int:
         return 130
     return 0
 
-def script(): sys.exit(main())
+# %% ../nbs/72_commands.ipynb #adee7d09
+def script():
+    "What runs as `levit-study`, also where nobody listens or a letter cannot be shown"
+    for name in ("stdout", "stderr"):  # closed, as by a daemon
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, "w"))
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file in an older locale
+    sys.exit(main())

@@ -11,17 +11,29 @@ from difflib import get_close_matches
 from .files import StudyError, brief
 
 _TAKEN = {"losses": {"data", "evaluation"}}  # a data set's settings are in files of these names
+_LONGEST = 60  # letters: a file's name joins up to three, and some disks allow 143
 
+def _check_name(section: str, name: str):
+    "Raise `ValueError` unless a name can stand in a path"
+    place = f"{section}.{brief(name, 60).strip(chr(39))}"
+    if not name.replace("_", "").isalnum() or not name.isascii() or name.isdigit():
+        allowed = "letters, digits and underscores only, and not digits alone; rename it"
+        raise ValueError(f"{place}: a name may hold {allowed}")
+    if len(name) > _LONGEST:
+        raise ValueError(f"{place}: a name of {len(name)} letters; {_LONGEST} are allowed")
+    if name.lower() in _TAKEN.get(section, ()):  # some disks take Data and data for one name
+        reason = "the settings of a data set are kept under this name"
+        raise ValueError(f"{place}: {reason}; rename it")
+
+# %% ../nbs/00f_consistency.ipynb #092a845d
 def check_names(section: str, known, used):
     "Raise `ValueError` unless the names can stand in a path and those that are used are defined"
-    for name in known:
-        if not name.replace("_", "").isalnum() or not name.isascii() or name.isdigit():
-            allowed = "letters, digits and underscores only, and not digits alone; rename it"
-            raise ValueError(f"{section}.{name}: a name may hold {allowed}")
-        if name.lower() in _TAKEN.get(section, ()):  # some disks take Data and data for one name
-            reason = "the settings of a data set are kept under this name"
-            raise ValueError(f"{section}.{name}: {reason}; rename it")
+    for name in known: _check_name(section, name)
+    alike = {name.lower(): name for name in used}
     for name in used:
+        if (other := alike[name.lower()]) != name:  # one folder on some disks
+            differ = f"{name} and {other} differ in capital letters alone"
+            raise ValueError(f"study.{section}: {differ}; rename one")
         if name not in known:
             near = get_close_matches(str(name), [*known], 1)
             hint = f"; did you mean {near[0]}?" if near else ""

@@ -35,6 +35,9 @@ def brief(value, most=200) -> str:
 # %% ../nbs/00_files.ipynb #b8414d41
 def yaml_problem(error) -> str: # of ruamel.yaml
     "Say in one line where YAML ends being readable, and what to do there"
+    if isinstance(error, UnicodeDecodeError):
+        line = error.object.count(b"\n", 0, error.start) + 1
+        return f"line {line}: not text in UTF-8; save the file in that encoding"
     mark, begun = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
     if mark is None: return " ".join(str(error).split())[:200]
     problem = " ".join(str(error.problem).split())[:150]
@@ -124,7 +127,7 @@ def hard_link(path: Path, link: Path):
 # %% ../nbs/00_files.ipynb #f7203654
 def check_ends(path):
     "`StudyError` for what does not end, or waits for a writer; a link may lead to one"
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))  # as it is, where ~ means nothing
     if place.is_fifo() or place.is_socket() or place.is_char_device() or place.is_block_device():
         raise StudyError(f"{path}: is not a file that ends, but a pipe or device; remove it")
 
@@ -134,7 +137,7 @@ def hash_file(
     "Return the SHA-256 of a file's content; `StudyError` if it cannot be read"
     check_ends(path)
     try:
-        with open(Path(path).expanduser(), "rb") as file:
+        with open(os.path.expanduser(path), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         advice = "check the file and its permissions"

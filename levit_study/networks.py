@@ -7,6 +7,7 @@ __all__ = ['LEVIT', 'UNET', 'WIDEST', 'UNetSettings', 'unet_settings', 'network_
            'check_card_network', 'start_file', 'Freezing', 'check_freezing', 'check_batches']
 
 # %% ../nbs/00e_networks.ipynb #d3ff97b6
+import os
 import re
 from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -131,7 +132,7 @@ def start_file(
     pretrained: str, # `model.pretrained`: a file, or a folder as models/phantom_mr/baseline/seed0
 ) -> Path:
     "Return the weight file that a training starts from; `StudyError` if there is none"
-    path = Path(pretrained).expanduser()
+    path = Path(os.path.expanduser(pretrained))
     if path.is_dir(): path = path / "best.safetensors"
     if not path.is_file():
         raise StudyError(f"{path}: no such weight file; train what it comes from first, "

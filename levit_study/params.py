@@ -205,8 +205,9 @@ class DataSet(Section):
 class Compute(Section):
     "Where it runs; no stage depends on it, so that another machine repeats nothing"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    workers: int | None = Field(None, ge=1)
-    threads: int | None = Field(None, ge=1)  # of a training or evaluation; None: as torch decides
+    workers: int | None = Field(None, ge=1, le=1024)
+    # of a training or evaluation; None: as torch decides
+    threads: int | None = Field(None, ge=1, le=1024)
 
 # %% ../nbs/01_params.ipynb #19ba958f
 def pick_evaluation(params: "Params", dataset: str) -> Measurement:

@@ -6,6 +6,7 @@
 __all__ = ['Request', 'check_slurm', 'check_shared', 'check_time', 'queued_cells', 'queue']
 
 # %% ../nbs/70c_slurm.ipynb #3d633bb5
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,6 @@ import socket
 import subprocess
 import time
 from dataclasses import dataclass, field, replace
-from getpass import getuser
 from math import ceil
 from pathlib import Path
 
@@ -70,7 +70,8 @@ class Request:
 # %% ../nbs/70c_slurm.ipynb #dc036b51
 def _ask(*command) -> str:
     "Return what a program of Slurm prints; `StudyError` with the reason that it gives"
-    try: done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    settings = dict(capture_output=True, text=True, errors="replace", timeout=60)
+    try: done = subprocess.run(command, **settings)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise StudyError(f"{command[0]}: does not answer ({error}); is Slurm up?") from None
     if done.returncode == 0: return done.stdout
@@ -99,9 +100,9 @@ def _check_options(request: Request):
 
 # %% ../nbs/70c_slurm.ipynb #d41c02ab
 def _partitions(*options) -> dict[str, str]:
-    "Return the time limit of each partition that Slurm shows; the default's name has a star"
+    "Return the time limits of Slurm's partitions; the default's name has a star"
     lines = _ask("sinfo", "--noheader", "--format=%P %l", *options).splitlines()
-    return dict(line.split()[:2] for line in lines if line.strip())
+    return dict(words for line in lines if len(words := line.split()) == 2)
 
 def _longest(limit: str) -> float:
     "Return the minutes of a partition's time limit"
@@ -117,8 +118,9 @@ def _check_partition(request: Request):
     for name in asked:
         if name in limits: continue
         closed = name in _partitions("--all")
-        why = f"closed to {getuser()}" if closed else "unknown to Slurm"
-        raise StudyError(f"--partition {name}: {why}; use one of {', '.join(limits)}")
+        why = "closed to you" if closed else "unknown to Slurm"
+        open_ones = ", ".join(limits) or "those that sinfo shows: none at present"
+        raise StudyError(f"--partition {name}: {why}; use one of {open_ones}")
     # Slurm may accept a job that is too long for its partition, and never start it
     if all(_minutes(request.time) > _longest(limits[name]) for name in asked) and asked:
         ends = ", ".join(f"{name} ends jobs after {limits[name]}" for name in asked)
@@ -227,6 +229,20 @@ def _remember(jobs: dict[Cell, str]):
     write_json(_JOBS / "queued.json", known)
 
 # %% ../nbs/70c_slurm.ipynb #ab678937
+@contextlib.contextmanager
+def _refusals():
+    "Turn what goes wrong with sbatch in the block into a `StudyError`"
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    try: yield
+    except FailedJobError as error:
+        lines = str(error).strip().splitlines() or ["without a word; try again later"]
+        raise StudyError(f"sbatch refuses the jobs: {lines[-1]}") from None
+    except FailedSubmissionError as error:
+        answer = " ".join(str(error).split("output ", 1)[-1].splitlines()[0].split())[:200]
+        raise StudyError(f"sbatch answers {answer}, which names no job; see squeue --me: cancel "
+                         "what was queued, then submit again") from None
+
+# %% ../nbs/70c_slurm.ipynb #e94022f1
 def queue(cells: list[Cell], request: Request, digest: str) -> dict[Cell, str]:
     "Queue trainings as one job array; return the number of each one's task"
     import submitit
@@ -234,11 +250,8 @@ def queue(cells: list[Cell], request: Request, digest: str) -> dict[Cell, str]:
     executor.update_parameters(**request.parameters())
     threads = {"OMP_NUM_THREADS": str(request.cpus)}
     jobs = [_SlurmJob(cell, os.getcwd(), digest, threads) for cell in cells]
-    try:
+    with _refusals():
         with executor.batch(): queued = [executor.submit(job) for job in jobs]
-    except submitit.core.utils.FailedJobError as error:
-        lines = str(error).strip().splitlines()
-        raise StudyError(f"sbatch refuses the jobs: {lines[-1]}") from None
     numbers = dict(zip(cells, (job.job_id for job in queued), strict=True))
     _remember(numbers)
     return numbers

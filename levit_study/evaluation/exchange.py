@@ -142,7 +142,8 @@ def _check_nifti(dataset: str, cases):
 def _target(data: Data, dataset: str, output, number: int) -> Path:
     "The folder to write; `StudyError` if it is there, or would lie among the scans"
     if not 1 <= number <= 999: raise StudyError(f"--number {number}: choose from 1 to 999")
-    target, scans = Path(output, f"Dataset{number:03d}_{dataset}"), Path(data.folder).expanduser()
+    target = Path(output, f"Dataset{number:03d}_{dataset}")
+    scans = Path(os.path.expanduser(data.folder))
     if os.path.lexists(target):
         remedy = "remove it, or choose another --number or folder"
         raise StudyError(f"{target}: exists already; {remedy}")
@@ -166,7 +167,7 @@ def _about(data: Data, training: int) -> dict:
 # %% ../../nbs/45_evaluation.exchange.ipynb #d3d27cf3
 def _chosen_cases(dataset: str, data: Data, names, root) -> dict: # name -> `Case`
     "The cases of the split with their files; `StudyError` if one is gone, or no NIfTI"
-    scans = Path(root, Path(data.folder).expanduser())
+    scans = Path(root, os.path.expanduser(data.folder))
     listed = find_cases(scans, data.layout, data.patient, data.channels)
     cases = {case.name: case for case in listed}
     absent = sorted(names - cases.keys())
@@ -225,7 +226,7 @@ def export_predictions(
     first if one exists already, a case's scan is gone, or the scans are not NIfTI"""
     if not Path(predictions).exists():
         raise StudyError(f"{predictions}: is not there; dvc repro evaluates the run and writes it")
-    scans = Path(root, Path(data.folder).expanduser())
+    scans = Path(root, os.path.expanduser(data.folder))
     listed = find_cases(scans, data.layout, data.patient, data.channels)
     cases = {case.name: case for case in listed}
     try:

@@ -10,7 +10,7 @@ import codecs
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from ..files import StudyError, run_folders
 from ..processes import end_with_parent, held_alone, tied
@@ -69,11 +69,17 @@ def _launch(
     raise StudyError(errors[0] if errors else f"{ended}; their output is above")
 
 # %% ../../nbs/32_training.launch.ipynb #2cb80107
+_HALVES = ".*.best.safetensors", "checkpoints/.*.best.safetensors", "checkpoints/.*.epoch*.pt"
+
+@contextmanager
 def _claim(models: Path):
-    "Return a context that locks a run's folder, unless another process of the same run has done so"
+    "Lock a run's folder and clear it of halves, unless another process of the same run does so"
     launched = "LEVIT_STUDY_LAUNCHED" in os.environ
     belongs = launched or _started() and int(os.environ["RANK"]) > 0
-    return nullcontext() if belongs else held_alone(models, wait=60)  # one that is saving
+    with nullcontext() if belongs else held_alone(models, wait=60):  # for one that is saving
+        for pattern in () if belongs else _HALVES:  # as `written_whole` names them
+            for half in models.glob(pattern): half.unlink(missing_ok=True)
+        yield
 
 # %% ../../nbs/32_training.launch.ipynb #23ebf693
 def train(
