@@ -9,6 +9,7 @@ __all__ = ['differences_by_epoch', 'lead_over_epochs']
 from dataclasses import replace
 import pandas as pd
 from ..evidence.claims import BASELINE
+from ..evidence.findings import signed
 from .look import About, checked, study_style
 from .parts import bands, finished, per_training
 
@@ -46,8 +47,8 @@ def _in_words(leads, about):
         third = max(1, part.epoch.max()//3)
         early = part[part.epoch <= third].difference.mean()
         late = part[part.epoch > part.epoch.max() - third].difference.mean()
-        words.append(f"{about.dataset(dataset)}, {about.name(loss)}: {early:+.3f} in the first"
-                     f" third of the epochs, {late:+.3f} in the last")
+        words.append(f"{about.dataset(dataset)}, {about.name(loss)}: {signed(early)} in the first"
+                     f" third of the epochs, {signed(late)} in the last")
     return "; ".join(words) + "."
 
 # %% ../../nbs/62j_report.progress.ipynb #57793f4b
