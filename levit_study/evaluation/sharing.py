@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from .card import card_file, is_evaluated
 from .targets import try_writing, cannot_write
-from ..files import StudyError, hash_file, write_json, written_whole
-from ..model.weights import read_card
+from ..files import StudyError, hash_file, write_json
+from ..model.weights import read_card, write_tensors
 
 # %% ../../nbs/43a_evaluation.sharing.ipynb #6cf1ccc0
 _LARGE = 4096  # values of a tensor; smaller ones are the norms' statistics and the biases
@@ -35,7 +35,7 @@ def _share_weights(
     """Copy weights in half precision, with the evaluation's card, if there is one, beside them;
     `StudyError` if the weights cannot be read, a value leaves half precision's range, or other
     weights or their card lie where the copy's would"""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     card = read_card(weights) | {"precision": "half", "copy_of": hash_file(weights)}
     if Path(path).resolve() == Path(weights).resolve():
@@ -47,8 +47,7 @@ def _share_weights(
     try: tensors = _halved(load_file(weights))
     except OverflowError as error:
         raise StudyError(f"{weights}: {error} has values beyond half precision's 65,504") from None
-    with written_whole(path) as partial:
-        save_file(tensors, partial, metadata={"card": json.dumps(card)})
+    write_tensors(path, tensors, card)
     if evaluated: _copy_card(weights, path)
 
 # %% ../../nbs/43a_evaluation.sharing.ipynb #16019c3e
