@@ -8,6 +8,7 @@ __all__ = ['differences_by_epoch', 'lead_over_epochs']
 # %% ../../nbs/62j_report.progress.ipynb #5d93dafd
 from dataclasses import replace
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 from ..evidence.claims import BASELINE
 from ..evidence.findings import signed
 from .look import About, checked, study_style
@@ -38,6 +39,7 @@ def _draw_leads(ax, leads, color):
     ax.plot(curves.apply(_smoothed), color=color, lw=.6, alpha=.55)
     ax.plot(_smoothed(curves.mean(axis=1)), color=color, lw=1.8)
     ax.set(xlabel="Epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
 
 # %% ../../nbs/62j_report.progress.ipynb #17a490d8
 def _in_words(leads, about):
