@@ -12,7 +12,7 @@ from levit_study.evidence.published import verify_study
 from levit_study.evidence.results import judging_splits
 from levit_study.params import Run, load_params, pick_run
 
-STUDIES = ["acdc_100", "acdc_100_small", "acdc_100_two_by_two", "acdc_100_two_by_two_128", "acdc_100_two_by_two_seeds", "acdc_128", "acdc_128_controls", "acdc_128_rate", "acdc_224", "acdc_best", "acdc_model", "acdc_model_unet", "acdc_networks", "acdc_networks_128", "acdc_paper", "acdc_recipe", "acdc_recipe_seeds", "acdc_transfer", "phantom_imbalance"]
+STUDIES = ["acdc_100", "acdc_100_small", "acdc_100_small_long", "acdc_100_two_by_two", "acdc_100_two_by_two_128", "acdc_100_two_by_two_seeds", "acdc_128", "acdc_128_controls", "acdc_128_rate", "acdc_224", "acdc_best", "acdc_model", "acdc_model_unet", "acdc_networks", "acdc_networks_128", "acdc_paper", "acdc_recipe", "acdc_recipe_seeds", "acdc_transfer", "phantom_imbalance"]
 
 
 @pytest.fixture(autouse=True)

@@ -179,7 +179,7 @@ def _claims(claims: pd.DataFrame) -> str: # one data set's ledger
 def _limits(row): # of organs.csv
     "Return the interval of mean Dice as text; two folds give none that says anything"
     few = row.split == "fold" and row.trainings < 3
-    if few: return f"[none with {row.trainings:.0f} trainings]"
+    if few: return f"[none with {row.trainings:.0f} training{'s' * int(row.trainings > 1)}]"
     return f"[{row.dice_low:.3f}, {row.dice_high:.3f}]"
 
 def _table(organs: pd.DataFrame, losses, tolerance, confidence) -> str: # of one split
