@@ -22,10 +22,11 @@ def _report(a): _make_report(a.folder)
 
 # %% ../nbs/70f_publish_command.ipynb #d15a56c1
 def _make_report(folder):
-    "Make a published study's tables and figures, and its answer in README if it is shown there"
+    "Make a published study's tables and figures, and what README and the overview show of it"
     from levit_study.evidence.answer import with_answer
     from levit_study.evidence.published import study_records
     from levit_study.pipeline import run_notebook
+    from levit_study.report.overview import save_differences
     study_records(folder)  # problems with the records are reported before anything is written
     given = Path(folder).resolve()
     enter_project()
@@ -39,6 +40,7 @@ def _make_report(folder):
     if filled != shown:
         with written_whole(page) as partial: partial.write_text(filled, encoding="utf-8")
         print("README.md: shows this study's answer, which was replaced")
+    if Path(folder).parent == Path("reports/studies"): save_differences()
     print(f"{folder}: made again; with text and pictures in {output}")
 
 # %% ../nbs/70f_publish_command.ipynb #c7198cef
@@ -71,6 +73,7 @@ def add_verify(commands):
 def _verify(a):
     from tqdm import tqdm
     from levit_study.evidence.published import verify_page, verify_study
+    from levit_study.report.overview import verify_differences
     folders = [Path(folder).resolve() for folder in a.folders]
     enter_project()
     folders = [Path(os.path.relpath(folder)) for folder in folders]
@@ -90,6 +93,10 @@ def _verify(a):
         follow = len(outcome) - len(problems)
         right, wrong = right + follow, wrong + len(problems)
         bar.write(f"{folder}: {follow} of {len(outcome)} files follow from the records")
+    if not a.folders:
+        problem = verify_differences()
+        right, wrong = right + (not problem), wrong + bool(problem)
+        print(f"reports/studies/differences.csv: {problem or 'follows from the studies'}")
     pages = [] if a.folders or not Path("README.md").exists() else ["README.md"]
     for page in pages:
         for folder, problem in verify_page(page).items():

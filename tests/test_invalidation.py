@@ -14,7 +14,7 @@ from levit_study.stages import ROOMS
 from levit_study.training import identity
 
 # The rooms that decide no stage's numbers: they speak, measure, describe, check or start.
-NOTHING = """consistency files code processes training.identity inputs kinds networks settings params sections machine stages pipeline matrix job slurm submit submit_command publish_command plan_command bench commands data.fingerprint model.weights model.export model.drawing
+NOTHING = """consistency files code processes training.identity inputs kinds networks settings params sections machine stages pipeline matrix job slurm submit submit_command publish_command plan_command report.overview bench commands data.fingerprint model.weights model.export model.drawing
              training.record training.launch losses.pictures evaluation.engine evaluation.loading evaluation.targets evaluation.predict evaluation.sharing evaluation.ensemble evaluation.maps
              evaluation.score evaluation.exchange evaluation.ensemble_runs evidence.simulation evidence.choice evidence.spreads evidence.power evidence.planning evidence.publishing
              report.data_figures report.examples report.overlay""".split()

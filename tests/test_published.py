@@ -11,6 +11,7 @@ from levit_study.evidence.imbalance import training_shares
 from levit_study.evidence.published import verify_study
 from levit_study.evidence.results import judging_splits
 from levit_study.params import Run, load_params, pick_run
+from levit_study.report.overview import verify_differences
 
 STUDIES = ["acdc_100", "acdc_100_small", "acdc_100_small_long", "acdc_100_two_by_two", "acdc_100_two_by_two_128", "acdc_100_two_by_two_seeds", "acdc_128", "acdc_128_controls", "acdc_128_rate", "acdc_224", "acdc_best", "acdc_model", "acdc_model_unet", "acdc_networks", "acdc_networks_128", "acdc_paper", "acdc_recipe", "acdc_recipe_seeds", "acdc_transfer", "phantom_imbalance"]
 
@@ -26,6 +27,15 @@ def test_all_studies_are_verified(root):
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_published_study_follows_from_its_records(root, name):
     assert {file: problem for file, problem in verify_study(root / "reports/studies" / name).items() if problem} == {}
+
+
+def test_the_figure_of_all_studies_follows_from_them(root):
+    assert verify_differences(root) == ""
+    rows = pd.read_csv(root / "reports/studies/differences.csv").query("loss == 'focal'")
+    words = "none one two three four five six seven eight nine ten".split()
+    below, established = (rows.difference < 0).sum(), rows.established.sum()
+    sentence = f"below in {words[below]} of {words[len(rows)]} settings, and that is established in {words[established]} "
+    assert sentence in (root / "README.md").read_text() and (rows.high < 0)[rows.established].all() and not (rows.low > 0).any()
 
 
 @pytest.mark.parametrize("name", STUDIES)

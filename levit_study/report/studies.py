@@ -166,9 +166,9 @@ def _html(markdown):
     box = '<div class="scroll" tabindex="0"><table>'
     return html.replace("<table>", box).replace("</table>", "</table></div>")
 
-def _figure(study, stem):
-    "One of its figures with its words, inside the page; nothing where there is none"
-    words = figure_words(study.folder / "figures").values()
+def _figure(folder, stem):
+    "A saved figure with its words, inside the page; nothing where there is none"
+    words = figure_words(folder).values()
     shown = next((each for each in words if each["file"].stem == stem), None)
     if shown is None or not shown["file"].exists(): return ""
     content = base64.b64encode(shown["file"].read_bytes()).decode()
@@ -189,7 +189,8 @@ def _answered(study, place):
     "The answer of one study under its title, with its figure of learning curves"
     title, page = escape(study.params.study.title), f"{place}{study.page}.html"
     more = f'<p><a href="{page}">Its tables, figures and records</a></p>'
-    return [f"<h3>{title}</h3>", _html(study.answer()), more, _figure(study, "fig2")]
+    return [f"<h3>{title}</h3>", _html(study.answer()), more,
+            _figure(study.folder / "figures", "fig2")]
 
 # %% ../../nbs/63c_report.studies.ipynb #853819b3
 def front_html(
@@ -201,7 +202,8 @@ def front_html(
     if not real: return ""
     count = max(1, sum(study.in_readme for study in real))
     first, others = real[:count], real[count:]
-    parts = ['<div class="real"><h2 id="on-real-scans">On real scans</h2>']
+    parts = ['<div class="real"><h2 id="on-real-scans">On real scans</h2>',
+             _figure(real[0].folder.parent, "differences")]
     for study in first: parts += _answered(study, place)
     parts.append(_effects(others, place))
     if others:
@@ -211,11 +213,11 @@ def front_html(
     return "\n".join([*parts, "</div>"])
 
 # %% ../../nbs/63c_report.studies.ipynb #3f531feb
-def _shown_figures(study):
-    "Cells that show its figures, as an executed notebook would hold them"
+def _shown_figures(folder):
+    "Cells that show the figures of a folder, as an executed notebook would hold them"
     from nbformat.v4 import new_code_cell, new_output
     cells = []
-    for caption, words in figure_words(study.folder / "figures").items():
+    for caption, words in figure_words(folder).items():
         content = base64.b64encode(words["file"].read_bytes()).decode()
         output = new_output("display_data", {"image/png": content, "text/plain": caption})
         cells.append(new_code_cell("shown", outputs=[output], metadata={"tags": ["remove-input"]}))
@@ -275,21 +277,29 @@ def _study_page(study) -> Page:
             study.answer(), *_more_tables(study)]
     if len(_tested(study)): text.append(f"## The paper's claims\n\n{_claims_table(study)}")
     cells = [new_markdown_cell(part) for part in ("\n\n".join(text), "## Figures")]
-    cells += [*_shown_figures(study), new_markdown_cell(_RECORDS.format(name=study.name))]
-    cells = with_words(cells, figure_words(study.folder / "figures"), f"/{study.page}")
+    figures = study.folder / "figures"
+    cells += [*_shown_figures(figures), new_markdown_cell(_RECORDS.format(name=study.name))]
+    cells = with_words(cells, figure_words(figures), f"/{study.page}")
     source = f"reports/studies/{study.name}/answer.md"
     return Page(study.page, study.name, cells, "Published studies", "studies/index", source)
 
 # %% ../../nbs/63c_report.studies.ipynb #3fc3b429
+def _overview_page(studies) -> Page:
+    "All published studies: what each loss changes in every setting, then a row per study"
+    from nbformat.v4 import new_markdown_cell
+    folder, path = studies[0].folder.parent, "studies/index"
+    text = ("# Published studies\n\nEach was run on the scans named and is published with its"
+            " records, from which every number here follows. The images themselves are not.")
+    table = f"{_COMPARABLE}\n\n" + _studies_table(studies, "/{}")
+    cells = [new_markdown_cell(text), *_shown_figures(folder), new_markdown_cell(table)]
+    cells = with_words(cells, figure_words(folder), f"/{path}")
+    return Page(path, "Published studies", cells, "Published studies")
+
 def studies_pages(root=".") -> list[Page]:
     "Return the pages of the published studies: an overview, one per study, the log"
     studies = published_studies(root)
     if not studies: return []
-    text = ("# Published studies\n\nEach was run on the scans named and is published with its"
-            " records, from which every number here follows. The images themselves are not.\n\n"
-            f"{_COMPARABLE}\n\n" + _studies_table(studies, "/{}"))
-    pages = [Page("studies/index", "Published studies", text, "Published studies")]
-    pages += [_study_page(study) for study in studies]
+    pages = [_overview_page(studies), *map(_study_page, studies)]
     log = Path(root, "reports", "studies", "log.md")
     if log.exists():
         content = log.read_text(encoding="utf-8")
