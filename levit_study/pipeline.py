@@ -18,13 +18,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.tokens import AliasToken
 
 import levit_study
-from .files import StudyError
-from .processes import STOPPING
-from .code import digest_of_code
-from .files import hash_file, without_web_grammar
-from .processes import end_with_parent
-from .code import own_files
-from .files import write_json, written_whole
+from .code import digest_of_code, own_files
+from .files import StudyError, hash_file, without_web_grammar, write_json, written_whole
+from .processes import KILLED, STOPPING, end_with_parent
 from .stages import ROOMS, code_digests, notebook_cells
 
 # %% ../nbs/70_pipeline.ipynb #7ed8c540
@@ -213,10 +209,6 @@ def _fold_progress(notebook):
     with written_whole(notebook) as partial: nbformat.write(content, partial)
 
 # %% ../nbs/70_pipeline.ipynb #bc56de66
-_KILLED = """its process was killed, most likely for lack of memory; free some (lower
-compute.workers, or batch_size, with which a training starts over). Started again unchanged, it
-resumes where it stopped""".replace("\n", " ")
-
 def run_notebook(
     notebook,         # the .ipynb to execute; it stays as it is
     output,           # where the executed copy goes
@@ -243,7 +235,7 @@ def run_notebook(
     try:
         with _interrupts(manager.started):
             papermill.execute_notebook(notebook, output, parameters, **streams, **kernel)
-    except DeadKernelError: raise StudyError(f"{notebook}: {_KILLED}") from None
+    except DeadKernelError: raise StudyError(f"{notebook}: its {KILLED}") from None
     except PapermillExecutionError as error:
         known = error.ename in ("StudyError", "Stopped")
         reason = error.evalue if known else f"{error.ename}: {error.evalue}"

@@ -8,12 +8,13 @@ __all__ = ['train']
 # %% ../../nbs/32_training.launch.ipynb #238f0443
 import codecs
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from ..files import StudyError, run_folders
-from ..processes import end_with_parent, held_alone, tied
+from ..processes import KILLED, end_with_parent, held_alone, tied
 from ..params import load_params, pick_run
 
 # %% ../../nbs/32_training.launch.ipynb #c4d1a0e7
@@ -39,6 +40,16 @@ def _echo(process: subprocess.Popen) -> str:
         text = (text + new)[-20_000:]
     return text
 
+# %% ../../nbs/32_training.launch.ipynb #79581e9a
+def _failure(text: str, status: int, processes: int) -> str:
+    "Return why processes failed, from their output: what one reports, or that one was killed"
+    mark = "levit-study: error: "
+    errors = [line.removeprefix(mark) for line in text.splitlines() if line.startswith(mark)]
+    if errors: return errors[0]
+    if re.search(r"exitcode\s*: -9\b", text.partition("Root Cause")[2]):
+        return f"one {KILLED}"
+    return f"{processes} processes ended with status {status}; their output is above"
+
 # %% ../../nbs/32_training.launch.ipynb #24ab5c4e
 def _launch(
     command: list[str],   # a program that reads torchrun's variables, and its arguments
@@ -63,10 +74,7 @@ def _launch(
             process.communicate()  # they save their state and say so; only then may others start
             raise
     if process.returncode == 0: return
-    mark = "levit-study: error: "
-    errors = [line.removeprefix(mark) for line in text.splitlines() if line.startswith(mark)]
-    ended = f"{processes} processes ended with status {process.returncode}"
-    raise StudyError(errors[0] if errors else f"{ended}; their output is above")
+    raise StudyError(_failure(text, process.returncode, processes))
 
 # %% ../../nbs/32_training.launch.ipynb #2cb80107
 _HALVES = ".*.best.safetensors", "checkpoints/.*.best.safetensors", "checkpoints/.*.epoch*.pt"
