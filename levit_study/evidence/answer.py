@@ -8,10 +8,11 @@ __all__ = ['answer', 'effects_of', 'shown_answers', 'with_answer', 'differing_an
 # %% ../../nbs/55a_evidence.answer.ipynb #435fa6fd
 import re
 import pandas as pd
-from .claims import BASELINE, MARGIN, standing_in_words, typeset
+from .claims import BASELINE, MARGIN, NOT_TESTED, standing_in_words, typeset
 from .findings import findings, interval_in_words, listed, overall, signed
 from .results import judging_splits, special_trainings
 from .statistics import ALL
+from .tables import lead_in_thirds
 from ..networks import network_name
 from ..params import Params, pick_evaluation
 from ..settings import loss_name
@@ -157,7 +158,7 @@ _WINDOW = ("The window of the early epochs (C10, C11) was fixed on 27 November 2
 
 def _claims(claims: pd.DataFrame) -> str: # one data set's ledger
     "Return how many claims have which standing, and the decided ones in full"
-    claims = claims[~claims.standing.str.startswith("not tested")] if len(claims) else claims
+    claims = claims[~claims.standing.str.startswith(NOT_TESTED)] if len(claims) else claims
     if claims.empty: return ""
     decided = claims[claims.verdict.isin(["supported", "contradicted"])]
     counts = claims.verdict.value_counts()
@@ -220,17 +221,13 @@ def _rising(runs: pd.DataFrame) -> str: # rows of convergence.csv of one data se
 def _course(runs: pd.DataFrame) -> str: # rows of convergence.csv of one data set
     "Return how the differences to the baseline change during training; empty for few epochs"
     if "late_dice" not in runs or runs.epochs.min() < 9 or BASELINE not in {*runs.loss}: return ""
-    names = [name for name in ("seed", "fold") if name in runs]
-    early, late = (runs.pivot(index=names, columns="loss", values=f"{part}_dice")
-                   for part in ("early", "late"))
     parts, when = [], (" in the first third of the epochs", " in the last", "nearer to 0 in ")
-    for loss in runs.loss[runs.loss != BASELINE].unique():
-        first, last = (part[loss] - part[BASELINE] for part in (early, late))
-        pairs = int(last.count())
-        if not pairs: continue
-        nearer = f"{(last.abs() < first.abs()).sum()} of {pairs} training{'s' * (pairs > 1)}"
-        parts.append(f"from {signed(first.mean())}{when[0]} to {signed(last.mean())}{when[1]} "
-                     f"with {loss_name(loss)} ({when[2]}{nearer})")
+    for loss, pairs in lead_in_thirds(runs).groupby("loss", sort=False):
+        nearer = (pairs.late.abs() < pairs.early.abs()).sum()
+        share = f"{nearer} of {len(pairs)} training{'s' * (len(pairs) > 1)}"
+        early, late = signed(pairs.early.mean()), signed(pairs.late.mean())
+        parts.append(f"from {early}{when[0]} to {late}{when[1]} with {loss_name(loss)} "
+                     f"({when[2]}{share})")
         when = "", "", ""
     return f"{_COURSE} {listed(parts)}." if parts else ""
 

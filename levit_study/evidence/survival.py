@@ -84,10 +84,11 @@ def _printed_floor(
     return min(least_spread(*pairs[loss]) for loss in pairs)
 
 # %% ../../nbs/53a_evidence.survival.ipynb #41a0cd9a
+_PRINTED = {"the paper, best Dice": "best", "the paper, final Dice": "valid"}  # the table's rows
+
 def printed_floors(table: pd.DataFrame) -> dict[str, float]:
     "Return {table of `published_tables`: the spread that its own numbers imply}"
-    names = {"the paper, best Dice": "best", "the paper, final Dice": "valid"}
-    return {name: _printed_floor(table, when) for name, when in names.items()}
+    return {name: _printed_floor(table, when) for name, when in _PRINTED.items()}
 
 # %% ../../nbs/53a_evidence.survival.ipynb #2f51476e
 _SYNAPSE = 12 # validation patients, should the paper's table be about Synapse; it does not say
@@ -99,8 +100,7 @@ def published_tables(
 ) -> dict[str, tuple[int, pd.Series]]:
     "Return {table: (patients, mean Dice 0 to 1 by method, best first)}"
     numbers = paper.set_index("metric")[[BASELINE, FOCAL, TVERSKY]].astype(float)
-    tables = {"the paper, best Dice": (_SYNAPSE, numbers.loc["best_dice"]),
-              "the paper, final Dice": (_SYNAPSE, numbers.loc["valid_dice"])}
+    tables = {name: (_SYNAPSE, numbers.loc[f"{when}_dice"]) for name, when in _PRINTED.items()}
     groups = ["dataset", "protocol", "patients"]
     for (dataset, protocol, count), part in literature.groupby(groups, sort=False):
         means = part.set_index("model").mean_dice / 100

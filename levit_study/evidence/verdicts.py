@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .claims import CLAIMS, MEASURES, claim_cases, measure_in_words
-from .claims import size_slopes, slope_difference, smallest_third
-from .claims import values_in_words
+from .claims import CLAIMS, MEASURES, NOT_TESTED, claim_cases
+from .claims import largest_small, measure_in_words, size_slopes
+from .claims import slope_difference, values_in_words
 from .intervals import patients_of
 from .results import PROTOCOLS, judging_cases
 from .statistics import SEED_SD, UNKNOWN, count_one_sided, existing
@@ -112,7 +112,8 @@ def _shared_trainings(claim, table):
 def _judged_rows(claim, cases):
     "Return the rows that a claim about segmentations is judged by"
     if not claim.small: return cases
-    rows = smallest_third(cases)  # all count alike: of some structures few are small
+    # all count alike: of some structures few are small
+    rows = cases[(cases.voxels > 0) & (cases.voxels <= largest_small(cases))]
     named = rows.case + " " + rows.structure
     return rows.assign(patient=patients_of(rows), case=named, structure="small")
 
@@ -305,7 +306,7 @@ def _synthetic_reason(study, evidence):
 def _standing(claim, study, evidence):
     "Return the verdict, and the word for what it stands on"
     verdict = judge(evidence.intervals, claim.sign, claim.margin)
-    if not evidence.intervals: return verdict, "not tested"
+    if not evidence.intervals: return verdict, NOT_TESTED
     if study.synthetic and (reason := _synthetic_reason(study, evidence)):
         return "inconclusive", f"no verdict: synthetic data, {reason}"
     if claim.measure == "best_epoch" and (reason := _censored(study.runs, _losses(claim))):

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from ..evidence.claims import largest_small, size_slopes
 from ..evidence.findings import signed
 from ..evidence.reliability import calibration_errors
 from .look import About, checked, study_style
-from .parts import QUARTILES, bands, finished, has_spread, legend_below, log_axis
+from .parts import bands, finished, has_spread, legend_below, log_axis
 from .parts import loss_handles, means_in_words, shown_number, row_height
 from .parts import shade_rows, structures_of, wrapped
 
@@ -45,9 +46,8 @@ def dice_against_size(
             _shade_smallest(ax, rows)
         _draw_sizes(size_ax, rows[rows["loss"] == losses[0]], structures[dataset])
         size_ax.set_xlabel(SIZE)
-    quartiles = Line2D([], [], label="median and quartiles", **QUARTILES)
     smallest = Patch(color=_SMALLEST, label="smallest third")
-    legend_below(figure, [*loss_handles(losses, about), quartiles, smallest])
+    legend_below(figure, [*loss_handles(losses, about), _quartiles_handle(), smallest])
     body = ("Points: one structure of one case, mean over trainings; structures absent from the"
             " reference have no size and are left out. In the picture, marks: medians of bins with"
             " equally many points; vertical lines: from the lower to the upper quartile; shaded:"
@@ -61,6 +61,11 @@ def dice_against_size(
 # %% ../../nbs/62b_report.behaviour.ipynb #5e990abb
 SIZE = "Reference size (voxels, log)"  # as the paper's claims about small structures are read
 
+def _quartiles_handle(): # -> legend entry
+    "What stands for a median with quartiles"
+    look = dict(color="#555555", marker="o", ms=3.6, mec="white", mew=.4)
+    return Line2D([], [], label="median and quartiles", **look)
+
 # %% ../../nbs/62b_report.behaviour.ipynb #a4fee14f
 def _binned(table, bins): # -> size, median, low, high
     "Median and quartiles of `dice` in `bins` bins of sizes that hold equally many rows"
@@ -72,21 +77,9 @@ def _binned(table, bins): # -> size, median, low, high
 # %% ../../nbs/62b_report.behaviour.ipynb #4b65b2d7
 _SMALLEST = "#FBF1D8"
 
-def _smallest_third(table):
-    "The size below which a third of all structures of all cases lies (each counts once)"
-    return table.drop_duplicates(["case", "structure"])["voxels"].quantile(1/3)
-
-
 def _shade_smallest(ax, table):
     "Shade the smallest third"
-    ax.axvspan(1e-12, _smallest_third(table), color=_SMALLEST, lw=0, zorder=.1)
-
-# %% ../../nbs/62b_report.behaviour.ipynb #31a71638
-def _slope(table):
-    "Least-squares slope of Dice on the logarithm of size, per doubling; NaN for one size"
-    doublings = np.log2(table["voxels"].to_numpy(float))
-    if len(doublings) < 3 or np.ptp(doublings) == 0: return np.nan
-    return float(np.polyfit(doublings, table["dice"].to_numpy(float), 1)[0])
+    ax.axvspan(1e-12, largest_small(table), color=_SMALLEST, lw=0, zorder=.1)
 
 # %% ../../nbs/62b_report.behaviour.ipynb #233d6815
 def _draw_dice(ax, cases, losses, about):
@@ -101,8 +94,8 @@ def _draw_dice(ax, cases, losses, about):
         place = line["size"]*1.04**(k - (len(losses) - 1)/2)
         ax.vlines(place, line["low"], line["high"], color=color, lw=.9)
         ax.plot(place, line["median"], ms=3.6, lw=1, mec="white", mew=.4, **look)
-    slopes = [f"{about.name(loss)} {_slope(cases[cases['loss'] == loss]):+.3f}"
-              for loss in losses if np.isfinite(_slope(cases[cases["loss"] == loss]))]
+    slopes = [f"{about.name(loss)} {slope:+.3f}"
+              for loss, slope in size_slopes(cases).reindex(losses).dropna().items()]
     if slopes: ax.set_title(wrapped(f"slope per doubling: {', '.join(slopes)}", 88), loc="right")
     log_axis(ax, cases["voxels"].min(), cases["voxels"].max())
     ax.set(ylim=(max(-.03, cases["dice"].min() - .05), 1.03), ylabel="Dice (0 to 1)")
@@ -121,12 +114,12 @@ def _thirds_in_words(means, about):
     "Put the mean Dice of the smallest third and of the rest, and the slope, into words"
     words = []
     for dataset, rows in means.groupby("dataset", sort=False):
-        small = rows["voxels"] <= _smallest_third(rows)
+        small, slopes = rows["voxels"] <= largest_small(rows), size_slopes(rows)
         for loss, part in rows.groupby("loss", sort=False):
             two = " and ".join(shown_number(part["dice"][small == side].mean())
                                for side in (True, False))
-            slope = shown_number(_slope(part))
-            words.append(f"{about.dataset(dataset)}, {about.name(loss)}: {two}, slope {slope}")
+            words.append(f"{about.dataset(dataset)}, {about.name(loss)}: {two},"
+                         f" slope {shown_number(slopes[loss])}")
     return ("Mean Dice of the smallest third and of the rest, slope per doubling of size:"
             f" {'; '.join(words)}.")
 
@@ -150,8 +143,7 @@ def sensitivity_specificity(
         shares = quartiles["false_alarm"]
         log_axis(ax, shares.min(axis=None), shares.max(axis=None), narrow=True)
         _label_outside(part, "1 − specificity (share, log)", "Sensitivity (0 to 1)")
-    quartiles = Line2D([], [], label="median and quartiles", **QUARTILES)
-    legend_below(figure, [*loss_handles(losses, about, ls="none"), quartiles])
+    legend_below(figure, [*loss_handles(losses, about, ls="none"), _quartiles_handle()])
     body = ("Marks: median over cases (trainings averaged first); crosses: lower to upper quartile."
             " Shares below one in ten million are drawn at one in ten million.")
     means = means_in_words(cases, ["sensitivity", "specificity"], about)

@@ -11,10 +11,10 @@ from html import escape
 import numpy as np
 import pandas as pd
 from ..evidence.claims import BASELINE
+from ..evidence.derived import limits_of
 from ..evidence.findings import signed
 from ..evidence.statistics import ALL
 from .behaviour import SIZE, mean_sizes
-from .clinical import limits_of
 from .differences import against
 from .look import About, checked
 from .parts import structures_of

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 from ..evidence.claims import BASELINE
 from ..evidence.findings import signed
+from ..evidence.tables import convergence, lead_in_thirds
 from .look import About, checked, study_style
 from .parts import bands, finished, per_training
 
@@ -42,26 +43,24 @@ def _draw_leads(ax, leads, color):
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
 
 # %% ../../nbs/62j_report.progress.ipynb #17a490d8
-def _in_words(leads, about):
+def _in_words(epochs, about):
     "Say how each loss's mean difference goes from the first third of the epochs to the last"
-    words = []
+    words, leads = [], lead_in_thirds(convergence(epochs))
     for (dataset, loss), part in leads.groupby(["dataset", "loss"], sort=False):
-        third = max(1, part.epoch.max()//3)
-        early = part[part.epoch <= third].difference.mean()
-        late = part[part.epoch > part.epoch.max() - third].difference.mean()
-        words.append(f"{about.dataset(dataset)}, {about.name(loss)}: {signed(early)} in the first"
-                     f" third of the epochs, {signed(late)} in the last")
+        early, late = signed(part.early.mean()), signed(part.late.mean())
+        words.append(f"{about.dataset(dataset)}, {about.name(loss)}: {early} in the first"
+                     f" third of the epochs, {late} in the last")
     return "; ".join(words) + "."
 
 # %% ../../nbs/62j_report.progress.ipynb #57793f4b
 @study_style()
 def lead_over_epochs(
-    leads, # of `differences_by_epoch`
+    epochs, # dataset, loss, seed, fold, epoch, valid_dice, valid_jaccard; one row per epoch
     about=About(), # what the caption must say
 ): # -> Picture
     "Draw each loss's difference to the baseline in validation Dice over the epochs"
     about = replace(about, protocol="", grid="the network's")
-    leads = checked(leads, "lead_over_epochs", ["dataset", "loss", "seed", "epoch", "difference"])
+    leads = checked(differences_by_epoch(epochs), "lead_over_epochs", [])
     losses = list(leads["loss"].unique())
     columns, looks = min(4, len(losses)), about.looks(losses)
     rows = -(-len(losses)//columns)
@@ -79,4 +78,4 @@ def lead_over_epochs(
             " over a tenth of the epochs, at least three. Above 0 the loss is ahead. Best"
             " epochs are chosen on these patients, too.")
     title = f"Difference to {about.name(BASELINE)} over the epochs"
-    return finished(figure, title, body, f"Line charts. {_in_words(leads, about)}", leads, about)
+    return finished(figure, title, body, f"Line charts. {_in_words(epochs, about)}", leads, about)

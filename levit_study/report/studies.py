@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 import pandas as pd
 from ..evidence.answer import effects_of, shown_answers
-from ..evidence.claims import standing_in_words, typeset
+from ..evidence.claims import NOT_TESTED, standing_in_words, typeset
 from ..evidence.findings import listed, overall, titles_apart
 from ..evidence.results import judging_cases, judging_splits
 from ..evidence.tables import to_markdown
@@ -116,7 +116,7 @@ def _judged_on(study):
 def _tested(study):
     "The rows of claims.csv that the study's losses touch; empty where the file is missing"
     claims = study.table("claims")
-    return claims if claims.empty else claims[~claims.standing.str.startswith("not tested")]
+    return claims if claims.empty else claims[~claims.standing.str.startswith(NOT_TESTED)]
 
 # %% ../../nbs/63c_report.studies.ipynb #9d89c04b
 def _verdicts(study):

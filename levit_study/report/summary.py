@@ -13,8 +13,9 @@ from jinja2 import Environment
 from markupsafe import Markup, escape
 from ..networks import network_name
 from ..params import Params
-from ..evidence.claims import standing_in_words, typeset
+from ..evidence.claims import NOT_TESTED, standing_in_words, typeset
 from ..evidence.findings import overall
+from ..evidence.intervals import FEW
 from ..evidence.results import special_trainings
 from .look import About, about_study
 from .parts import counted
@@ -191,7 +192,7 @@ _VERDICTS = {"supported": "supported", "contradicted": "contradicted", "inconclu
 # %% ../../nbs/63a_report.summary.ipynb #3b40f3a9
 def _touched(claims): # -> claims, the others' numbers
     "Leave out the claims that no loss of the study touches"
-    open_ones = claims.standing.str.startswith("not tested")
+    open_ones = claims.standing.str.startswith(NOT_TESTED)
     others = open_ones.groupby(claims.claim, sort=False).all()
     others = list(others.index[others])
     return claims[~claims.claim.isin(others)], others
@@ -255,7 +256,7 @@ def _points(organs, claims, params: Params, about: About): # organs, claims: tab
                     " known. Verdicts assume it, or stay open."))
     least = organs.groupby("dataset").patients.min().to_dict() if organs is not None else {}
     few = [f"{about.dataset(d)} {least[d]:.0f}" for d in params.study.datasets
-           if least.get(d, 20) < 20]
+           if least.get(d, FEW) < FEW]
     if few:
         points.append(Markup("<b>Few patients</b> in the smallest set: {}.").format(_listed(few)))
     names = [about.dataset(d) for d in about.synthetic]
