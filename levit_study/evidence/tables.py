@@ -214,7 +214,7 @@ def _convergence(run, window=5):
     steps = np.diff(dice)
     late = steps[len(steps) // 2:]
     third = max(1, epochs.max() // 3)
-    early, end = run[epochs <= third], run[epochs > epochs.max() - third]
+    early = run[epochs <= third]
     return {
         "epochs": len(run),
         "best_epoch": int(best.epoch),
@@ -225,7 +225,8 @@ def _convergence(run, window=5):
         "area": dice.mean(),
         "early_dice": early.valid_dice.mean(),
         "early_jaccard": early.valid_jaccard.mean(),
-        "late_dice": end.valid_dice.mean(),
+        "third_dice": early.valid_dice.max(),
+        "two_thirds_dice": dice[epochs <= 2 * epochs.max() // 3].max(initial=dice[0]),
         "step_variance": steps.var(ddof=1) if len(steps) > 1 else np.nan,
         "roughness": late.std(ddof=1) if len(late) > 1 else np.nan,
         "gap": _lag(run, "train_dice", window),
@@ -245,15 +246,18 @@ def convergence(
     return order.merge(pd.DataFrame(rows), how="left", on=keys) if rows else order
 
 # %% ../../nbs/51a_evidence.tables.ipynb #e24645aa
+_PARTS = {"third": "third_dice", "two_thirds": "two_thirds_dice", "whole": "best_dice"}
+
 def lead_in_thirds(
     runs: pd.DataFrame, # of `convergence`
-) -> pd.DataFrame: # dataset, loss, seed, fold where there are several, early, late
-    "Return each training's Dice less the baseline's in the first and the last third of its epochs"
+) -> pd.DataFrame: # dataset, loss, seed, fold where there are several, third, two_thirds, whole
+    """Return each training's best Dice less the baseline's, the best epoch of both chosen among the
+    first third of the epochs, among two thirds, and among all"""
     names = [name for name in ("dataset", "seed", "fold") if name in runs]
-    dice = runs[[*names, "loss", "early_dice", "late_dice"]].dropna()
+    dice = runs[[*names, "loss", *_PARTS.values()]].dropna()
     of_baseline = dice[dice.loss == BASELINE].drop(columns="loss")
     pairs = dice[dice.loss != BASELINE].merge(of_baseline, on=names, suffixes=("", "_base"))
-    leads = {part: pairs[f"{part}_dice"] - pairs[f"{part}_dice_base"] for part in ("early", "late")}
+    leads = {part: pairs[name] - pairs[f"{name}_base"] for part, name in _PARTS.items()}
     return pairs[[*names, "loss"]].assign(**leads)
 
 # %% ../../nbs/51a_evidence.tables.ipynb #ecb37330

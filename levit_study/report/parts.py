@@ -126,7 +126,9 @@ _WORDS = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "HD95", "ece": "ECE", "g
           "nsd": "surface Dice", "nll": "negative log-likelihood", "train": "training",
           "valid": "validation", "dataset": "data set", "these": "these trainings,",
           "any": "any training,", "holm": "(Holm)"}
-_COLUMNS = {"hd95_found": "HD95, found by all", "epochs_to_95": "epochs to 95 %", "n": "cases",
+_COLUMNS = {"hd95_found": "HD95, found by all", "epochs_to_95": "epochs to 95 %",
+            "third_dice": "best Dice of a third of the epochs",
+            "two_thirds_dice": "best Dice of two thirds", "n": "cases",
             "area": "mean Dice over the epochs",
             "folds_p_holm": "seeds of a fold as one, p (Holm)",
             "signed": "signed error", "calibration_error": "ECE before",

@@ -19,37 +19,36 @@ from .parts import bands, finished, per_training
 def differences_by_epoch(
     epochs: pd.DataFrame, # dataset, loss, seed, epoch, valid_dice, perhaps fold; a row per epoch
 ) -> pd.DataFrame: # dataset, loss, seed, fold where there are several, epoch, difference
-    "Return validation Dice less the baseline's in each epoch; no rows where there is no baseline"
-    names = ["dataset", *per_training(epochs), "epoch"]
-    scored = epochs.dropna(subset=["valid_dice"])[[*names, "loss", "valid_dice"]]
+    """Return the best validation Dice up to each epoch less the baseline's; no rows where there is
+    no baseline"""
+    names = ["dataset", *per_training(epochs)]
+    scored = epochs.dropna(subset=["valid_dice"])[[*names, "epoch", "loss", "valid_dice"]]
+    best = scored.sort_values("epoch").groupby([*names, "loss"], sort=False).valid_dice.cummax()
+    scored["best"] = best  # by the rows' index
     of_baseline = scored[scored.loss == BASELINE].drop(columns="loss")
-    pairs = scored[scored.loss != BASELINE].merge(of_baseline, on=names, suffixes=("", "_base"))
-    pairs["difference"] = pairs.valid_dice - pairs.valid_dice_base
-    return pairs.drop(columns=["valid_dice", "valid_dice_base"])
+    pairs = scored[scored.loss != BASELINE].merge(
+        of_baseline, on=[*names, "epoch"], suffixes=("", "_base"))
+    pairs["difference"] = pairs.best - pairs.best_base
+    return pairs[[*names, "epoch", "loss", "difference"]]
 
 # %% ../../nbs/62j_report.progress.ipynb #ab4ca9c9
-def _smoothed(curve): # of differences by epoch
-    "Return the centred running mean over a tenth of the epochs, at least three"
-    width = max(3, len(curve)//10 | 1)
-    return curve.rolling(width, center=True, min_periods=1).mean()
-
 def _draw_leads(ax, leads, color):
-    "Draw the smoothed difference of each training thin, and their mean thick"
+    "Draw the difference of each training thin, and their mean thick"
     curves = leads.pivot(index="epoch", columns=per_training(leads), values="difference")
     ax.axhline(0, color="#222222", lw=.8)
-    ax.plot(curves.apply(_smoothed), color=color, lw=.6, alpha=.55)
-    ax.plot(_smoothed(curves.mean(axis=1)), color=color, lw=1.8)
-    ax.set(xlabel="Epoch")
+    ax.plot(curves, color=color, lw=.6, alpha=.55)
+    ax.plot(curves.mean(axis=1), color=color, lw=1.8)
+    ax.set(xlabel="Trained until epoch")
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
 
 # %% ../../nbs/62j_report.progress.ipynb #17a490d8
 def _in_words(epochs, about):
-    "Say how each loss's mean difference goes from the first third of the epochs to the last"
+    "Say what each loss's mean difference is after a third of the epochs, after two, and at the end"
     words, leads = [], lead_in_thirds(convergence(epochs))
     for (dataset, loss), part in leads.groupby(["dataset", "loss"], sort=False):
-        early, late = signed(part.early.mean()), signed(part.late.mean())
-        words.append(f"{about.dataset(dataset)}, {about.name(loss)}: {early} in the first"
-                     f" third of the epochs, {late} in the last")
+        third, two_thirds, whole = part[["third", "two_thirds", "whole"]].mean().map(signed)
+        words.append(f"{about.dataset(dataset)}, {about.name(loss)}: {third} after a third of the"
+                     f" epochs, {two_thirds} after two thirds, {whole} at the end")
     return "; ".join(words) + "."
 
 # %% ../../nbs/62j_report.progress.ipynb #57793f4b
@@ -58,7 +57,7 @@ def lead_over_epochs(
     epochs, # dataset, loss, seed, fold, epoch, valid_dice, valid_jaccard; one row per epoch
     about=About(), # what the caption must say
 ): # -> Picture
-    "Draw each loss's difference to the baseline in validation Dice over the epochs"
+    "Draw each loss's difference to the baseline as it would be if training ended at each epoch"
     about = replace(about, protocol="", grid="the network's")
     leads = checked(differences_by_epoch(epochs), "lead_over_epochs", [])
     losses = list(leads["loss"].unique())
@@ -72,10 +71,11 @@ def lead_over_epochs(
         for ax, loss in zip(axes, losses, strict=False):
             _draw_leads(ax, of_dataset[of_dataset["loss"] == loss], looks[loss]["color"])
             ax.set_title(about.name(loss))
-        axes[0].set_ylabel("Dice less the baseline's")
-    body = (f"Validation Dice less that of {about.name(BASELINE)}, trained with the same seed and"
-            " on the same patients: thin lines are trainings, thick ones their mean; running means"
-            " over a tenth of the epochs, at least three. Above 0 the loss is ahead. Best"
-            " epochs are chosen on these patients, too.")
+        axes[0].set_ylabel("Best Dice less baseline's")
+    body = (f"Best validation Dice up to an epoch less that of {about.name(BASELINE)}, trained with"
+            " the same seed and on the same patients: thin lines are trainings, thick ones their"
+            " mean. Above 0 the loss is ahead. At a constant learning rate this is what a training"
+            " of fewer epochs would have shown. Best epochs are chosen on these patients, so the"
+            " values are optimistic.")
     title = f"Difference to {about.name(BASELINE)} over the epochs"
     return finished(figure, title, body, f"Line charts. {_in_words(epochs, about)}", leads, about)
