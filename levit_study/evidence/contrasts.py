@@ -9,8 +9,8 @@ __all__ = ['contrast_table']
 import numpy as np
 import pandas as pd
 from .intervals import patients_of
-from .statistics import ALL, ANY, SEEDS_AS_ONE, allowing_for_spread
-from .statistics import by_structure, holm, judged_parts, only_repeated
+from .statistics import ANY, SEEDS_AS_ONE, adjusted, allowing_for_spread
+from .statistics import by_structure, judged_parts
 from .statistics import pooled_spread, seeds_as_one, training_means
 from .statistics import without_empty
 
@@ -71,9 +71,5 @@ def contrast_table(
                 for name, weights in contrasts.items() if set(weights) <= set(part.loss)
                 for structure, rows_of in by_structure(part)]
         if not rows: continue
-        table = pd.DataFrame(rows)
-        primary = (table.structure == ALL) | (table.structure.nunique() == 1)
-        families = table.groupby(primary)
-        corrected = {f"{p}_holm": families[p].transform(holm) for p in ("p", "folds_p")}
-        tables.append(only_repeated(table.assign(**corrected), part)[_COLUMNS])
+        tables.append(adjusted(pd.DataFrame(rows), ["p", "folds_p"], part)[_COLUMNS])
     return without_empty(pd.concat(tables[1:] or tables, ignore_index=True))
