@@ -101,8 +101,9 @@ def _draw_dice(ax, cases, losses, about):
         place = line["size"]*1.04**(k - (len(losses) - 1)/2)
         ax.vlines(place, line["low"], line["high"], color=color, lw=.9)
         ax.plot(place, line["median"], ms=3.6, lw=1, mec="white", mew=.4, **look)
-    slopes = [f"{about.name(loss)} {_slope(cases[cases['loss'] == loss]):+.3f}"
-              for loss in losses if np.isfinite(_slope(cases[cases["loss"] == loss]))]
+    slopes = {about.name(loss): _slope(cases[cases["loss"] == loss]) for loss in losses}
+    slopes = [f"{name} {value:+.3f}".replace("-", "−").replace(" ", "\xa0")
+              for name, value in slopes.items() if np.isfinite(value)]
     if slopes: ax.set_title(wrapped(f"slope per doubling: {', '.join(slopes)}", 88), loc="right")
     log_axis(ax, cases["voxels"].min(), cases["voxels"].max())
     ax.set(ylim=(max(-.03, cases["dice"].min() - .05), 1.03), ylabel="Dice (0 to 1)")
