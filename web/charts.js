@@ -47,7 +47,8 @@ class Chart {
     const dark = matchMedia("(prefers-color-scheme: dark)").matches && document.documentElement.dataset.theme !== "light" || document.documentElement.dataset.theme === "dark";
     const options = {mode: "vega-lite", actions: false, renderer: "svg", config: look(), tooltip: {theme: dark ? "dark" : "light"}};
     const page = color("background"), seen = value => value === "page" ? page : dark ? lighter(value) : value;
-    const spec = JSON.parse(JSON.stringify(this.chart.spec), (key, value) => seen(value)); // hollow marks have the page's colour
+    const narrow = this.frame.clientWidth < 480, lines = value => narrow && String(value).length > 34 ? value.split(/ (?=\()/) : value;
+    const spec = JSON.parse(JSON.stringify(this.chart.spec), (key, value) => key === "title" ? lines(value) : seen(value)); // hollow marks have the page's colour
     this.view = await window.vegaEmbed(this.frame, spec, options);
     this.view.view.addEventListener("click", (event, item) => { if (item && item.datum) this.open(item.datum); });
     this.at = null;

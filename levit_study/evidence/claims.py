@@ -131,6 +131,7 @@ def typeset(
     "Return differences and their intervals as they are printed"
     if not whole: text = re.sub(r" \(t \[[^]]*\], [a-z ]+ \[[^]]*\]\)", "", text)
     text = re.sub(r"\b[a-z]+(?:_[a-z0-9]+)+\b", lambda name: loss_name(name[0]), text)
+    text = re.sub(r"(?<!\w)[+-](?=0\.0+\b)", "", text)  # what rounds to zero has no sign
     return re.sub(r"(?<=[\w)]) - (?=\w)", " − ", re.sub(r"(?<!\w)-(?=\d)", "−", text))
 
 # %% ../../nbs/52_evidence.claims.ipynb #611470e4

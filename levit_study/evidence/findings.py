@@ -14,8 +14,9 @@ from ..settings import loss_name
 
 # %% ../../nbs/54f_evidence.findings.ipynb #31b721d7
 def signed(value) -> str:
-    "Return a difference with its sign and three decimals, as in '−0.012'"
-    return f"{value:+.3f}".replace("-", "−")
+    "Return a difference with its sign and three decimals, as in '−0.012'; '0.000' has no sign"
+    text = f"{value:+.3f}".replace("-", "−")
+    return text if text.strip("+−0.") else text[1:]
 
 def listed(words) -> str:
     "Return words as in 'a, b and c'"

@@ -18,15 +18,19 @@ from .results import judging_splits
 from .statistics import ALL, BASELINE, by_structure
 
 # %% ../../nbs/51a_evidence.tables.ipynb #113021c9
-def _as_text(value, form): # form: of numbers that are not whole
-    "Return a cell's text: whole numbers whole, truth values as yes and no, undefined as a dash"
+def _as_text(value, form, whole=True): # form: of numbers; whole: those that are whole without it
+    "Return a cell's text: truth values as yes and no, what is undefined as a dash"
     if value is None or (isinstance(value, float) and np.isnan(value)): return "–"
     if isinstance(value, (bool, np.bool_)): return "yes" if value else "no"
-    if isinstance(value, (float, np.floating)) and not float(value).is_integer():
-        return f"{value:{form}}"
-    if isinstance(value, (int, float, np.number)): return f"{value:,.0f}"
+    if isinstance(value, (int, float, np.number)):
+        form = ",.0f" if whole and float(value).is_integer() else form
+        return f"{value:{form}}".replace("-", "−")
     text = str(value).replace("|", "\\|").replace("\n", " ")
     return text.replace("<", "&lt;")  # a page would take it for HTML
+
+def _is_whole(column):
+    "Whether all numbers of a column are whole"
+    return bool((pd.to_numeric(column, errors="coerce").dropna() % 1 == 0).all())
 
 # %% ../../nbs/51a_evidence.tables.ipynb #d28764fc
 def to_markdown(
@@ -35,11 +39,13 @@ def to_markdown(
 ) -> str:
     "Return a table in Markdown, numbers to the right"
     from tabulate import tabulate
+    numeric = pd.api.types.is_numeric_dtype
     forms = [f"#.{digits}g" if str(name).endswith("loss") else f".{digits}f"  # focal's are small
              for name in table.get("metric", [""] * len(table))]
-    rows = [[_as_text(value, form) for value in row]
+    by_row = "metric" in table and table["metric"].nunique() > 1  # else a column has one form
+    whole = [by_row or _is_whole(column) for _, column in table.items()]
+    rows = [[_as_text(*cell) for cell in zip(row, [form] * len(row), whole, strict=True)]
             for form, row in zip(forms, table.itertuples(index=False), strict=True)]
-    numeric = pd.api.types.is_numeric_dtype
     sides = ["right" if numeric(dtype) else "left" for dtype in table.dtypes]
     options = dict(tablefmt="pipe", colalign=sides, disable_numparse=True)
     return tabulate(rows, headers=list(table.columns), **options)

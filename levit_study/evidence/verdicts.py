@@ -242,7 +242,8 @@ def _slopes(claim, study):
     text = values_in_words("Dice per doubling of the reference's voxels", slopes.items())
     for pair in claim.pairs:
         slope, low, high = slope_difference(study.cases, *pair, study.confidence)
-        text += f"; {pair[0]} - {pair[1]}: {slope:+.3f} [{low:+.3f}, {high:+.3f}]"
+        text += f"; {pair[0]} - {pair[1]}: {slope:+.3f}"
+        if np.isfinite(low): text += f" [{low:+.3f}, {high:+.3f}]"
     return text
 
 def _between_trainings(claim, study):

@@ -25,16 +25,16 @@ def ablation_forest(
     table = checked(table, "ablation_forest", [*columns, "high"], about)
     means = table.groupby(["dataset", "loss"], sort=False).tail(1)  # of structures
     names, losses = list(means.dataset.unique()), list(means.loss.unique())
-    labels = [about.dataset(name) for name in names]
-    height = len(names)*max(row_height(labels), 3*len(losses) + 3) + 30
+    reference = about.dataset(table.reference.iloc[0])
+    labels = [_apart(about.dataset(name), reference) for name in names]
+    height = len(names)*max(row_height(labels, width=32), 3*len(losses) + 3) + 30
     figure, parts = bands(means, [height - 14], about)
     axis = next(iter(parts.values())).subplots()
     axis.axvline(0, color="#222222", lw=.8)
     for loss, shift in zip(losses, np.linspace(-.3, .3, len(losses) + 2)[1:-1], strict=True):
         rows = means[means.loss == loss].set_index("dataset").reindex(names)
         _draw_rows(axis, rows, np.arange(len(names)) + shift, about.looks(losses)[loss])
-    shade_rows(axis, labels)
-    reference = about.dataset(table.reference.iloc[0])
+    shade_rows(axis, labels, width=32)
     axis.set_xlabel(f"Difference in Dice from {reference} (right of 0: larger Dice)")
     lines = [Line2D([], [], color="#444444", lw=width, label=label) for width, label in
              ((2.4, "these trainings, other patients"), (.8, "other trainings, too"))]
@@ -45,6 +45,10 @@ def ablation_forest(
     return finished(figure, "What settings contribute", body, _in_words(means, about), means, about)
 
 # %% ../../nbs/62i_report.ablation.ipynb #983f8fd9
+def _apart(title, reference):
+    "A data set's title without the reference's, where it begins with it"
+    return title.removeprefix(reference).strip(" ,:") or title
+
 def _draw_rows(axis, rows, heights, look):
     "Draw the marks of one loss, each with its two intervals"
     color = look["color"]

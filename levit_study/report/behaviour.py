@@ -94,7 +94,7 @@ def _draw_dice(ax, cases, losses, about):
         place = line["size"]*1.04**(k - (len(losses) - 1)/2)
         ax.vlines(place, line["low"], line["high"], color=color, lw=.9)
         ax.plot(place, line["median"], ms=3.6, lw=1, mec="white", mew=.4, **look)
-    slopes = [f"{about.name(loss)} {slope:+.3f}"
+    slopes = [f"{about.name(loss)} {slope:+.3f}".replace("-", "−").replace(" ", "\xa0")
               for loss, slope in size_slopes(cases).reindex(losses).dropna().items()]
     if slopes: ax.set_title(wrapped(f"slope per doubling: {', '.join(slopes)}", 88), loc="right")
     log_axis(ax, cases["voxels"].min(), cases["voxels"].max())

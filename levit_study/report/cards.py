@@ -15,6 +15,7 @@ from ..params import Params, pick_run
 from .checklists import checklist_text
 from .contents import Page
 from .pages import escaped
+from .parts import counted, table_in_words
 from ..evidence.manifests import json_content
 from .records import Records, patients_in_words, read_records
 from .studies import published_studies
@@ -47,7 +48,7 @@ def _trainings(runs) -> pd.DataFrame:
         rows.append({
             "seed": about["seed"],
             "fold": about.get("fold"),
-            "minutes": f"{seconds / 60:.0f}" if isinstance(seconds, int | float) else "",
+            "minutes": round(seconds / 60) if isinstance(seconds, int | float) else None,
             "machine": record.get("gpu") or record.get("processor"),
             "precision": record.get("precision"),
             "revision": str(record.get("revision"))[:8],
@@ -88,7 +89,8 @@ def _trained(r: Records, dataset, loss) -> str: # Markdown
         ("output", _listed(data.structures)),
         ("start", start),
         ("training", f"{t.optimiser}, learning rate {t.learning_rate:g}, {t.schedule}, batch "
-                     f"{t.batch_size}, {t.epochs} epochs, augmentation {t.augmentation}")])
+                     f"{t.batch_size}, {counted(t.epochs, 'epoch')}, augmentation "
+                     f"{t.augmentation}")])
 
 def _in_words(settings):
     return _listed(f"{name} {value}" for name, value in settings.items() if value is not None)
@@ -105,7 +107,8 @@ def _loss_card(r: Records, dataset: str, loss: str) -> str: # Markdown
         judges = {"test": "Test patients, used for no choice.",
                   "fold": "Cross-validation: each patient by networks that never saw them.",
                   "valid": "Validation patients, also used to choose the epoch: optimistic."}
-        parts += ["## Scores", judges[r.judged[dataset]], to_markdown(scores)]
+        shown = to_markdown(table_in_words(scores, {}, {}))
+        parts += ["## Scores", judges[r.judged[dataset]], shown]
     return "\n\n".join([*parts, _USE, f"All numbers: [results]({r.page})."])
 
 # %% ../../nbs/63f_report.cards.ipynb #f03a7956

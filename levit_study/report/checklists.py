@@ -143,7 +143,7 @@ def _partition(r: Records):
     words = [f"`{split.kind}`" + (f", seed {split.seed}" if split.kind != "lists" else "")
              for split in splits]
     if r.params.study.fold_numbers != [None]:
-        def chosen(nested): return f"{nested:.0%} of the other patients" if nested else "its own"
+        def chosen(share): return f"{100*share:g} % of the other patients" if share else "its own"
         words = [f"{split.folds} folds, seed {split.seed}, the epoch of each chosen on "
                  f"{chosen(split.nested)}" for split in splits]
     return _reported(f"By {', '.join(dict.fromkeys(words))}; {_counts(r) or 'no cases yet'}; "
@@ -238,7 +238,7 @@ def _file(r: Records, name): # name: of a table among the records
 # %% ../../nbs/63e_report.checklists.ipynb #6776029b
 @_rule
 def _uncertainty(r: Records):
-    sure = f"{r.params.evaluation.confidence:.0%} bootstrap intervals over patients"
+    sure = f"{100*r.params.evaluation.confidence:g} % bootstrap intervals over patients"
     test = "paired tests with Holm's correction"
     if r.trainings > 1:
         return _reported(f"{sure} and {r.trainings} trainings per loss, {test}; "

@@ -7,6 +7,7 @@ __all__ = ['bland_altman']
 
 # %% ../../nbs/62c_report.clinical.ipynb #dc9ae1b1
 import numpy as np
+import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from ..evidence.derived import limits_of
@@ -38,7 +39,9 @@ def bland_altman(
     legend_below(figure, handles)
     title = f"Agreement with the reference: {_topic(values)}"
     alt = f"Bland-Altman plots. {_agreement_in_words(values, about)}"
-    return finished(figure, title, _AGREEMENT, alt, values, about)
+    beyond = sum(map(len, _beyond(values)))
+    note = f" Hollow, on an edge: a point beyond the panel ({beyond} in all)." if beyond else ""
+    return finished(figure, title, _AGREEMENT + note, alt, values, about)
 
 _AGREEMENT = (
     "Points: one patient in one training, prediction less reference against their mean; line: mean"
@@ -61,9 +64,10 @@ def _draw_grid(part, values, measures, losses, about):
         rows = values[values["measure"] == measure]
         unit = rows["unit"].iloc[0]
         differs = "percentage points" if unit == "%" else unit
+        box = _box(rows)
         for ax, loss in zip(line, losses, strict=True):
             look = about.looks(losses)[loss]
-            title = _draw_agreement(ax, rows[rows["loss"] == loss], look)
+            title = _draw_agreement(ax, rows[rows["loss"] == loss], look, box)
             narrow = title.replace(", limits ", "\n")
             ax.set_title(title if len(losses) < 4 else narrow, fontsize=6.5)
             ax.set_xlabel(f"Mean of both ({unit})")
@@ -72,17 +76,45 @@ def _draw_grid(part, values, measures, losses, about):
         name = wrapped(about.name(loss), 100//len(losses))
         ax.set_title(f"{name}\n{ax.get_title()}", fontsize=6.5)
 
+# %% ../../nbs/62c_report.clinical.ipynb #c5d7e002
+def _points(rows): # -> x: mean of both, y: prediction less reference
+    predicted, reference = rows["predicted"], rows["reference"]
+    return pd.DataFrame({"x": (predicted + reference)/2, "y": predicted - reference})
+
+def _box(rows): # -> rows low and high, columns x and y
+    "Where the panels of a measure end: at the last point, if that is not far from the others"
+    points = _points(rows)
+    first, third = points.quantile(.25), points.quantile(.75)
+    reach = 8*(third - first)
+    low, high = points.min(), points.max()
+    return pd.DataFrame({"low": low.clip(lower=first - reach),
+                         "high": high.clip(upper=third + reach)}).T
+
+def _beyond(values): # -> a table per data set and measure
+    "The points that lie outside their panels"
+    for _, rows in values.groupby(["dataset", "measure"]):
+        points, box = _points(rows), _box(rows)
+        yield points[(points < box.loc["low"]).any(axis=1) | (points > box.loc["high"]).any(axis=1)]
+
+def _wider(low, high): # -> limits of an axis
+    margin = .05*(high - low) or 1
+    return low - margin, high + margin
+
 # %% ../../nbs/62c_report.clinical.ipynb #77663c42
-def _draw_agreement(ax, rows, look): # -> bias and limits in words
-    "Draw one loss's differences with bias and limits"
+def _draw_agreement(ax, rows, look, box): # -> bias and limits in words
+    "Draw one loss's differences with bias and limits, on the edge what lies beyond the box"
+    ax.set(**{f"{name}lim": _wider(*box[name]) for name in box.columns})
     ax.axhline(0, color="#999999", lw=.7, ls=(0, (4, 3)))
     if rows.empty: return ""
     bias, low, high = limits_of(rows)
     if np.isfinite(low): ax.axhspan(low, high, color=look["color"], alpha=.14, lw=0)
     ax.axhline(bias, color=look["color"], lw=1.2)
-    middle = (rows["reference"] + rows["predicted"])/2
-    mark = dict(ms=2.4, mec="none", alpha=.6, color=look["color"], marker=look["marker"])
-    ax.plot(middle, rows["predicted"] - rows["reference"], ls="none", **mark)
+    points = _points(rows)
+    shown = points.clip(*box.to_numpy(), axis="columns")
+    inside = (shown == points).all(axis="columns")
+    mark = dict(ms=2.4, color=look["color"], marker=look["marker"], ls="none")
+    ax.plot(*shown[inside].to_numpy().T, mec="none", alpha=.6, **mark)
+    ax.plot(*shown[~inside].to_numpy().T, mfc="white", mew=.7, zorder=3, **mark)
     limits = f", limits {low:+.1f} to {high:+.1f}" if np.isfinite(low) else ""
     return f"bias {bias:+.1f}{limits}".replace("-", "−")
 

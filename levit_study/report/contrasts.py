@@ -6,6 +6,7 @@
 __all__ = ['contrasts_forest']
 
 # %% ../../nbs/62h_report.contrasts.ipynb #de58e276
+import re
 from matplotlib.lines import Line2D
 from ..evidence.claims import typeset
 from ..evidence.findings import signed
@@ -38,7 +39,8 @@ def contrasts_forest(
     marks = pair_handles("interval excludes 0", "interval includes 0")
     handles = [Line2D([], [], ls="none", label=name, **look) for name, look in looks.items()]
     legend_below(figure, [*handles, *marks])
-    weights = "; ".join(f"{row.contrast} = {row.weights}" for row in
+    named = lambda weights: re.sub(r"[a-z]\w*", lambda loss: about.name(loss[0]), weights)
+    weights = "; ".join(f"{row.contrast} = {named(row.weights)}" for row in
                         table.drop_duplicates("contrast").itertuples())
     body = (f"Marks: {typeset(weights)}; lines: {interval_name}, each by itself, not"
             " corrected for the number of effects; filled: the interval excludes 0.")

@@ -192,6 +192,7 @@ def optimism_shift(
     checked(cases, "optimism_shift", columns)
     about = replace(about, split="", protocol="paper (filled) and held-out (hollow)")
     metrics, losses = [m for m in ("dice", "jaccard") if m in cases], list(cases["loss"].unique())
+    if gaps is not None and gaps[["low", "high"]].isna().all(axis=None): gaps = None
     lines = 1 if gaps is None else 2  # the intervals take a second line
     height = len(losses)*row_height([about.name(loss) for loss in losses], lines) + 17
     width = DOUBLE if len(metrics) == 2 else 130

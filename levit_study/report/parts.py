@@ -161,39 +161,43 @@ def table_in_words(table, losses: dict, datasets: dict): # key -> name, key -> t
     return table.rename(columns=lambda name: _in_words(name, losses))
 
 # %% ../../nbs/60a_report.parts.ipynb #d12f71af
-def row_height(labels, lines=1):
+def row_height(labels, lines=1, width=20):
     "Millimetres that a row needs for at least so many lines and for any of the labels, wrapped"
-    return 2.4 + 2.9*max(lines, *(wrapped(label).count("\n") + 1 for label in labels))
+    return 2.4 + 2.9*max(lines, *(wrapped(label, width).count("\n") + 1 for label in labels))
 
 # %% ../../nbs/60a_report.parts.ipynb #6b484a43
+def _together(words):
+    "Words that a line breaks only behind a comma, so that a number stays with what it counts"
+    return words.replace(" ", "\xa0").replace(",\xa0", ", ")
+
 def bands(table, heights, about, width=DOUBLE, extra=14): # -> figure, {data set: subfigure}
     """A figure with a band per data set, `heights` mm high, and `extra` mm for title and legend;
     with a single height all data sets share a band, which names their samples alone"""
     size = (width*MM, (sum(heights) + extra)*MM)
     figure = Figure(figsize=size, layout="constrained")
     datasets = list(table["dataset"].unique())
-    samples = [_sample(table, dataset, about) for dataset in datasets]
+    samples = [_together(_sample(table, dataset, about)) for dataset in datasets]
     labels = [", ".join(filter(None, [about.dataset(dataset), sample]))
               for dataset, sample in zip(datasets, samples, strict=True)]
     if len(heights) == 1 < len(datasets): labels = ["; ".join(dict.fromkeys(samples))]
     parts = figure.subfigures(len(labels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for label, part in zip(labels, parts, strict=True):
-        label = wrapped(label, int(width*.62))
+        label = wrapped(label, int(width*.62)).replace("\xa0", " ")
         part.suptitle(label, x=.006, ha="left", fontsize=7.5, fontweight="normal")
     return figure, dict(zip(datasets, parts))
 
 # %% ../../nbs/60a_report.parts.ipynb #1d5f9689
-def label_rows(ax, names):
+def label_rows(ax, names, width=20): # width: of a line, in characters
     "Name the rows 0, 1, … of `ax` from top to bottom"
-    ax.set_yticks(range(len(names)), [wrapped(name) for name in names])
+    ax.set_yticks(range(len(names)), [wrapped(name, width) for name in names])
     ax.set_ylim(len(names) - .5, -.5)
     ax.tick_params(axis="y", length=0)
     ax.grid(False, axis="y")
 
 # %% ../../nbs/60a_report.parts.ipynb #b6f91096
-def shade_rows(ax, names):
+def shade_rows(ax, names, width=20):
     "Name the rows and shade every second one, to lead the eye"
-    label_rows(ax, names)
+    label_rows(ax, names, width)
     for row in range(0, len(names), 2):
         ax.axhspan(row - .5, row + .5, color="#F6F6F6", lw=0, zorder=0)
 
@@ -212,7 +216,7 @@ def log_axis(ax, low, high, narrow=False): # narrow: a panel with room for few l
     middle, half = np.sqrt(low*high), max(np.sqrt(high/low)*1.15, np.sqrt(10))
     plain = low > 9e-5 and high < 1e6
     steps = (1, 2, 5) if half < 12 else (1,)
-    if narrow: steps = (1, 3) if half < 5 else (1,)
+    if narrow: steps = (1, 3) if half < (10 if plain else 5) else (1,)
     ax.set(xscale="log", xlim=(middle/half, middle*half))
     ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=steps, numticks=7))
     ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())

@@ -7,6 +7,7 @@ __all__ = ['PublishedStudy', 'published_studies', 'front_html', 'studies_pages']
 
 # %% ../../nbs/63c_report.studies.ipynb #70761308
 import base64
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
@@ -163,6 +164,7 @@ def _html(markdown):
     "Markdown as HTML, wide tables in a box that scrolls"
     from markdown_it import MarkdownIt
     html = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    html = re.sub(r"(?<=\d) (?=(?:%|mm|px)\b|%)", "\xa0", html)  # a number and its unit
     box = '<div class="scroll" tabindex="0"><table>'
     return html.replace("<table>", box).replace("</table>", "</table></div>")
 
@@ -182,15 +184,16 @@ def _effects(studies, place):
     "What the answers of studies say about effects across several losses, each with its study"
     parts = [(study, effects_of(study.answer()).strip()) for study in studies]
     link = lambda study: f"[{escaped(study.params.study.title)}]({place}{study.page}.html)"
-    return "\n".join(_html(f"{part} ({link(study)})") for study, part in parts if part)
+    return "\n".join(_html(f"{link(study)}: {part[0].lower()}{part[1:]}")
+                     for study, part in parts if part)
 
 # %% ../../nbs/63c_report.studies.ipynb #0e966dd2
 def _answered(study, place):
-    "The answer of one study under its title, with its figure of learning curves"
+    "The answer of one study under its title, with its figure of differences"
     title, page = escape(study.params.study.title), f"{place}{study.page}.html"
     more = f'<p><a href="{page}">Its tables, figures and records</a></p>'
     return [f"<h3>{title}</h3>", _html(study.answer()), more,
-            _figure(study.folder / "figures", "fig2")]
+            _figure(study.folder / "figures", "forest")]
 
 # %% ../../nbs/63c_report.studies.ipynb #853819b3
 def front_html(
@@ -213,11 +216,13 @@ def front_html(
     return "\n".join([*parts, "</div>"])
 
 # %% ../../nbs/63c_report.studies.ipynb #3f531feb
+_FIRST = "forest", "contrasts", "ablation", "dice_against_patients", "dice_against_share"
+
 def _shown_figures(folder):
-    "Cells that show the figures of a folder, as an executed notebook would hold them"
+    "Cells that show a folder's figures, what answers its question first, as a notebook would"
     from nbformat.v4 import new_code_cell, new_output
-    cells = []
-    for caption, words in figure_words(folder).items():
+    cells, words_of = [], figure_words(folder)
+    for caption, words in sorted(words_of.items(), key=lambda w: w[1]["file"].stem not in _FIRST):
         content = base64.b64encode(words["file"].read_bytes()).decode()
         output = new_output("display_data", {"image/png": content, "text/plain": caption})
         cells.append(new_code_cell("shown", outputs=[output], metadata={"tags": ["remove-input"]}))

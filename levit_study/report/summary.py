@@ -184,7 +184,7 @@ def _key(params: Params):
             " Bold: highest Dice. Surface Dice:"
             f" share of the outlines within the tolerance of the other's,{judged}"
             " a miss counts 0."
-            f" Brackets: {params.evaluation.confidence:.0%} interval over patients{trainings}.")
+            f" Brackets: {100*params.evaluation.confidence:g} % interval over patients{trainings}.")
 
 # %% ../../nbs/63a_report.summary.ipynb #e0eaadef
 _VERDICTS = {"supported": "supported", "contradicted": "contradicted", "inconclusive": "undecided"}
