@@ -14,9 +14,11 @@ from ..settings import loss_name
 
 # %% ../../nbs/54f_evidence.findings.ipynb #31b721d7
 def signed(value) -> str:
-    "Return a difference with its sign and three decimals, as in '−0.012'; '0.000' has no sign"
-    text = f"{value:+.3f}".replace("-", "−")
-    return text if text.strip("+−0.") else text[1:]
+    "Return a difference as in '−0.012', with a fourth decimal where three say 0; '0.000' has no sign"
+    for digits in (3, 4):
+        text = f"{value:+.{digits}f}".replace("-", "−")
+        if text.strip("+−0."): return text
+    return "0.000"
 
 def listed(words) -> str:
     "Return words as in 'a, b and c'"
