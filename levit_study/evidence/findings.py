@@ -14,7 +14,7 @@ from ..settings import loss_name
 
 # %% ../../nbs/54f_evidence.findings.ipynb #31b721d7
 def signed(value) -> str:
-    "Return a difference as in '−0.012', with a fourth decimal where three say 0; '0.000' has no sign"
+    "Return a difference as in '−0.012', with a fourth decimal where three are 0; 0 has no sign"
     for digits in (3, 4):
         text = f"{value:+.{digits}f}".replace("-", "−")
         if text.strip("+−0."): return text
