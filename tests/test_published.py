@@ -12,6 +12,7 @@ from levit_study.evidence.published import verify_study
 from levit_study.evidence.results import judging_splits
 from levit_study.params import Run, load_params, pick_run
 from levit_study.report.overview import verify_differences
+from levit_study.report.progress import differences_by_epoch
 
 STUDIES = ["acdc_100", "acdc_100_small", "acdc_100_small_long", "acdc_100_two_by_two", "acdc_100_two_by_two_128", "acdc_100_two_by_two_seeds", "acdc_128", "acdc_128_controls", "acdc_128_rate", "acdc_224", "acdc_best", "acdc_model", "acdc_model_unet", "acdc_networks", "acdc_networks_128", "acdc_paper", "acdc_recipe", "acdc_recipe_seeds", "acdc_transfer", "phantom_imbalance"]
 
@@ -36,6 +37,15 @@ def test_the_figure_of_all_studies_follows_from_them(root):
     below, established = (rows.difference < 0).sum(), rows.established.sum()
     sentence = f"below in {words[below]} of {words[len(rows)]} settings, and that is established in {words[established]} "
     assert sentence in (root / "README.md").read_text() and (rows.high < 0)[rows.established].all() and not (rows.low > 0).any()
+
+
+def test_readme_says_what_shorter_trainings_would_have_shown(root):
+    epochs = pd.read_csv(root / "reports/studies/acdc_100_two_by_two_128/epochs.csv")
+    leads = differences_by_epoch(epochs).groupby(["loss", "epoch"]).difference.mean()
+    text = (root / "README.md").read_text()
+    for loss, name in {"focal": "focal", "cross_entropy": "cross-entropy", "dice": "Dice", "focal_tversky": "focal Tversky"}.items():
+        numbers = " | ".join(f"{leads[loss, epoch]:.3f}".replace("-", "−") for epoch in (6, 12, 20, 30))
+        assert f"| {name} | {numbers} |" in text, numbers
 
 
 @pytest.mark.parametrize("name", STUDIES)
