@@ -17,7 +17,7 @@ from ..evidence.published import verify_table
 from ..evidence.results import judging_cases
 from ..files import write_csv
 from ..networks import network_name
-from .differences import against, draw_intervals
+from .differences import against, draw_intervals, with_trainings
 from .look import About, DOUBLE, MM, Picture, save_figure, study_style
 from .parts import counted, legend_below, loss_handles, pair_handles
 from .parts import print_right, settle
@@ -64,10 +64,9 @@ def _of_study(study):
     settings = {name: _setting(study, part) for name, part in rows.groupby("dataset")}
     known = 1 - study.params.evaluation.confidence
     runs = [_trainings(study, row.dataset, [row.loss, BASELINE]) for row in rows.itertuples()]
-    return rows.assign(
+    return with_trainings(rows).assign(
         study=study.name, setting=rows.dataset.map(settings), runs=runs, difference=rows.value,
-        established=rows.clear & (rows.p_holm < known),
-        trainings=[len(each) // 2 for each in runs])
+        established=rows.clear & (rows.p_holm < known))
 
 def differences_of_studies(
     root=".", # of the project
@@ -138,7 +137,8 @@ def draw_differences(
 
 _BODY = (
     "Marks: paired difference in mean Dice over structures, volumes on the scans' own grid; lines:"
-    " intervals over patients and trainings, each by itself (95 % unless a study says otherwise);"
+    " intervals over patients and trainings, each by itself (95 % unless a study says otherwise;"
+    " the spread between trainings is assumed where there is one training);"
     " filled: established by Holm's correction within the study. n: patients, and trainings per"
     " loss. On validation patients the epoch was chosen, too. Rows share patients: they are not"
     " independent, and nothing is pooled.")
