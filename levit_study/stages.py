@@ -55,7 +55,7 @@ ROOMS = {
     "report": """data.cases data.context data.dataset data.native training.scores
         training.course evaluation.metrics evaluation.elsewhere evidence.results
         evidence.manifests evidence.intervals evidence.statistics evidence.tables
-        evidence.derived
+        evidence.derived evidence.words
         evidence.reliability evidence.contrasts evidence.ablation evidence.ensembles
         evidence.choices evidence.claims evidence.verdicts evidence.networks
         evidence.paper evidence.survival evidence.ranking evidence.imbalance

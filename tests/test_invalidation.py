@@ -21,16 +21,16 @@ NOTHING = """consistency files code processes training.identity inputs kinds net
 # A stage's code reaches more rooms than decide its numbers: settings are checked before (params), pictures shown in passing
 # (report), files written (files), a machine described. Of a case that is prepared, the rooms that read scans are not used again.
 REACHED = {
-    "prepare": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "sections", "recipes", "losses", "model", "report", "evidence.intervals", "data.fingerprint",
+    "prepare": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "sections", "recipes", "losses", "model", "report", "evidence.intervals", "evidence.words", "data.fingerprint",
                 "data.native", "data.augment"],
     "train": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "sections", "machine", "model.weights", "training.record", "training.identity", "training.launch",
-              "report", "evidence.intervals", "data.cases"],
+              "report", "evidence.intervals", "evidence.words", "data.cases"],
     "evaluate": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "sections", "recipes", "losses", "machine", "model.weights", "model.pretrained", "model.freezing",
                  "training.record", "training.device", "training.identity", "training.state", "data.augment", "data.affines", "data.nifti", "data.channels", "data.labels", "data.volumes"],
     "report": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "sections", "recipes", "losses", "model", "machine", "data.augment", "data.affines", "data.nifti",
                "data.channels", "data.labels", "data.volumes"],
     "site": ["files", "code", "processes", "params", "consistency", "inputs", "kinds", "networks", "settings", "sections", "recipes", "losses", "model", "data", "training", "evidence.statistics",
-             "evidence.intervals", "evidence.answer", "evidence.findings", "evidence.claims", "evidence.tables", "evaluation"],
+             "evidence.intervals", "evidence.words", "evidence.answer", "evidence.findings", "evidence.claims", "evidence.tables", "evaluation"],
 }
 
 

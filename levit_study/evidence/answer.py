@@ -9,21 +9,16 @@ __all__ = ['answer', 'effects_of', 'shown_answers', 'with_answer', 'differing_an
 import re
 import pandas as pd
 from .claims import BASELINE, MARGIN, NOT_TESTED, standing_in_words, typeset
-from .findings import findings, interval_in_words, listed, overall, signed
+from .findings import findings, overall
 from .results import judging_splits, special_trainings
 from .statistics import ALL
 from .tables import lead_in_thirds
-from ..networks import network_name
+from .words import counted, interval_in_words, judged_on, listed
+from .words import setting_in_words, signed
 from ..params import Params, pick_evaluation
 from ..settings import loss_name
 
 # %% ../../nbs/55a_evidence.answer.ipynb #71e5a154
-_JUDGED = {
-    "valid": "validation patients, also used to choose the epoch, as in the paper",
-    "fold": "patients in cross-validation, each judged by networks that were not trained on them",
-    "test": "test patients, used for no choice",
-}
-
 def _trainings(organs: pd.DataFrame, losses) -> dict: # of one data set and split
     "Return from how many trainings of each loss the numbers are"
     return organs[organs.loss.isin(losses)].groupby("loss").trainings.max().to_dict()
@@ -32,24 +27,19 @@ def _trainings(organs: pd.DataFrame, losses) -> dict: # of one data set and spli
 def _repeats(study) -> str: # of folds and seeds, where there are both
     "Return of what the trainings of a loss are a product; empty without folds"
     folds, seeds = len(study.folds), len(study.seeds)
-    return f" ({folds} folds × {seeds} seed{'s' * (seeds > 1)})" if folds > 1 else ""
+    return f" ({folds} folds × {counted(seeds, 'seed')})" if folds > 1 else ""
 
 def _about(params: Params, dataset: str, organs: pd.DataFrame) -> str:
     "Return what the numbers of one data set and split rest on"
-    settings, first = params.datasets[dataset], organs.iloc[0]
+    settings, whom = params.datasets[dataset], (organs.split.iloc[0], organs.patients.max())
     trainings = sorted({*_trainings(organs, params.study.losses).values()})
-    number = " to ".join(f"{n:.0f}" for n in dict.fromkeys((trainings[0], trainings[-1])))
     complete = trainings == [len(params.study.folds) * len(params.study.seeds)]
     repeats = _repeats(params.study) if complete else ""
-    epochs = settings.training.epochs
-    schedule = "" if (name := settings.training.schedule) == "constant" else f" ({name} schedule)"
     special = [f"trained otherwise: {line}" for line in special_trainings(params)]
-    words = [f"{organs.patients.max():.0f} {_JUDGED[first.split]}", network_name(settings.model),
-             f"{settings.data.size} × {settings.data.size} pixels",
-             f"{epochs} epoch{'s' * (epochs > 1)}{schedule}",
-             f"{number} training{'s' * (number != '1')} per loss{repeats}", *special]
-    kind = " Synthetic scans, which say nothing about patients." if settings.synthetic else ""
-    return f"**{settings.title}**: {'; '.join(words)}.{kind}"
+    words = [judged_on(*whom, in_full=True), *setting_in_words([settings]),
+             f"{counted(trainings[0], 'training', trainings[-1])} per loss{repeats}", *special]
+    made_up = " Synthetic scans, which say nothing about patients." if settings.synthetic else ""
+    return f"**{settings.title}**: {'; '.join(words)}.{made_up}"
 
 # %% ../../nbs/55a_evidence.answer.ipynb #767b0382
 def _named(loss): return "the baseline" if loss == "baseline" else loss_name(loss)
@@ -124,7 +114,7 @@ def _effects(contrasts: pd.DataFrame, confidence=.95) -> str: # contrasts: one d
     if len(clear) > 1: verdict = f"the {listed(list(clear))} effects are established"
     stricter = _stricter(rows[rows.contrast.isin(clear)], confidence)
     return (f"{_EFFECTS} on mean Dice: {listed(parts)}; after correction for"
-            f" {len(rows)} effect{'s' * (len(rows) > 1)}, {verdict}.{stricter}")
+            f" {counted(len(rows), 'effect')}, {verdict}.{stricter}")
 
 # %% ../../nbs/55a_evidence.answer.ipynb #837edd73
 _WHY = {"cut off": "cut off by the end of training",
@@ -180,7 +170,7 @@ def _claims(claims: pd.DataFrame) -> str: # one data set's ledger
 def _limits(row): # of organs.csv
     "Return the interval of mean Dice as text; two folds give none that says anything"
     few = row.split == "fold" and row.trainings < 3
-    if few: return f"[none with {row.trainings:.0f} training{'s' * int(row.trainings > 1)}]"
+    if few: return f"[none with {counted(row.trainings, 'training')}]"
     return f"[{row.dice_low:.3f}, {row.dice_high:.3f}]"
 
 def _table(organs: pd.DataFrame, losses, tolerance, confidence) -> str: # of one split
@@ -225,7 +215,7 @@ def _course(runs: pd.DataFrame, schedule="constant") -> str: # convergence.csv o
     parts, where = [], "nearer to 0 at the end than after a third in "
     for loss, pairs in lead_in_thirds(runs).groupby("loss", sort=False):
         nearer = (pairs.whole.abs() < pairs.third.abs()).sum()
-        share = f"{where}{nearer} of {len(pairs)} training{'s' * (len(pairs) > 1)}"
+        share = f"{where}{nearer} of {counted(len(pairs), 'training')}"
         means = pairs[["third", "two_thirds", "whole"]].mean().map(signed)
         parts.append(f"{listed([*means])} with {loss_name(loss)} ({share})")
         where = ""

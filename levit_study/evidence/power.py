@@ -13,6 +13,7 @@ from scipy import optimize, stats
 
 from .spreads import Spreads
 from .statistics import PRIOR
+from .words import counted
 
 # %% ../../nbs/54a_evidence.power.ipynb #4e2a2d89
 class Design(NamedTuple):
@@ -26,7 +27,7 @@ class Design(NamedTuple):
 
     def __str__(self):
         parts = zip(self, ("patient", "fold", "seed"), strict=True)
-        return ", ".join(f"{number} {word}{'s' * (number != 1)}" for number, word in parts)
+        return ", ".join(counted(number, word) for number, word in parts)
 
 # %% ../../nbs/54a_evidence.power.ipynb #2af301cb
 def _overlap_factor(design: Design) -> float:

@@ -8,7 +8,7 @@ __all__ = ['ablation_forest']
 # %% ../../nbs/62i_report.ablation.ipynb #4e455f32
 import numpy as np
 from matplotlib.lines import Line2D
-from ..evidence.findings import signed
+from ..evidence.words import signed
 from .look import About, checked, study_style
 from .parts import bands, finished, legend_below, loss_handles, row_height
 from .parts import shade_rows

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from ..evidence.claims import largest_small, size_slopes
-from ..evidence.findings import signed
+from ..evidence.words import signed
 from ..evidence.reliability import calibration_errors
 from .look import About, checked, study_style
 from .parts import bands, finished, has_spread, legend_below, log_axis

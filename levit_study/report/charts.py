@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from ..evidence.claims import BASELINE
 from ..evidence.derived import limits_of
-from ..evidence.findings import signed
+from ..evidence.words import signed
 from ..evidence.statistics import ALL
 from .behaviour import SIZE, mean_sizes
 from .differences import against

@@ -9,7 +9,7 @@ __all__ = ['contrasts_forest']
 import re
 from matplotlib.lines import Line2D
 from ..evidence.claims import typeset
-from ..evidence.findings import signed
+from ..evidence.words import signed
 from .differences import band_height, draw_intervals
 from .look import About, LOOKS, checked, study_style
 from .parts import bands, finished, legend_below, pair_handles, structures_of

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from ..evaluation.metrics import with_worst_case
 from ..evidence.claims import BASELINE
-from ..evidence.findings import signed
+from ..evidence.words import signed
 from ..evidence.results import judging_splits
 from ..evidence.statistics import ALL
 from .look import About, DOUBLE, checked, study_style

@@ -12,30 +12,24 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from ..evidence.claims import BASELINE
-from ..evidence.findings import overall, signed
+from ..evidence.findings import overall
 from ..evidence.published import verify_table
 from ..evidence.results import judging_cases
+from ..evidence.words import counted, judged_on, setting_in_words, signed
 from ..files import write_csv
-from ..networks import network_name
 from .differences import against, draw_intervals, with_trainings
 from .look import About, DOUBLE, MM, Picture, save_figure, study_style
-from .parts import counted, legend_below, loss_handles, pair_handles
+from .parts import legend_below, loss_handles, pair_handles
 from .parts import print_right, settle
 from .studies import published_studies
 from ..settings import loss_name
 
 # %% ../../nbs/63g_report.overview.ipynb #eae33db0
-_JUDGED = {"fold": "held out in folds", "test": "{:.0f} test patients",
-           "valid": "{:.0f} validation patients"}
-
 def _setting(study, rows): # rows: of tests.csv, of one data set
-    "What was trained and who judges, as in 'five-level U-Net, 64 px, 12 epochs; …'"
-    settings, first = study.params.datasets[rows.dataset.iloc[0]], rows.iloc[0]
-    training = settings.training
-    schedule = "" if training.schedule == "constant" else f", {training.schedule}"
-    return (f"{network_name(settings.model)}, {settings.data.size} px, {training.epochs} epochs; "
-            f"learning rate {training.learning_rate:g}{schedule}; "
-            + _JUDGED[first.split].format(first.patients))
+    "What was trained and who judges, as in 'five-level U-Net, 64 × 64 pixels; …'"
+    *trained, epochs, rate = setting_in_words([study.params.datasets[rows.dataset.iloc[0]]])
+    whom = judged_on(rows.split.iloc[0], rows.patients.iloc[0])
+    return f"{', '.join(trained)}; {epochs}, {rate}; {whom}"
 
 # %% ../../nbs/63g_report.overview.ipynb #a0bb4a19
 def _trainings(study, dataset, losses):
@@ -89,15 +83,13 @@ def _draw(ax, table, settings, losses, about):
     looks = about.looks(table.loss.unique())
     ax.axvline(0, color="#222222", lw=.8)
     draw_intervals(ax, rows, settings, {loss: looks[loss] for loss in losses})
-    ax.set_yticks(range(len(settings)), [each.replace("; ", "\n", 1) for each in settings])
+    ax.set_yticks(range(len(settings)), [each.replace("; ", "\n") for each in settings])
     ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.set_xlabel("Difference in mean Dice")
 
-def _numbers(rows):
-    "Patients and trainings of a row, as in 'n = 99, 5 trainings'"
-    low, high = rows.trainings.min(), rows.trainings.max()
-    trainings = counted(f"{low}" if low == high else f"{low} to {high}", "training")
-    return f"n = {rows.patients.max():.0f}\n{trainings}"
+def _number(rows):
+    "The trainings per loss of a row, as in '5 to 10 trainings'"
+    return counted(rows.trainings.min(), "training", rows.trainings.max())
 
 # %% ../../nbs/63g_report.overview.ipynb #d64f79e4
 def _in_words(table):
@@ -127,7 +119,7 @@ def draw_differences(
     figure = Figure(figsize=(DOUBLE*MM, (9.5*len(settings) + 24)*MM), layout="constrained")
     axes = figure.subplots(1, len(groups), sharey=True, sharex=True, squeeze=False)[0]
     for ax, group in zip(axes, groups, strict=True): _draw(ax, table, settings, group, about)
-    print_right(axes[-1], [_numbers(table[table.setting == each]) for each in settings])
+    print_right(axes[-1], [_number(table[table.setting == each]) for each in settings])
     marks = pair_handles("established", "not established")
     legend_below(figure, [*loss_handles(losses, about, ls="none"), *marks])
     title = "Mean Dice less the baseline's, in every published setting"
@@ -139,8 +131,8 @@ _BODY = (
     "Marks: paired difference in mean Dice over structures, volumes on the scans' own grid; lines:"
     " intervals over patients and trainings, each by itself (95 % unless a study says otherwise;"
     " the spread between trainings is assumed where there is one training);"
-    " filled: established by Holm's correction within the study. n: patients, and trainings per"
-    " loss. On validation patients the epoch was chosen, too. Rows share patients: they are not"
+    " filled: established by Holm's correction within the study. On the right: trainings per loss."
+    " On validation patients the epoch was chosen, too. Rows share patients: they are not"
     " independent, and nothing is pooled.")
 
 # %% ../../nbs/63g_report.overview.ipynb #e64f1b7c

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 from ..evidence.claims import BASELINE
-from ..evidence.findings import signed
+from ..evidence.words import signed
 from ..evidence.tables import convergence, lead_in_thirds
 from .look import About, checked, study_style
 from .parts import bands, finished, per_training

@@ -15,11 +15,11 @@ from pathlib import Path
 import pandas as pd
 from ..evidence.answer import effects_of, shown_answers
 from ..evidence.claims import NOT_TESTED, standing_in_words, typeset
-from ..evidence.findings import listed, overall, titles_apart
+from ..evidence.findings import overall
 from ..evidence.results import judging_cases, judging_splits
 from ..evidence.tables import to_markdown
+from ..evidence.words import judged_on, setting_in_words, titles_apart
 from ..files import StudyError
-from ..networks import network_name
 from ..params import Params, load_params
 from .contents import Page
 from .pages import escaped, figure_words, with_words
@@ -104,14 +104,10 @@ def _scores(study): # Markdown
     return "; ".join(words)
 
 # %% ../../nbs/63c_report.studies.ipynb #a7c1d2e5
-_JUDGED = {"fold": "{} patients, held out in folds", "test": "{} test patients, held out",
-           "valid": "{} validation patients; the epoch was chosen on them, so optimistic"}
-
-def _judged_on(study):
+def _judged_on(study, in_full=False):
     "How many patients judge, and by which protocol"
     groups = _judging(study)[["split", "patients"]].drop_duplicates()
-    return "; ".join(_JUDGED[row.split].format(f"{row.patients:.0f}")
-                     for row in groups.itertuples())
+    return "; ".join(judged_on(row.split, row.patients, in_full) for row in groups.itertuples())
 
 # %% ../../nbs/63c_report.studies.ipynb #a9c3d269
 def _tested(study):
@@ -130,25 +126,17 @@ def _verdicts(study):
     several = f", tested {tests} times" if tests > number else ""
     return f"{', '.join(words)} of {number}{several}"
 
-# %% ../../nbs/63c_report.studies.ipynb #25acd41b
-def _each(values): # -> '64', '24 and 48'
-    "Different values once each, in words"
-    return listed(list(dict.fromkeys(map(str, values))))
-
 # %% ../../nbs/63c_report.studies.ipynb #a49cb509
 def _setting(study):
     "Networks, pixels, epochs and learning rates of all data sets"
     datasets = [study.params.datasets[name] for name in study.params.study.datasets]
-    networks = _each(network_name(data.model) for data in datasets)
-    pixels, epochs = (_each(each) for each in ((data.data.size for data in datasets),
-                                               (data.training.epochs for data in datasets)))
-    rates = _each(f"{data.training.learning_rate:g}" for data in datasets)
-    scans = "" if study.is_real else "synthetic scans, "
-    return f"{scans}{networks}, {pixels} px, {epochs} epochs, learning rate {rates}"
+    scans = [] if study.is_real else ["synthetic scans"]
+    return ", ".join([*scans, *setting_in_words(datasets)])
 
 # %% ../../nbs/63c_report.studies.ipynb #66222989
 _COMPARABLE = ("Compare mean Dice within a row. Between rows patients, protocol, network and "
-               "pixels differ; a score of patients on whom the epoch was chosen is optimistic.")
+               "pixels differ. A score of validation patients is optimistic, since the epoch was "
+               "chosen on them.")
 
 def _studies_table(studies, link="{}") -> str: # Markdown; link: how a page's path is written
     "Return a table of studies: what was trained, how often, mean Dice and on whom, claims"
@@ -277,7 +265,7 @@ def _more_tables(study):
 def _study_page(study) -> Page:
     "One published study as a page: answer, tables, claims, figures, records"
     from nbformat.v4 import new_markdown_cell
-    about = f"{_setting(study)}. Judged on {_judged_on(study)}."
+    about = f"{_setting(study)}. Judged on {_judged_on(study, True)}."
     text = [f"# {escaped(study.name)}: {escaped(study.params.study.title)}", about,
             study.answer(), *_more_tables(study)]
     if len(_tested(study)): text.append(f"## The paper's claims\n\n{_claims_table(study)}")
