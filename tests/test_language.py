@@ -44,7 +44,7 @@ PHRASES = {
 NAMES = {"own", "found", "kind", "way", "told", "said", "luck"}
 KEPT = {
     "bench": {"kind"}, "data/dataset": {"found"}, "data/jobs": {"kind"}, "data/phantom": {"kind"}, "data/splits": {"kind"},
-    "evaluation/metrics": {"found"}, "evaluation/score": {"found"}, "evaluation/targets": {"found"}, 
+    "evaluation/metrics": {"found"}, "evaluation/score": {"found"}, "evaluation/targets": {"found"},
     "evidence/ranking": {"own"}, "evidence/statistics": {"found"}, "evidence/tables": {"found"}, "kinds": {"kind"},
     "losses/interface": {"kind"}, "params": {"kind"}, "sections": {"kind"}, "settings": {"kind"},   # `kind` is a key of params.yaml
 }

@@ -7,6 +7,7 @@ __all__ = ['RISING', 'RUN_KEYS', 'TABLE1', 'to_markdown', 'organ_table', 'headli
            'table1']
 
 # %% ../../nbs/51a_evidence.tables.ipynb #21071d81
+import re
 import numpy as np
 import pandas as pd
 
@@ -28,6 +29,12 @@ def _as_text(value, form, whole=True): # form: of numbers; whole: those that are
     text = str(value).replace("|", "\\|").replace("\n", " ")
     return text.replace("<", "&lt;")  # a page would take it for HTML
 
+def _form(name, digits): # name: of what a number measures
+    "Return how numbers are written: losses by significant digits, distances with one digit less"
+    if name.endswith("loss"): return f"#.{digits}g"  # focal's are small
+    distance = re.search(r"hd95|asd\b", name, re.IGNORECASE)
+    return f".{digits - 1 if distance else digits}f"
+
 def _is_whole(column):
     "Whether all numbers of a column are whole"
     return bool((pd.to_numeric(column, errors="coerce").dropna() % 1 == 0).all())
@@ -40,12 +47,12 @@ def to_markdown(
     "Return a table in Markdown, numbers to the right"
     from tabulate import tabulate
     numeric = pd.api.types.is_numeric_dtype
-    forms = [f"#.{digits}g" if str(name).endswith("loss") else f".{digits}f"  # focal's are small
-             for name in table.get("metric", [""] * len(table))]
     by_row = "metric" in table and table["metric"].nunique() > 1  # else a column has one form
+    metrics = table["metric"] if "metric" in table else [""] * len(table)
     whole = [by_row or _is_whole(column) for _, column in table.items()]
-    rows = [[_as_text(*cell) for cell in zip(row, [form] * len(row), whole, strict=True)]
-            for form, row in zip(forms, table.itertuples(index=False), strict=True)]
+    rows = [[_as_text(value, _form(f"{name} {metric}", digits), of_whole)
+             for value, name, of_whole in zip(row, table.columns, whole, strict=True)]
+            for metric, row in zip(metrics, table.itertuples(index=False), strict=True)]
     sides = ["right" if numeric(dtype) else "left" for dtype in table.dtypes]
     options = dict(tablefmt="pipe", colalign=sides, disable_numparse=True)
     return tabulate(rows, headers=list(table.columns), **options)
