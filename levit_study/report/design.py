@@ -79,7 +79,7 @@ def _draw_claims(ax, rows, about):
 
 def _comparison(text, about):
     first, second = text.split(" - ", 1)
-    return f"{about.name(first)} – {about.name(second)}"
+    return f"{about.name(first)} − {about.name(second)}"
 
 # %% ../../nbs/62d_report.design.ipynb #9b86e35c
 @study_style()

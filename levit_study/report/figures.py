@@ -7,6 +7,7 @@ __all__ = ['fig1', 'fig2', 'fig3']
 
 # %% ../../nbs/61_report.figures.ipynb #84fdbb6a
 from dataclasses import replace
+from math import ceil
 import matplotlib
 import numpy as np
 from matplotlib.lines import Line2D
@@ -150,8 +151,8 @@ def _early_in_words(epochs):
 # %% ../../nbs/61_report.figures.ipynb #a5f8eb3c
 def _draw_course(part, epochs, losses, about):
     "Fill a data set's band: a panel per loss, then the shared Dice, all epochs and the first ones"
-    columns, looks = min(4, len(losses)), about.looks(losses)
-    rows = -(-len(losses)//columns)
+    rows, looks = ceil(len(losses)/4), about.looks(losses)
+    columns = ceil(len(losses)/rows)
     above, below = part.subfigures(2, 1, height_ratios=[rows*36, 50 + 2*len(losses)])
     axes = above.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[len(losses):]:
