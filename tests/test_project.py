@@ -100,3 +100,31 @@ def test_each_experiment_in_the_documents_changes_the_study_that_it_runs(root, t
             part, name = keys.split(".")[:2]
             if part in ("datasets", "losses"): assert name in content["study"][part], (command, word)
         load_params(path)
+
+
+def written_pages(root):
+    "What people read in the project: path -> Markdown without blocks of code"
+    pages = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("own/*.md"), *root.glob("data/**/README.md"), root / "reports/studies/log.md"]
+    texts = {path: path.read_text() for path in pages}
+    for path in root.glob("nbs/**/*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        texts[path] = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return {path: re.sub(r"```.*?```", "", text, flags=re.DOTALL) for path, text in texts.items()}
+
+
+def places(text):
+    "The anchors of a page's headings, as GitHub and the site make them"
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_each_link_leads_somewhere(root):
+    pages, dead = written_pages(root), []
+    for page, text in pages.items():
+        for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text)):
+            if re.match(r"[a-z]+:|/", link): continue  # of the web, of the site
+            file, _, place = link.partition("#")
+            target = (page.parent / file).resolve() if file else page
+            if not target.exists(): dead.append(f"{page.relative_to(root)}: {link}")
+            elif place and target in pages and place not in places(pages[target]): dead.append(f"{page.relative_to(root)}: {link}")
+    assert dead == [] and len(pages) > 100

@@ -70,14 +70,18 @@ def _offsets(count):
     return np.linspace(-.38, .38, count + 2)[1:-1]
 
 # %% ../../nbs/62_report.differences.ipynb #e30e875a
-def draw_intervals(ax, table, structures, looks): # looks: loss -> color, marker
-    "Draw a mark and an interval per structure and loss, filled where the difference is clear"
+def draw_intervals(ax, table, structures, looks, reach=np.inf): # looks: loss -> color, marker
+    """Draw a mark and an interval per structure and loss, filled where the difference is clear;
+    an interval that goes further than `reach` is cut there, with an arrow"""
     for (loss, look), offset in zip(looks.items(), _offsets(len(looks)), strict=True):
         part = table[table["loss"] == loss].set_index("structure").reindex(structures)
         rows, clear = np.arange(len(structures)) + offset, part["clear"].eq(True).to_numpy()
         color = look["color"]
         mark = dict(ls="none", ms=3.6, zorder=3, color=color, marker=look["marker"])
-        ax.hlines(rows, part["low"], part["high"], color=color, lw=1.1)
+        low, high = part["low"].clip(lower=-reach), part["high"].clip(upper=reach)
+        ax.hlines(rows, low, high, color=color, lw=1.1)
+        for end, arrow in ((low, "<"), (high, ">")):
+            ax.plot(end.where(end.abs() == reach), rows, arrow, ms=3, color=color)
         ax.plot(part["value"].where(clear), rows, **mark)
         ax.plot(part["value"].where(~clear), rows, mfc="white", **mark)
     shade_rows(ax, structures)

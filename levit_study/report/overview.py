@@ -76,13 +76,17 @@ def differences_of_studies(
     return table[_COLUMNS.split()].reset_index(drop=True)
 
 # %% ../../nbs/63g_report.overview.ipynb #510d9a06
+def _reach(table): # two trainings leave an interval that would press all others together
+    "How far from 0 intervals are drawn: three times the largest difference"
+    return 3*table.difference.abs().max()
+
 def _draw(ax, table, settings, losses, about):
     "Draw a mark and an interval per setting and loss; settings name the rows"
     rows = table[table.loss.isin(losses)].assign(
         structure=lambda t: t.setting, value=lambda t: t.difference, clear=lambda t: t.established)
     looks = about.looks(table.loss.unique())
     ax.axvline(0, color="#222222", lw=.8)
-    draw_intervals(ax, rows, settings, {loss: looks[loss] for loss in losses})
+    draw_intervals(ax, rows, settings, {loss: looks[loss] for loss in losses}, _reach(table))
     ax.set_yticks(range(len(settings)), [each.replace("; ", "\n") for each in settings])
     ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.set_xlabel("Difference in mean Dice")
@@ -125,7 +129,9 @@ def draw_differences(
     title = "Mean Dice less the baseline's, in every published setting"
     figure.suptitle(title, x=.006, ha="left")
     settle(figure)
-    return Picture(figure, title, f"{title}. {_BODY}", f"{title}. Forest plot. {_in_words(table)}")
+    further = table[["low", "high"]].abs().max(axis=None) > _reach(table)
+    body = f"{_BODY} An arrow: the interval goes on." if further else _BODY
+    return Picture(figure, title, f"{title}. {body}", f"{title}. Forest plot. {_in_words(table)}")
 
 _BODY = (
     "Marks: paired difference in mean Dice over structures, volumes on the scans' own grid; lines:"
