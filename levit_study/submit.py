@@ -137,7 +137,6 @@ def _first_stages(params: Params) -> list[str]:
     "Return the stages that all trainings depend on"
     return ["code", *(f"prepare@{dataset}" for dataset in params.study.datasets)]
 
-# %% ../nbs/70d_submit.ipynb #75d097b9
 def _prepare(params: Params):
     "Make what all trainings depend on; `StudyError` if that fails"
     first = _first_stages(params)
@@ -163,6 +162,44 @@ def _costs(params: Params, cells: list[Cell], changed: set[str], gpu=None) -> di
         costs[cell] = cost if cost.source else expected_cost(params, cell, published, gpu)
     return costs
 
+# %% ../nbs/70d_submit.ipynb #3aac10d3
+def _here(cells: list[Cell], variables: list[dict], say):
+    "Run trainings on this machine, then what depends on them"
+    digest, root = study_digest(), os.getcwd()
+    logs = {cell: f"build/jobs/{'-'.join(map(str, cell))}.log" for cell in cells}
+    jobs = [Job(cell, root, digest, log=log) for cell, log in logs.items()]
+    failed = _run_local(jobs, variables, say)
+    if failed: raise StudyError(f"{len(failed)} of {len(cells)} trainings failed; {failed[0]}")
+    if call_dvc("--wait-for-lock", "repro").returncode:
+        raise StudyError("all trainings are done, the report is not; the reason is above")
+
+# %% ../nbs/70d_submit.ipynb #18613409
+def _to_slurm(cells: list[Cell], request: Request, say):
+    "Queue trainings"
+    jobs = queue(cells, request, study_digest()) if cells else {}
+    for cell, number in jobs.items(): say(f"{cell}: job {number}")
+    if jobs: say("their output: build/jobs; once they have ended: dvc repro")
+
+# %% ../nbs/70d_submit.ipynb #a9ef592a
+def _checked(params: Params, workers: int | None, request: Request | None) -> list[dict]:
+    "Return the workers' environments, none on a cluster; `StudyError` for what cannot run"
+    if not request:
+        gpus = _visible_gpus(params.compute.device)
+        return _worker_variables(workers, _cores(), gpus, _processes(params))
+    check_slurm(request)
+    check_shared(request)
+    _check_gpus(request.gpus, _processes(params))
+    return []
+
+def _cores() -> int:
+    "Return the cores that this process may use"
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+def _processes(params: Params) -> int:
+    "Return the most processes that a training of the study runs in"
+    runs = [pick_run(params, *cell) for cell in all_cells(params)]
+    return max(run.training.processes for run in runs)
+
 # %% ../nbs/70d_submit.ipynb #a3b06f39
 def submit(
     workers: int | None = None,     # side by side on this machine
@@ -172,13 +209,7 @@ def submit(
 ):
     "Run or queue what is missing from this folder's study; `StudyError` for what is wrong"
     params = load_params()
-    if request:
-        check_slurm(request)
-        check_shared(request)
-        _check_gpus(request.gpus, _processes(params))
-    else:
-        gpus, processes = _visible_gpus(params.compute.device), _processes(params)
-        variables = _worker_variables(workers, _cores(), gpus, processes)
+    variables = _checked(params, workers, request)
     if not dry_run: _prepare(params)
     queued = queued_cells(all_cells(params)) if request else {}
     for cell, number in queued.items(): say(f"{cell}: in the queue already, as job {number}")
@@ -197,31 +228,3 @@ def submit(
         if first: say(f"first {', '.join(first)}, after which more may be missing")
     elif request: _to_slurm(cells, request, say)
     else: _here(cells, variables, say)
-
-# %% ../nbs/70d_submit.ipynb #0cbdefef
-def _cores() -> int:
-    "Return the cores that this process may use"
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-def _processes(params: Params) -> int:
-    "Return the most processes that a training of the study runs in"
-    runs = [pick_run(params, *cell) for cell in all_cells(params)]
-    return max(run.training.processes for run in runs)
-
-# %% ../nbs/70d_submit.ipynb #3aac10d3
-def _here(cells: list[Cell], variables: list[dict], say):
-    "Run trainings on this machine, then what depends on them"
-    digest, root = study_digest(), os.getcwd()
-    logs = {cell: f"build/jobs/{'-'.join(map(str, cell))}.log" for cell in cells}
-    jobs = [Job(cell, root, digest, log=log) for cell, log in logs.items()]
-    failed = _run_local(jobs, variables, say)
-    if failed: raise StudyError(f"{len(failed)} of {len(cells)} trainings failed; {failed[0]}")
-    if call_dvc("--wait-for-lock", "repro").returncode:
-        raise StudyError("all trainings are done, the report is not; the reason is above")
-
-# %% ../nbs/70d_submit.ipynb #18613409
-def _to_slurm(cells: list[Cell], request: Request, say):
-    "Queue trainings"
-    jobs = queue(cells, request, study_digest()) if cells else {}
-    for cell, number in jobs.items(): say(f"{cell}: job {number}")
-    if jobs: say("their output: build/jobs; once they have ended: dvc repro")
