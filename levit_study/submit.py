@@ -137,6 +137,7 @@ def _first_stages(params: Params) -> list[str]:
     "Return the stages that all trainings depend on"
     return ["code", *(f"prepare@{dataset}" for dataset in params.study.datasets)]
 
+# %% ../nbs/70d_submit.ipynb #44e1d91b
 def _prepare(params: Params):
     "Make what all trainings depend on; `StudyError` if that fails"
     first = _first_stages(params)
@@ -191,6 +192,7 @@ def _checked(params: Params, workers: int | None, request: Request | None) -> li
     _check_gpus(request.gpus, _processes(params))
     return []
 
+# %% ../nbs/70d_submit.ipynb #1f33f8e5
 def _cores() -> int:
     "Return the cores that this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -45,6 +45,7 @@ def _check_scan(image, engine: Network, network: Network) -> dict:
           file=sys.stderr)
     return {"agreement": share}
 
+# %% ../../nbs/42c_evaluation.engine.ipynb #27ed2266
 def _agreement(labels, others) -> float:
     "The share of voxels with the same label, of those that either map calls a structure"
     either = (labels > 0) | (others > 0)
@@ -57,6 +58,7 @@ def _dice(labels, reference, values) -> list:
     sizes = [a.sum() + b.sum() for a, b in pairs]
     return [2 * (a & b).sum() / n if n else np.nan for (a, b), n in zip(pairs, sizes, strict=True)]
 
+# %% ../../nbs/42c_evaluation.engine.ipynb #51661640
 def _valid_dice(store, networks) -> list:
     "The mean Dice of networks on the validation cases: over structures, of means over cases"
     scores = [[] for _ in networks]
@@ -110,6 +112,7 @@ def _program(model):
         free = ({0: torch.export.Dim("batch")},)
         return torch.export.export(model, (images,), dynamic_shapes=free)
 
+# %% ../../nbs/42c_evaluation.engine.ipynb #5c109e2e
 def _exported(model):
     "A `LevitUNet` as OpenVINO reads it: float32, its usual image size, any number of images"
     network = _package("openvino").convert_model(_program(model))
@@ -128,6 +131,7 @@ def _scan_batches(
     squares = to_square(image, network.size, network.crop)
     return [as_channels(squares, part).numpy() for part in np.array_split(seen, count) if len(part)]
 
+# %% ../../nbs/42c_evaluation.engine.ipynb #8faa3b33
 def _training_batches(store, context, count=6, size=16) -> list:
     "Slices of the training patients, evenly spaced, as a network sees them"
     slices = SliceSet(store, store.indices("train"), context=context)

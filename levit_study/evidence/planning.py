@@ -83,6 +83,7 @@ class _TrainingTime(NamedTuple):
 
     def hours(self, trainings: int) -> float: return self.seconds * self.epochs * trainings / 3600
 
+# %% ../../nbs/54b_evidence.planning.ipynb #f8f40274
 def _recorded_cost(epochs: pd.DataFrame, seconds=None, number=None) -> _TrainingTime | None:
     "Return the cost of a training as recorded, or as given; None where neither is known"
     known = len(epochs) and epochs.seconds.notna().any()
@@ -161,6 +162,7 @@ def _one_dataset(cases, epochs, request):
     of_one = (part[part.dataset == dataset] if len(part) else part for part in (cases, epochs))
     return dataset, *of_one
 
+# %% ../../nbs/54b_evidence.planning.ipynb #0cda1ac3
 def _from_records(request):
     "As `_settled`, from the records of a study"
     dataset, cases, epochs = _one_dataset(*read_trainings(request.records), request)
@@ -186,6 +188,7 @@ def _settled(request):
 def _lines(table):
     return table.to_string(index=False, float_format=lambda x: f"{x:.4f}", na_rep="-")
 
+# %% ../../nbs/54b_evidence.planning.ipynb #5d8c2fc0
 def _spread_lines(spreads, source):
     "Return the table of spreads with its heading"
     rows = [{"comparison": name} | likely._asdict() for name, (likely, _) in spreads.items()]
@@ -226,4 +229,5 @@ def describe_plan(request: PlanRequest) -> str:
         parts.append([heading, _lines(table.map(_whole))])
     return "\n\n".join("\n".join(part) for part in parts)
 
+# %% ../../nbs/54b_evidence.planning.ipynb #646e1b6b
 def _whole(number): return "-" if pd.isna(number) else f"{number:g}"

@@ -27,6 +27,7 @@ def _facts(pairs) -> str: # Markdown
     rows = [(name, str(value)) for name, value in pairs if value not in (None, "", [], {})]
     return to_markdown(pd.DataFrame(rows, columns=["", "recorded"]))
 
+# %% ../../nbs/63f_report.cards.ipynb #f2b42225
 def _listed(values): return ", ".join(map(str, values))
 
 def _in_words(settings):
@@ -59,6 +60,7 @@ def _weights(folder): # folder: a run's, with its records
     at = len(parts) - 1 - parts[::-1].index("runs")
     return json_content(Path(*parts[:at - 1], "models", *parts[at + 1:], "card.json"))
 
+# %% ../../nbs/63f_report.cards.ipynb #935f8c6a
 def _trainings(runs) -> pd.DataFrame:
     "One row per training: seed, fold, minutes, machine, digest of its weights"
     rows = []
@@ -94,6 +96,7 @@ _USE = """## Use
 For research: to compare losses on the data named above. Not for diagnosis, treatment or any
 clinical decision; scans of other scanners, protocols or patients were not tested."""
 
+# %% ../../nbs/63f_report.cards.ipynb #3a522227
 def _loss_card(r: Records, dataset: str, loss: str) -> str: # Markdown
     "Return the card of the networks that were trained on a data set with a loss"
     title = f"{r.params.datasets[dataset].title}: {loss_name(loss)}"
@@ -127,6 +130,7 @@ def _composition(manifest) -> list: # of pairs
         ("groups", _listed(f"{name}: {count}" for name, count in groups.items())),
         ("files", f"{len(files)}, {size:.0f} MB, each with its SHA-256" if files else None)]
 
+# %% ../../nbs/63f_report.cards.ipynb #c456d656
 def _range(values, form="g"):
     values = sorted(value for value in values if value is not None)
     if not values: return None
@@ -144,6 +148,7 @@ def _shares(manifest) -> pd.DataFrame:
     return pd.DataFrame({"structure": total.index, "voxels": total.to_numpy(),
                          "share": shares, "cases without it": (counts == 0).sum().to_numpy()})
 
+# %% ../../nbs/63f_report.cards.ipynb #b746bdea
 def _oddities(manifest):
     rows = [*manifest.get("warnings", []), *manifest.get("skipped", [])]
     lines = [": ".join(filter(None, (row.get("case"), row.get("warning", row.get("reason")))))

@@ -20,6 +20,7 @@ def _paper_for(runs, about, paper):
     "The paper's table if it may be of a data set that is drawn, else None"
     return paper if any(map(about.paper_applies, runs["dataset"].unique())) else None
 
+# %% ../../nbs/61_report.figures.ipynb #db97dd91
 def _paper_value(paper, metric, loss):
     "The paper's number for a metric and loss, or NaN"
     if paper is None or loss not in paper: return np.nan
@@ -122,6 +123,7 @@ def _draw_curve(ax, epochs, column, **look):
         if len(curve) == 1:
             ax.vlines(curve.index, low, high, color=color, lw=1)
 
+# %% ../../nbs/61_report.figures.ipynb #cd9be8c1
 def _draw_dice(ax, epochs, losses, about):
     "Draw every loss's validation Dice"
     looks = about.looks(losses)
@@ -164,6 +166,7 @@ def _early_in_words(epochs):
     longer = epochs["epoch"].max() > _EARLY + 2
     return f" On the right: the first {_EARLY} epochs again." if longer else ""
 
+# %% ../../nbs/61_report.figures.ipynb #d54c32d3
 def _draw_shared(part, epochs, losses, about):
     "Draw the validation Dice of all losses; beside it the first epochs of a longer training"
     early, longer = epochs[epochs["epoch"] <= _EARLY], _early_in_words(epochs)

@@ -73,6 +73,7 @@ def readable_outputs(outputs):
         shown.append(output)
     return shown
 
+# %% ../../nbs/63_report.pages.ipynb #ccad4803
 def _last_bar_only(outputs):
     streams = [output for output in outputs if output.output_type == "stream"]
     drawn = [output for output in streams if _BAR.search(output.text)]
@@ -99,6 +100,7 @@ def figure_words(
             figures[_one_line(words["caption"])] = words | {"file": path.with_suffix(".png")}
     return figures
 
+# %% ../../nbs/63_report.pages.ipynb #1d409664
 def _one_line(text): return " ".join("".join(text).split())
 
 # %% ../../nbs/63_report.pages.ipynb #e21f584e
@@ -129,6 +131,7 @@ def _png_width(content: bytes) -> int: # pixels
     is_png = content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) >= 24
     return struct.unpack(">I", content[16:20])[0] if is_png else 0
 
+# %% ../../nbs/63_report.pages.ipynb #49e144c7
 def _with_better_copy(output, file): # -> width in pixels on the page, or 0 to leave it
     "Put the saved PNG of twice the resolution in place of the notebook's picture"
     content = Path(file).read_bytes() if file and Path(file).exists() else b""
@@ -142,6 +145,7 @@ def _is_picture(output):
     forms = output.get("data", {})
     return any(form.startswith("image/") for form in forms) and "text/html" not in forms
 
+# %% ../../nbs/63_report.pages.ipynb #6d74b7f9
 def _split_pictures(cell):
     "One cell per output if a cell has a picture and more, else the cell as it is"
     from nbformat.v4 import new_code_cell
@@ -167,6 +171,7 @@ def _made(stem, source, runs):
     page = f"/library/{origin.room.replace('.', '-')}"
     return f"{text} from {escaped(origin.records)}; drawn in [{escaped(origin.room)}]({page})."
 
+# %% ../../nbs/63_report.pages.ipynb #ba6c8897
 def _set_words(cell, alt, caption, width, made=""):
     "Give MyST-NB what it writes around a cell's picture"
     cell.metadata["mystnb"] = {"image": {"alt": alt}}
@@ -218,6 +223,7 @@ def _formula(node, block):
         code = f"<code>{html.escape(node.astext())}</code>"
     return f'<div class="math">{code}</div>' if block else code
 
+# %% ../../nbs/63_report.pages.ipynb #cd1ccb48
 def setup(app): # what Sphinx calls when it loads this module as an extension
     "Add the renderer `mathml` and a side bar that is made once to Sphinx"
     from docutils.nodes import SkipNode
@@ -267,6 +273,7 @@ SIDE_BAR = "sbt-sidebar-nav.html" # the theme's template, and what takes its pla
 SIDE_BAR_TEXT = ("{% set generate_toctree_html = study_side_bar(generate_toctree_html) %}"
                  f"{{% include 'components/{SIDE_BAR}' %}}")
 
+# %% ../../nbs/63_report.pages.ipynb #6e965dbb
 def _keep_side_bar(app, pagename, templatename, context, doctree): # Sphinx: html-page-context
     "Let the template `SIDE_BAR` write the side bar from the first page's"
     page = app.builder.get_target_uri(pagename)

@@ -26,6 +26,7 @@ def _frame(ax, view, spacing=None):
     for spine in ax.spines.values():
         spine.set_visible(False)
 
+# %% ../../nbs/61a_report.segmentations.ipynb #bf15c083
 def show_slice(
     ax,
     image, # (row, column)
@@ -54,6 +55,7 @@ def draw_contours(
         if inside[name].any() and not inside[name].all():
             ax.contour(inside[name], levels=[.5], colors=[colors[name]], **look)
 
+# %% ../../nbs/61a_report.segmentations.ipynb #60c9421e
 def _reach(mask):
     "The pixels of the upright box around a mask: a ring's is larger than that of what it encloses"
     return int(np.prod([np.ptp(places) + 1 for places in np.nonzero(mask)])) if mask.any() else 0
@@ -79,6 +81,7 @@ def _scale_bar(ax, view, spacing):
     ax.plot([x, x + length/pixel], [y, y], **line)
     ax.text(x, y - .04*height, f"{length} {unit}", **text)
 
+# %% ../../nbs/61a_report.segmentations.ipynb #58af008b
 def _edge(width): return [withStroke(linewidth=width, foreground="black")]
 
 # %% ../../nbs/61a_report.segmentations.ipynb #48eadbc5
@@ -151,8 +154,10 @@ def _draw_row(axes, example, losses, content, view):
             ax.imshow(errors, interpolation="nearest", aspect=ax.get_aspect())
             white = dict.fromkeys(structures, "white")
             draw_contours(ax, reference, structures, white, linewidths=.4)
-        else: draw_contours(ax, prediction, structures)
-        if content == "zoom": _draw_dashed(ax, reference, structures)
+        else:
+            draw_contours(ax, prediction, structures)
+        if content == "zoom":
+            _draw_dashed(ax, reference, structures)
 
 # %% ../../nbs/61a_report.segmentations.ipynb #1e71e8b7
 def _draw_example(part, example, losses, columns, about):

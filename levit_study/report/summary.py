@@ -30,7 +30,8 @@ def summary_html(
     "What was asked, what came out, how sure, from reports/organs.csv and reports/claims.csv"
     about, study, read = about_study(params), params.study, []
     organs, claims = (_read_table(name, root, study.datasets, read) for name in _NEEDED)
-    if claims is None: claims = pd.DataFrame(columns=_NEEDED["claims.csv"], dtype=str)
+    if claims is None:
+        claims = pd.DataFrame(columns=_NEEDED["claims.csv"], dtype=str)
     claims, untested = _without(claims, NOT_TESTED)
     claims, undecided = _without(claims, "no verdict")  # as on synthetic data
     page = report if Path(root, "reports", "report.ipynb").exists() else None
@@ -164,6 +165,7 @@ def _with_interval(row, name): # row: a mapping
 # %% ../../nbs/63a_report.summary.ipynb #8d4aa712
 _SPLITS = {"fold": "cross-validation", "test": "test", "valid": "validation"}
 
+# %% ../../nbs/63a_report.summary.ipynb #793b4207
 def _heading(rows, name): # rows: one data set's in organs.csv
     "The name of a data set and its patients"
     most = rows.groupby("split").patients.max()
@@ -249,7 +251,8 @@ def _without(claims, standing): # -> claims, the numbers of those left out
 # %% ../../nbs/63a_report.summary.ipynb #6959f730
 def _left_out(untested, undecided, page): # numbers of claims; page: with their numbers, or None
     "Say of which claims the table has no row, and why"
-    if untested: yield f"Not tested with these losses: {_listed(untested)} of the paper's claims."
+    if untested:
+        yield f"Not tested with these losses: {_listed(untested)} of the paper's claims."
     if not undecided: return
     words = f"{counted(len(undecided), 'claim')} of the paper"
     link = Markup('<a href="{}#the-paper-s-claims-one-by-one">{}</a>').format(page, words)
@@ -281,7 +284,8 @@ def _limits(organs, params: Params, about: About): # organs: a table or None
     least = organs.groupby("dataset").patients.min().to_dict() if organs is not None else {}
     few = [f"{about.dataset(d)} {least[d]:.0f}" for d in params.study.datasets
            if least.get(d, FEW) < FEW]
-    if few: yield Markup("<b>Few patients</b> in the smallest set: {}.").format(_listed(few))
+    if few:
+        yield Markup("<b>Few patients</b> in the smallest set: {}.").format(_listed(few))
     names = [about.dataset(dataset) for dataset in about.synthetic]
     if names:
         yield Markup("{}: <b>synthetic</b>. Such data show that the study works and decide"
