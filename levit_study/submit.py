@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from math import ceil
 from pathlib import Path
 
+from .evidence.words import counted
 from .files import StudyError
 from .processes import STOPPING
 from .job import Job, study_digest
@@ -28,8 +29,6 @@ def _in_words(cost: Cost | None) -> str:
     if cost is None: return "evaluation alone"
     return f"{cost.epochs} epochs of {spoken_time(cost.epoch)}: {spoken_time(cost.seconds)}"
 
-def _number(many: int, what: str) -> str: return f"{many} {what}" + "s" * (many != 1)
-
 def _plan_lines(
     costs: dict[Cell, Cost | None], # of what is missing; None: of an evaluation alone
     at_once: int,                   # trainings
@@ -38,11 +37,11 @@ def _plan_lines(
     if not costs: return ["nothing is missing: all trainings and evaluations are up to date"]
     lines = [f"{cell}: {_in_words(cost)}" for cell, cost in costs.items()]
     trained = [cost for cost in costs.values() if cost]
-    if not trained: return [*lines, f"{_number(len(costs), 'evaluation')}, no training"]
+    if not trained: return [*lines, f"{counted(len(costs), 'evaluation')}, no training"]
     known = [cost.seconds for cost in trained if cost.seconds == cost.seconds]
     total, rounds = sum(known), ceil(len(trained) / at_once)
     wall = spoken_time(max(total / at_once, rounds and max(known, default=0)))
-    about = _number(len(trained), "training")
+    about = counted(len(trained), "training")
     if known: about += f", {spoken_time(total)} in all, {wall} with {at_once} at a time"
     sources = ", ".join(sorted({cost.source for cost in trained} - {""})) or "none"
     unknown = len(trained) - len(known)
@@ -137,7 +136,7 @@ def _first_stages(params: Params) -> list[str]:
     "Return the stages that all trainings depend on"
     return ["code", *(f"prepare@{dataset}" for dataset in params.study.datasets)]
 
-# %% ../nbs/70d_submit.ipynb #75d097b9
+# %% ../nbs/70d_submit.ipynb #44e1d91b
 def _prepare(params: Params):
     "Make what all trainings depend on; `StudyError` if that fails"
     first = _first_stages(params)
@@ -163,6 +162,45 @@ def _costs(params: Params, cells: list[Cell], changed: set[str], gpu=None) -> di
         costs[cell] = cost if cost.source else expected_cost(params, cell, published, gpu)
     return costs
 
+# %% ../nbs/70d_submit.ipynb #3aac10d3
+def _here(cells: list[Cell], variables: list[dict], say):
+    "Run trainings on this machine, then what depends on them"
+    digest, root = study_digest(), os.getcwd()
+    logs = {cell: f"build/jobs/{'-'.join(map(str, cell))}.log" for cell in cells}
+    jobs = [Job(cell, root, digest, log=log) for cell, log in logs.items()]
+    failed = _run_local(jobs, variables, say)
+    if failed: raise StudyError(f"{len(failed)} of {len(cells)} trainings failed; {failed[0]}")
+    if call_dvc("--wait-for-lock", "repro").returncode:
+        raise StudyError("all trainings are done, the report is not; the reason is above")
+
+# %% ../nbs/70d_submit.ipynb #18613409
+def _to_slurm(cells: list[Cell], request: Request, say):
+    "Queue trainings"
+    jobs = queue(cells, request, study_digest()) if cells else {}
+    for cell, number in jobs.items(): say(f"{cell}: job {number}")
+    if jobs: say("their output: build/jobs; once they have ended: dvc repro")
+
+# %% ../nbs/70d_submit.ipynb #a9ef592a
+def _checked(params: Params, workers: int | None, request: Request | None) -> list[dict]:
+    "Return the workers' environments, none on a cluster; `StudyError` for what cannot run"
+    if not request:
+        gpus = _visible_gpus(params.compute.device)
+        return _worker_variables(workers, _cores(), gpus, _processes(params))
+    check_slurm(request)
+    check_shared(request)
+    _check_gpus(request.gpus, _processes(params))
+    return []
+
+# %% ../nbs/70d_submit.ipynb #1f33f8e5
+def _cores() -> int:
+    "Return the cores that this process may use"
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+def _processes(params: Params) -> int:
+    "Return the most processes that a training of the study runs in"
+    runs = [pick_run(params, *cell) for cell in all_cells(params)]
+    return max(run.training.processes for run in runs)
+
 # %% ../nbs/70d_submit.ipynb #a3b06f39
 def submit(
     workers: int | None = None,     # side by side on this machine
@@ -172,13 +210,7 @@ def submit(
 ):
     "Run or queue what is missing from this folder's study; `StudyError` for what is wrong"
     params = load_params()
-    if request:
-        check_slurm(request)
-        check_shared(request)
-        _check_gpus(request.gpus, _processes(params))
-    else:
-        gpus, processes = _visible_gpus(params.compute.device), _processes(params)
-        variables = _worker_variables(workers, _cores(), gpus, processes)
+    variables = _checked(params, workers, request)
     if not dry_run: _prepare(params)
     queued = queued_cells(all_cells(params)) if request else {}
     for cell, number in queued.items(): say(f"{cell}: in the queue already, as job {number}")
@@ -197,31 +229,3 @@ def submit(
         if first: say(f"first {', '.join(first)}, after which more may be missing")
     elif request: _to_slurm(cells, request, say)
     else: _here(cells, variables, say)
-
-# %% ../nbs/70d_submit.ipynb #0cbdefef
-def _cores() -> int:
-    "Return the cores that this process may use"
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-def _processes(params: Params) -> int:
-    "Return the most processes that a training of the study runs in"
-    runs = [pick_run(params, *cell) for cell in all_cells(params)]
-    return max(run.training.processes for run in runs)
-
-# %% ../nbs/70d_submit.ipynb #3aac10d3
-def _here(cells: list[Cell], variables: list[dict], say):
-    "Run trainings on this machine, then what depends on them"
-    digest, root = study_digest(), os.getcwd()
-    logs = {cell: f"build/jobs/{'-'.join(map(str, cell))}.log" for cell in cells}
-    jobs = [Job(cell, root, digest, log=log) for cell, log in logs.items()]
-    failed = _run_local(jobs, variables, say)
-    if failed: raise StudyError(f"{len(failed)} of {len(cells)} trainings failed; {failed[0]}")
-    if call_dvc("--wait-for-lock", "repro").returncode:
-        raise StudyError("all trainings are done, the report is not; the reason is above")
-
-# %% ../nbs/70d_submit.ipynb #18613409
-def _to_slurm(cells: list[Cell], request: Request, say):
-    "Queue trainings"
-    jobs = queue(cells, request, study_digest()) if cells else {}
-    for cell, number in jobs.items(): say(f"{cell}: job {number}")
-    if jobs: say("their output: build/jobs; once they have ended: dvc repro")

@@ -30,6 +30,70 @@ from ..model.network import LevitUNet
 from .evaluate import check_fits
 from .inference import Network, PredictionSettings, predict_volume
 
+# %% ../../nbs/42c_evaluation.engine.ipynb #6d3519f0
+LARGEST_DIFFERENCE = 0.002  # of the mean Dice on the validation cases
+LEAST_AGREEMENT = 0.75     # share of the voxels that either calls a structure
+
+def _check_scan(image, engine: Network, network: Network) -> dict:
+    "Compare the label maps of both on a scan; `StudyError` where they differ too much"
+    share = _agreement(*(predict_volume(each, image) for each in (engine, network)))
+    text = f"{share:.1%} of the voxels that either calls a structure have PyTorch's label"
+    if share < LEAST_AGREEMENT:
+        remedy = f"{LEAST_AGREEMENT:.0%} are asked; leave the engine out"
+        raise StudyError(f"{network.weights}: engine openvino, int8: on this scan {text}; {remedy}")
+    print("engine openvino: the data of these weights are not here; on this scan", text,
+          file=sys.stderr)
+    return {"agreement": share}
+
+# %% ../../nbs/42c_evaluation.engine.ipynb #27ed2266
+def _agreement(labels, others) -> float:
+    "The share of voxels with the same label, of those that either map calls a structure"
+    either = (labels > 0) | (others > 0)
+    return float((labels == others)[either].mean()) if either.any() else 1.0
+
+# %% ../../nbs/42c_evaluation.engine.ipynb #cceba5c3
+def _dice(labels, reference, values) -> list:
+    "The Dice of each structure; NaN where neither map has it"
+    pairs = [(labels == value, reference == value) for value in values]
+    sizes = [a.sum() + b.sum() for a, b in pairs]
+    return [2 * (a & b).sum() / n if n else np.nan for (a, b), n in zip(pairs, sizes, strict=True)]
+
+# %% ../../nbs/42c_evaluation.engine.ipynb #51661640
+def _valid_dice(store, networks) -> list:
+    "The mean Dice of networks on the validation cases: over structures, of means over cases"
+    scores = [[] for _ in networks]
+    for case in store.split("valid"):
+        volume = stored_volume(store, case)
+        for network, rows in zip(networks, scores, strict=True):
+            labels = predict_volume(network, volume.image)
+            rows.append(_dice(labels, volume.label, store.structures.values()))
+    return [float(np.nanmean(np.nanmean(rows, axis=0))) for rows in scores]
+
+# %% ../../nbs/42c_evaluation.engine.ipynb #45231baf
+def _check_cases(store, engine: Network, network: Network) -> dict:
+    "Compare the Dice of both on the validation cases; `StudyError` where int8 is another network"
+    count, (dice, expected) = len(store.split("valid")), _valid_dice(store, (engine, network))
+    scores = f"Dice on {count} validation cases {dice:.4f}, in PyTorch {expected:.4f}"
+    if not abs(dice - expected) <= LARGEST_DIFFERENCE:
+        remedy = "leave the engine out"
+        raise StudyError(f"{network.weights}: engine openvino, int8: {scores}; {remedy}")
+    print(f"engine openvino: {scores}", file=sys.stderr)
+    return {"valid_dice": dice, "valid_dice_pytorch": expected, "valid_cases": count}
+
+# %% ../../nbs/42c_evaluation.engine.ipynb #9d1ae141
+def _prepared(network: Network):
+    "The prepared data of these weights, where they lie in a project that has them; else None"
+    name = Path(str(network.card.get("dataset"))).name
+    for folder in Path(network.weights).absolute().parents:
+        path = folder / f"data/prepared/{name}.h5"
+        if not path.exists(): continue
+        try:
+            store = PreparedStore(path, network.card.get("fold"))
+            check_fits(store, network)
+        except StudyError: continue
+        if store.split("valid"): return store
+    return None
+
 # %% ../../nbs/42c_evaluation.engine.ipynb #13c9e113
 def _package(name):
     "OpenVINO or its quantiser, without usage reports; `StudyError` where it is not installed"
@@ -48,34 +112,12 @@ def _program(model):
         free = ({0: torch.export.Dim("batch")},)
         return torch.export.export(model, (images,), dynamic_shapes=free)
 
-# %% ../../nbs/42c_evaluation.engine.ipynb #33a13e1b
+# %% ../../nbs/42c_evaluation.engine.ipynb #5c109e2e
 def _exported(model):
     "A `LevitUNet` as OpenVINO reads it: float32, its usual image size, any number of images"
     network = _package("openvino").convert_model(_program(model))
     network.reshape([-1, model.in_channels, *model.image_size])
     return network
-
-# %% ../../nbs/42c_evaluation.engine.ipynb #012fffdd
-def _quantised(
-    network,  # from `_exported`
-    batches,  # list of (B,channels,size,size) float32 arrays
-):
-    "The network in int8, by the ranges that its maps have on these slices"
-    nncf = _package("nncf")
-    nncf.set_log_level(logging.ERROR)
-    mixed = nncf.QuantizationPreset.MIXED  # maps may be lopsided, as Hardswish makes them
-    with contextlib.redirect_stdout(io.StringIO()):  # it draws bars there
-        data = nncf.Dataset(batches)
-        fix = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
-        return nncf.quantize(network, data, subset_size=len(batches), preset=mixed,
-                             advanced_parameters=fix)
-
-# %% ../../nbs/42c_evaluation.engine.ipynb #040a4013
-def _training_batches(store, context, count=6, size=16) -> list:
-    "Slices of the training patients, evenly spaced, as a network sees them"
-    slices = SliceSet(store, store.indices("train"), context=context)
-    places = np.linspace(0, len(slices) - 1, count * size).astype(int)
-    return [slices.batch(part)[0].numpy() for part in np.split(places, count)]
 
 # %% ../../nbs/42c_evaluation.engine.ipynb #3ded84b3
 def _scan_batches(
@@ -88,6 +130,28 @@ def _scan_batches(
     seen = neighbours(range(len(image)), 0, len(image) - 1, network.context)
     squares = to_square(image, network.size, network.crop)
     return [as_channels(squares, part).numpy() for part in np.array_split(seen, count) if len(part)]
+
+# %% ../../nbs/42c_evaluation.engine.ipynb #8faa3b33
+def _training_batches(store, context, count=6, size=16) -> list:
+    "Slices of the training patients, evenly spaced, as a network sees them"
+    slices = SliceSet(store, store.indices("train"), context=context)
+    places = np.linspace(0, len(slices) - 1, count * size).astype(int)
+    return [slices.batch(part)[0].numpy() for part in np.split(places, count)]
+
+# %% ../../nbs/42c_evaluation.engine.ipynb #012fffdd
+def _quantised(
+    network,  # from `_exported`
+    batches,  # list of (B,channels,size,size) float32 arrays
+):
+    "The network in int8, by the ranges of its activations on these slices"
+    nncf = _package("nncf")
+    nncf.set_log_level(logging.ERROR)
+    mixed = nncf.QuantizationPreset.MIXED  # activations may be lopsided, as Hardswish makes them
+    with contextlib.redirect_stdout(io.StringIO()):  # it draws bars there
+        data = nncf.Dataset(batches)
+        fix = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
+        return nncf.quantize(network, data, subset_size=len(batches), preset=mixed,
+                             advanced_parameters=fix)
 
 # %% ../../nbs/42c_evaluation.engine.ipynb #aa707fe1
 class _Engine(nn.Module):
@@ -138,70 +202,6 @@ def _read_engine(path):
         problem = str(error).splitlines()[0][:80]
         remedy = "remove it, or move it away"
         raise StudyError(f"{path}: is not an engine ({problem}); {remedy}") from None
-
-# %% ../../nbs/42c_evaluation.engine.ipynb #cceba5c3
-LARGEST_DIFFERENCE = 0.002  # of the mean Dice on the validation cases
-LEAST_AGREEMENT = 0.75     # share of the voxels that either calls a structure
-
-def _dice(labels, reference, values) -> list:
-    "The Dice of each structure; NaN where neither map has it"
-    pairs = [(labels == value, reference == value) for value in values]
-    sizes = [a.sum() + b.sum() for a, b in pairs]
-    return [2 * (a & b).sum() / n if n else np.nan for (a, b), n in zip(pairs, sizes, strict=True)]
-
-# %% ../../nbs/42c_evaluation.engine.ipynb #0f4f8e0a
-def _agreement(labels, others) -> float:
-    "The share of voxels with the same label, of those that either map calls a structure"
-    either = (labels > 0) | (others > 0)
-    return float((labels == others)[either].mean()) if either.any() else 1.0
-
-# %% ../../nbs/42c_evaluation.engine.ipynb #c8c698b1
-def _valid_dice(store, networks) -> list:
-    "The mean Dice of networks on the validation cases: over structures, of means over cases"
-    scores = [[] for _ in networks]
-    for case in store.split("valid"):
-        volume = stored_volume(store, case)
-        for network, rows in zip(networks, scores, strict=True):
-            labels = predict_volume(network, volume.image)
-            rows.append(_dice(labels, volume.label, store.structures.values()))
-    return [float(np.nanmean(np.nanmean(rows, axis=0))) for rows in scores]
-
-# %% ../../nbs/42c_evaluation.engine.ipynb #9d1ae141
-def _prepared(network: Network):
-    "The prepared data of these weights, where they lie in a project that has them; else None"
-    name = Path(str(network.card.get("dataset"))).name
-    for folder in Path(network.weights).absolute().parents:
-        path = folder / f"data/prepared/{name}.h5"
-        if not path.exists(): continue
-        try:
-            store = PreparedStore(path, network.card.get("fold"))
-            check_fits(store, network)
-        except StudyError: continue
-        if store.split("valid"): return store
-    return None
-
-# %% ../../nbs/42c_evaluation.engine.ipynb #45231baf
-def _check_cases(store, engine: Network, network: Network) -> dict:
-    "Compare the Dice of both on the validation cases; `StudyError` where int8 is another network"
-    count, (dice, expected) = len(store.split("valid")), _valid_dice(store, (engine, network))
-    scores = f"Dice on {count} validation cases {dice:.4f}, in PyTorch {expected:.4f}"
-    if not abs(dice - expected) <= LARGEST_DIFFERENCE:
-        remedy = "leave the engine out"
-        raise StudyError(f"{network.weights}: engine openvino, int8: {scores}; {remedy}")
-    print(f"engine openvino: {scores}", file=sys.stderr)
-    return {"valid_dice": dice, "valid_dice_pytorch": expected, "valid_cases": count}
-
-# %% ../../nbs/42c_evaluation.engine.ipynb #6d3519f0
-def _check_scan(image, engine: Network, network: Network) -> dict:
-    "Compare the label maps of both on a scan; `StudyError` where they differ too much"
-    share = _agreement(*(predict_volume(each, image) for each in (engine, network)))
-    text = f"{share:.1%} of the voxels that either calls a structure have PyTorch's label"
-    if share < LEAST_AGREEMENT:
-        remedy = f"{LEAST_AGREEMENT:.0%} are asked; leave the engine out"
-        raise StudyError(f"{network.weights}: engine openvino, int8: on this scan {text}; {remedy}")
-    print("engine openvino: the data of these weights are not here; on this scan", text,
-          file=sys.stderr)
-    return {"agreement": share}
 
 # %% ../../nbs/42c_evaluation.engine.ipynb #20f95b75
 def load_engine(

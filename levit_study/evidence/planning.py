@@ -83,7 +83,7 @@ class _TrainingTime(NamedTuple):
 
     def hours(self, trainings: int) -> float: return self.seconds * self.epochs * trainings / 3600
 
-# %% ../../nbs/54b_evidence.planning.ipynb #ba1a79d7
+# %% ../../nbs/54b_evidence.planning.ipynb #f8f40274
 def _recorded_cost(epochs: pd.DataFrame, seconds=None, number=None) -> _TrainingTime | None:
     "Return the cost of a training as recorded, or as given; None where neither is known"
     known = len(epochs) and epochs.seconds.notna().any()
@@ -139,6 +139,17 @@ def _assumed_sd(records, dataset):
     params = load_params(file)
     return pick_evaluation(params, dataset).seed_sd if dataset in params.datasets else SEED_SD
 
+# %% ../../nbs/54b_evidence.planning.ipynb #dec8be07
+def _from_given(request):
+    "As `_settled`, where both spreads are given and no records"
+    if not request.patients: raise StudyError("without records: give --patients")
+    request = request._replace(folds=request.folds or (1,), seeds=request.seeds or (1,),
+                               losses=request.losses or 2)
+    trained = dict(training=2**.5 * request.seed_sd, assumed=request.seed_sd)
+    given = Spreads(request.patient_sd, **trained)
+    cost = _recorded_cost(pd.DataFrame(), request.seconds, request.epochs)
+    return request, {"first - second": (given, given)}, cost, ""
+
 # %% ../../nbs/54b_evidence.planning.ipynb #a3def272
 def _one_dataset(cases, epochs, request):
     "Return cases and epochs of the data set asked for; `StudyError` names those to choose from"
@@ -151,16 +162,9 @@ def _one_dataset(cases, epochs, request):
     of_one = (part[part.dataset == dataset] if len(part) else part for part in (cases, epochs))
     return dataset, *of_one
 
-def _settled(request):
-    "Return what was asked with the gaps filled, spreads, cost, and a line about the records"
-    if request.patient_sd is not None and request.seed_sd is not None and request.records is None:
-        trained = dict(training=2**.5 * request.seed_sd, assumed=request.seed_sd)
-        given = Spreads(request.patient_sd, **trained)
-        if not request.patients: raise StudyError("without records: give --patients")
-        request = request._replace(folds=request.folds or (1,), seeds=request.seeds or (1,),
-                                   losses=request.losses or 2)
-        spreads = {"first - second": (given, given)}
-        return request, spreads, _recorded_cost(pd.DataFrame(), request.seconds, request.epochs), ""
+# %% ../../nbs/54b_evidence.planning.ipynb #0cda1ac3
+def _from_records(request):
+    "As `_settled`, from the records of a study"
     dataset, cases, epochs = _one_dataset(*read_trainings(request.records), request)
     given = request.patient_sd, request.seed_sd
     spreads = recorded_spreads(cases, *given, _assumed_sd(request.records, dataset))
@@ -174,14 +178,17 @@ def _settled(request):
     source = f"{request.records}, {dataset}: {patients} patients, {trainings} trainings per loss"
     return request, spreads, _recorded_cost(epochs, request.seconds, request.epochs), source
 
+# %% ../../nbs/54b_evidence.planning.ipynb #5e7db2dd
+def _settled(request):
+    "Return what was asked with the gaps filled, spreads, cost, and a line about the records"
+    all_given = None not in (request.patient_sd, request.seed_sd)
+    return (_from_given if all_given and request.records is None else _from_records)(request)
+
 # %% ../../nbs/54b_evidence.planning.ipynb #5b07b761
 def _lines(table):
     return table.to_string(index=False, float_format=lambda x: f"{x:.4f}", na_rep="-")
 
-# %% ../../nbs/54b_evidence.planning.ipynb #fc56cf03
-def _whole(number): return "-" if pd.isna(number) else f"{number:g}"
-
-# %% ../../nbs/54b_evidence.planning.ipynb #e1a9b029
+# %% ../../nbs/54b_evidence.planning.ipynb #5d8c2fc0
 def _spread_lines(spreads, source):
     "Return the table of spreads with its heading"
     rows = [{"comparison": name} | likely._asdict() for name, (likely, _) in spreads.items()]
@@ -221,3 +228,6 @@ def describe_plan(request: PlanRequest) -> str:
         heading = f"Fewest seeds that decide {request.difference:g} Dice (-: 20 do not)"
         parts.append([heading, _lines(table.map(_whole))])
     return "\n\n".join("\n".join(part) for part in parts)
+
+# %% ../../nbs/54b_evidence.planning.ipynb #646e1b6b
+def _whole(number): return "-" if pd.isna(number) else f"{number:g}"

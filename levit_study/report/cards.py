@@ -10,12 +10,13 @@ import re
 from pathlib import Path
 import pandas as pd
 from ..evidence.tables import to_markdown
+from ..evidence.words import counted, judged_on
 from ..networks import network_name
 from ..params import Params, pick_run
 from .checklists import checklist_text
 from .contents import Page
 from .pages import escaped
-from .parts import counted, table_in_words
+from .parts import table_in_words
 from ..evidence.manifests import json_content
 from .records import Records, patients_in_words, read_records
 from .studies import published_studies
@@ -27,8 +28,30 @@ def _facts(pairs) -> str: # Markdown
     rows = [(name, str(value)) for name, value in pairs if value not in (None, "", [], {})]
     return to_markdown(pd.DataFrame(rows, columns=["", "recorded"]))
 
-# %% ../../nbs/63f_report.cards.ipynb #d8fe8141
+# %% ../../nbs/63f_report.cards.ipynb #f2b42225
 def _listed(values): return ", ".join(map(str, values))
+
+def _in_words(settings):
+    return _listed(f"{name} {value}" for name, value in settings.items() if value is not None)
+
+# %% ../../nbs/63f_report.cards.ipynb #3ff4d18c
+def _trained(r: Records, dataset, loss) -> str: # Markdown
+    "What was trained, on what, from which start"
+    settings = r.params.datasets[dataset]
+    run = pick_run(r.params, dataset, loss, r.params.study.seeds[0])
+    t, data = run.training, settings.data  # a loss may have terms of its own
+    start = "random" if settings.model.pretrained is False else settings.model.pretrained
+    return _facts([
+        ("network", network_name(settings.model)),
+        ("loss", f"{loss_name(loss)}: {_in_words(run.loss_settings)}"),
+        ("data set", escaped(settings.title) + " (synthetic)" * settings.synthetic),
+        ("patients", patients_in_words(r, dataset)),
+        ("input", f"slices of {data.size} × {data.size} pixels, intensity {data.intensity}"),
+        ("output", _listed(data.structures)),
+        ("start", start),
+        ("training", f"{t.optimiser}, learning rate {t.learning_rate:g}, {t.schedule}, batch "
+                     f"{t.batch_size}, {counted(t.epochs, 'epoch')}, augmentation "
+                     f"{t.augmentation}")])
 
 # %% ../../nbs/63f_report.cards.ipynb #dd840729
 def _weights(folder): # folder: a run's, with its records
@@ -38,7 +61,7 @@ def _weights(folder): # folder: a run's, with its records
     at = len(parts) - 1 - parts[::-1].index("runs")
     return json_content(Path(*parts[:at - 1], "models", *parts[at + 1:], "card.json"))
 
-# %% ../../nbs/63f_report.cards.ipynb #e865b1fa
+# %% ../../nbs/63f_report.cards.ipynb #935f8c6a
 def _trainings(runs) -> pd.DataFrame:
     "One row per training: seed, fold, minutes, machine, digest of its weights"
     rows = []
@@ -68,34 +91,13 @@ def _structures(r: Records, dataset, loss) -> pd.DataFrame:
              "unit"]
     return rows[[name for name in names if name in rows]]
 
-# %% ../../nbs/63f_report.cards.ipynb #3ff4d18c
+# %% ../../nbs/63f_report.cards.ipynb #33d4f506
 _USE = """## Use
 
 For research: to compare losses on the data named above. Not for diagnosis, treatment or any
 clinical decision; scans of other scanners, protocols or patients were not tested."""
 
-def _trained(r: Records, dataset, loss) -> str: # Markdown
-    "What was trained, on what, from which start"
-    settings = r.params.datasets[dataset]
-    run = pick_run(r.params, dataset, loss, r.params.study.seeds[0])
-    t, data = run.training, settings.data  # a loss may have terms of its own
-    start = "random" if settings.model.pretrained is False else settings.model.pretrained
-    return _facts([
-        ("network", network_name(settings.model)),
-        ("loss", f"{loss_name(loss)}: {_in_words(run.loss_settings)}"),
-        ("data set", escaped(settings.title) + " (synthetic)" * settings.synthetic),
-        ("patients", patients_in_words(r, dataset)),
-        ("input", f"slices of {data.size} × {data.size} pixels, intensity {data.intensity}"),
-        ("output", _listed(data.structures)),
-        ("start", start),
-        ("training", f"{t.optimiser}, learning rate {t.learning_rate:g}, {t.schedule}, batch "
-                     f"{t.batch_size}, {counted(t.epochs, 'epoch')}, augmentation "
-                     f"{t.augmentation}")])
-
-def _in_words(settings):
-    return _listed(f"{name} {value}" for name, value in settings.items() if value is not None)
-
-# %% ../../nbs/63f_report.cards.ipynb #33d4f506
+# %% ../../nbs/63f_report.cards.ipynb #3a522227
 def _loss_card(r: Records, dataset: str, loss: str) -> str: # Markdown
     "Return the card of the networks that were trained on a data set with a loss"
     title = f"{r.params.datasets[dataset].title}: {loss_name(loss)}"
@@ -104,19 +106,9 @@ def _loss_card(r: Records, dataset: str, loss: str) -> str: # Markdown
     if not runs: return "\n\n".join([*parts, "Not trained yet."])
     parts += ["## Trainings", to_markdown(_trainings(runs))]
     if len(scores):
-        judges = {"test": "Test patients, used for no choice.",
-                  "fold": "Cross-validation: each patient by networks that never saw them.",
-                  "valid": "Validation patients, also used to choose the epoch: optimistic."}
-        shown = to_markdown(table_in_words(scores, {}, {}))
-        parts += ["## Scores", judges[r.judged[dataset]], shown]
+        whom = judged_on(r.judged[dataset], scores.patients.max(), in_full=True)
+        parts += [f"## Scores\n\nOf {whom}.", to_markdown(table_in_words(scores, {}, {}))]
     return "\n\n".join([*parts, _USE, f"All numbers: [results]({r.page})."])
-
-# %% ../../nbs/63f_report.cards.ipynb #f03a7956
-def _range(values, form="g"):
-    values = sorted(value for value in values if value is not None)
-    if not values: return None
-    low, high = (f"{each:{form}}" for each in (values[0], values[-1]))
-    return low if low == high else f"{low} to {high}"
 
 # %% ../../nbs/63f_report.cards.ipynb #c3d7687e
 def _composition(manifest) -> list: # of pairs
@@ -136,6 +128,13 @@ def _composition(manifest) -> list: # of pairs
         ("groups", _listed(f"{name}: {count}" for name, count in groups.items())),
         ("files", f"{len(files)}, {size:.0f} MB, each with its SHA-256" if files else None)]
 
+# %% ../../nbs/63f_report.cards.ipynb #c456d656
+def _range(values, form="g"):
+    values = sorted(value for value in values if value is not None)
+    if not values: return None
+    low, high = (f"{each:{form}}" for each in (values[0], values[-1]))
+    return low if low == high else f"{low} to {high}"
+
 # %% ../../nbs/63f_report.cards.ipynb #9f1fcb26
 def _shares(manifest) -> pd.DataFrame:
     "Voxels of each structure, and their share"
@@ -147,7 +146,7 @@ def _shares(manifest) -> pd.DataFrame:
     return pd.DataFrame({"structure": total.index, "voxels": total.to_numpy(),
                          "share": shares, "cases without it": (counts == 0).sum().to_numpy()})
 
-# %% ../../nbs/63f_report.cards.ipynb #96ebcd07
+# %% ../../nbs/63f_report.cards.ipynb #b746bdea
 def _oddities(manifest):
     rows = [*manifest.get("warnings", []), *manifest.get("skipped", [])]
     lines = [": ".join(filter(None, (row.get("case"), row.get("warning", row.get("reason")))))
@@ -186,6 +185,7 @@ def _without_dead_links(text, paths):
         return match[0] if match[2] in paths else match[1]
     return re.sub(r"\[([^\[\]]*)\]\(/([^)#]+)(?:#[^)]*)?\)", keep, text)
 
+# %% ../../nbs/63f_report.cards.ipynb #4e8ce5cd
 def _pages_of(r: Records, start, part, above="") -> list[Page]:
     "Checklists, datasheets and model cards of one study"
     title = "Reviewer's checklists"

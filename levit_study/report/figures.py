@@ -16,6 +16,78 @@ from .parts import bands, finished, label_rows, legend_below, loss_handles
 from .parts import has_spread, means_in_words, shown_number, per_training
 from .parts import print_right, row_height, shown_score, wrapped
 
+# %% ../../nbs/61_report.figures.ipynb #34b946b2
+def _paper_for(runs, about, paper):
+    "The paper's table if it may be of a data set that is drawn, else None"
+    return paper if any(map(about.paper_applies, runs["dataset"].unique())) else None
+
+# %% ../../nbs/61_report.figures.ipynb #db97dd91
+def _paper_value(paper, metric, loss):
+    "The paper's number for a metric and loss, or NaN"
+    if paper is None or loss not in paper: return np.nan
+    values = paper.loc[paper["metric"] == metric, loss]
+    return float(values.iloc[0]) if len(values) else np.nan
+
+# %% ../../nbs/61_report.figures.ipynb #faefb675
+def _notes(paper, metrics):
+    "What the diamonds are, with the notes of the paper's table on the metrics drawn"
+    if paper is None: return ""
+    words = (" Hollow diamonds: the paper's Table 1, whose data set is not stated"
+             " (its text speaks of abdominal CT).")
+    rows = paper[paper["metric"].isin(metrics)].dropna(subset="note") if "note" in paper else None
+    if rows is None or rows.empty: return words
+    names = [NAMES[metric].split(" (")[0] for metric in rows["metric"]]
+    pairs = zip(names, rows["note"], strict=True)
+    notes = "; ".join(f"{name[0].lower()}{name[1:]} ({note})" for name, note in pairs)
+    return f"{words} Notes on its {notes}."
+
+# %% ../../nbs/61_report.figures.ipynb #d258b4cf
+def _draw_runs(ax, runs, metric, losses, about, paper, bars):
+    "Draw per loss: bar or mark for the mean, range and dots of the trainings, the paper's diamond"
+    looks, means = about.looks(losses), []
+    for row, loss in enumerate(losses):
+        values, color = runs.loc[runs["loss"] == loss, metric].dropna(), looks[loss]["color"]
+        means.append(values.mean())
+        mark = dict(marker=looks[loss]["marker"], ms=5.4, mec="white", mew=.6, zorder=4.5)
+        dot = dict(ms=2.6, mec="white", mew=.3, alpha=.7, zorder=4)
+        diamond = dict(marker="D", ms=4.6, mfc="none", mec="#222222", mew=.9, zorder=5)
+        if bars:
+            ax.barh(row, means[-1] if len(values) else 0, .62, color=color, alpha=.3, lw=0)
+        elif len(values):
+            ax.plot(means[-1], row, color=color, **mark)
+        ax.plot([values.min(), values.max()], [row, row], color=color, lw=1.2)
+        spread = np.linspace(-.16, .16, len(values) + 2)[1:-1]
+        ax.plot(values, row + spread, "o", color=color, **dot)
+        ax.plot(_paper_value(paper, metric, loss), row, **diamond)
+    label_rows(ax, [about.name(loss) for loss in losses])
+    print_right(ax, [shown_score(mean, metric) for mean in means])
+
+# %% ../../nbs/61_report.figures.ipynb #e1f4874f
+_GRID = "the network's"  # epochs are scored there
+
+def _metric_panels(runs, metrics, about, paper, bars):
+    "Draw a panel per metric and a band of panels per data set"
+    losses = list(runs["loss"].unique())
+    height = len(losses)*row_height([about.name(loss) for loss in losses]) + 20
+    figure, parts = bands(runs, [height]*runs["dataset"].nunique(), about)
+    for dataset, part in parts.items():
+        axes = part.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+        shown = paper if about.paper_applies(dataset) else None
+        for ax, metric in zip(axes, metrics, strict=True):
+            _draw_runs(ax, runs[runs["dataset"] == dataset], metric, losses, about, shown, bars)
+            ax.set_xlabel(about.name(metric))
+            ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+    return figure
+
+# %% ../../nbs/61_report.figures.ipynb #4cfc654d
+def _run_handles(paper):
+    "Legend of trainings, range and the paper's marks, grey because the rows carry the colours"
+    handles = [Line2D([], [], color="#555555", marker="o", ms=2.6, ls="none", label="one training"),
+               Line2D([], [], color="#555555", lw=1.2, label="range of trainings")]
+    if paper is None: return handles
+    look = dict(marker="D", ls="none", mfc="none", mec="#222222")
+    return [*handles, Line2D([], [], label="the paper (Table 1)", **look)]
+
 # %% ../../nbs/61_report.figures.ipynb #68b77dca
 @study_style()
 def fig1(
@@ -39,149 +111,6 @@ def fig1(
     alt = f"Horizontal bars, one per loss. {means_in_words(runs, metrics, about)}"
     return finished(figure, "Last epoch: losses, Dice and Jaccard", body, alt, runs, about)
 
-# %% ../../nbs/61_report.figures.ipynb #e1f4874f
-_GRID = "the network's"  # epochs are scored there
-
-def _metric_panels(runs, metrics, about, paper, bars):
-    "Draw a panel per metric and a band of panels per data set"
-    losses = list(runs["loss"].unique())
-    height = len(losses)*row_height([about.name(loss) for loss in losses]) + 20
-    figure, parts = bands(runs, [height]*runs["dataset"].nunique(), about)
-    for dataset, part in parts.items():
-        axes = part.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-        shown = paper if about.paper_applies(dataset) else None
-        for ax, metric in zip(axes, metrics, strict=True):
-            _draw_runs(ax, runs[runs["dataset"] == dataset], metric, losses, about, shown, bars)
-            ax.set_xlabel(about.name(metric))
-            ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
-    return figure
-
-# %% ../../nbs/61_report.figures.ipynb #d258b4cf
-def _draw_runs(ax, runs, metric, losses, about, paper, bars):
-    "Draw per loss: bar or mark for the mean, range and dots of the trainings, the paper's diamond"
-    looks, means = about.looks(losses), []
-    for row, loss in enumerate(losses):
-        values, color = runs.loc[runs["loss"] == loss, metric].dropna(), looks[loss]["color"]
-        means.append(values.mean())
-        mark = dict(marker=looks[loss]["marker"], ms=5.4, mec="white", mew=.6, zorder=4.5)
-        dot = dict(ms=2.6, mec="white", mew=.3, alpha=.7, zorder=4)
-        diamond = dict(marker="D", ms=4.6, mfc="none", mec="#222222", mew=.9, zorder=5)
-        if bars:
-            ax.barh(row, means[-1] if len(values) else 0, .62, color=color, alpha=.3, lw=0)
-        elif len(values):
-            ax.plot(means[-1], row, color=color, **mark)
-        ax.plot([values.min(), values.max()], [row, row], color=color, lw=1.2)
-        spread = np.linspace(-.16, .16, len(values) + 2)[1:-1]
-        ax.plot(values, row + spread, "o", color=color, **dot)
-        ax.plot(_paper_value(paper, metric, loss), row, **diamond)
-    label_rows(ax, [about.name(loss) for loss in losses])
-    print_right(ax, [shown_score(mean, metric) for mean in means])
-
-# %% ../../nbs/61_report.figures.ipynb #34b946b2
-def _paper_for(runs, about, paper):
-    "The paper's table if it may be of a data set that is drawn, else None"
-    return paper if any(map(about.paper_applies, runs["dataset"].unique())) else None
-
-# %% ../../nbs/61_report.figures.ipynb #041b804b
-def _paper_value(paper, metric, loss):
-    "The paper's number for a metric and loss, or NaN"
-    if paper is None or loss not in paper: return np.nan
-    values = paper.loc[paper["metric"] == metric, loss]
-    return float(values.iloc[0]) if len(values) else np.nan
-
-# %% ../../nbs/61_report.figures.ipynb #faefb675
-def _notes(paper, metrics):
-    "What the diamonds are, with the notes of the paper's table on the metrics drawn"
-    if paper is None: return ""
-    words = (" Hollow diamonds: the paper's Table 1, whose data set is not stated"
-             " (its text speaks of abdominal CT).")
-    rows = paper[paper["metric"].isin(metrics)].dropna(subset="note") if "note" in paper else None
-    if rows is None or rows.empty: return words
-    names = [NAMES[metric].split(" (")[0] for metric in rows["metric"]]
-    pairs = zip(names, rows["note"], strict=True)
-    notes = "; ".join(f"{name[0].lower()}{name[1:]} ({note})" for name, note in pairs)
-    return f"{words} Notes on its {notes}."
-
-# %% ../../nbs/61_report.figures.ipynb #4cfc654d
-def _run_handles(paper):
-    "Legend of trainings, range and the paper's marks, grey because the rows carry the colours"
-    handles = [Line2D([], [], color="#555555", marker="o", ms=2.6, ls="none", label="one training"),
-               Line2D([], [], color="#555555", lw=1.2, label="range of trainings")]
-    if paper is None: return handles
-    look = dict(marker="D", ls="none", mfc="none", mec="#222222")
-    return [*handles, Line2D([], [], label="the paper (Table 1)", **look)]
-
-# %% ../../nbs/61_report.figures.ipynb #063bed05
-_THIN = {"linewidth": .7}
-
-@study_style()
-def fig2(
-    epochs, # dataset, loss, seed, epoch, train_loss, valid_loss, valid_dice; a row per epoch
-    about=About(), # what the caption must say
-): # -> Picture
-    "Draw both losses over the epochs, an axis per loss, and the validation Dice on shared axes"
-    columns = ["dataset", "loss", "seed", "epoch", "train_loss", "valid_loss", "valid_dice"]
-    checked(epochs, "fig2", columns)
-    losses = list(epochs["loss"].unique())
-    about = replace(about, protocol="", grid=_GRID)
-    heights = [-(-len(losses)//4)*36 + 62 + 2*len(losses)]*epochs["dataset"].nunique()
-    figure, parts = bands(epochs, heights, about, extra=18)
-    for dataset, part in parts.items():
-        _draw_course(part, epochs[epochs["dataset"] == dataset], losses, about)
-    grey = [Line2D([], [], color="#555555", label="training loss", **_THIN),
-            Line2D([], [], color="#555555", label="validation loss")]
-    legend_below(figure, [*grey, *loss_handles(losses, about)])
-    band = "; bands: smallest to largest training" if has_spread(epochs) else ""
-    body = (f"Lines: mean over trainings{band}. Upper panels: training loss thin, validation loss"
-            " thick, each loss on its own scale. Colour and line style are those of the loss in"
-            " all panels. At the foot of the shared axis, one row per loss: the best epoch of the"
-            " mean validation Dice, and as dots the best epoch of each training."
-            f"{_early_in_words(epochs)}")
-    alt = f"Line charts. {_course_in_words(epochs, about)}"
-    return finished(figure, "Training and validation over the epochs", body, alt, epochs, about)
-
-# %% ../../nbs/61_report.figures.ipynb #c53086cb
-_EARLY = 10  # epochs
-
-def _early_in_words(epochs):
-    "Say that the first epochs are drawn again; empty where there are hardly more"
-    longer = epochs["epoch"].max() > _EARLY + 2
-    return f" On the right: the first {_EARLY} epochs again." if longer else ""
-
-# %% ../../nbs/61_report.figures.ipynb #a5f8eb3c
-def _draw_course(part, epochs, losses, about):
-    "Fill a data set's band: a panel per loss, then the shared Dice, all epochs and the first ones"
-    rows, looks = ceil(len(losses)/4), about.looks(losses)
-    columns = ceil(len(losses)/rows)
-    above, below = part.subfigures(2, 1, height_ratios=[rows*36, 50 + 2*len(losses)])
-    axes = above.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes[len(losses):]:
-        ax.set_axis_off()
-    for ax, loss in zip(axes, losses, strict=False):
-        of_loss = epochs[epochs["loss"] == loss]
-        line = {key: looks[loss][key] for key in ("color", "linestyle")}
-        _draw_curve(ax, of_loss, "train_loss", **line | _THIN)
-        _draw_curve(ax, of_loss, "valid_loss", **line)
-        ax.set(title=wrapped(about.name(loss), 26), ylabel="Loss (own scale)")
-    _draw_shared(below, epochs, losses, about)
-    for ax in (*axes[:len(losses)], *below.axes):
-        ax.set_xlabel("Epoch")
-        locator = matplotlib.ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
-        ax.xaxis.set_major_locator(locator)
-
-# %% ../../nbs/61_report.figures.ipynb #c2458de0
-def _draw_shared(part, epochs, losses, about):
-    "Draw the validation Dice of all losses; beside it the first epochs of a longer training"
-    early, longer = epochs[epochs["epoch"] <= _EARLY], _early_in_words(epochs)
-    axes = part.subplots(1, 2, width_ratios=[3, 2]) if longer else [part.subplots()]
-    _draw_dice(axes[0], epochs, losses, about)
-    together = "all losses" if len(losses) > 1 else about.name(losses[0])
-    axes[0].set_title(together)
-    _draw_best(axes[0], epochs, losses, about)
-    if longer:
-        _draw_dice(axes[1], early, losses, about)
-        axes[1].set_title(f"{together}, first {_EARLY} epochs")
-
 # %% ../../nbs/61_report.figures.ipynb #43c0434b
 def _draw_curve(ax, epochs, column, **look):
     "Draw the mean over trainings with their range; a single epoch becomes a mark"
@@ -194,9 +123,8 @@ def _draw_curve(ax, epochs, column, **look):
         ax.fill_between(curve.index, low, high, color=color, alpha=.16, lw=0)
         if len(curve) == 1:
             ax.vlines(curve.index, low, high, color=color, lw=1)
-    return curve["mean"]
 
-# %% ../../nbs/61_report.figures.ipynb #4241d0a4
+# %% ../../nbs/61_report.figures.ipynb #cd9be8c1
 def _draw_dice(ax, epochs, losses, about):
     "Draw every loss's validation Dice"
     looks = about.looks(losses)
@@ -231,6 +159,50 @@ def _draw_best(ax, epochs, losses, about):
         mark = dict(marker=look["marker"], mec="white", mew=.5, ms=5, zorder=4, transform=place)
         ax.plot(best, y, color=look["color"], **mark)
 
+# %% ../../nbs/61_report.figures.ipynb #c53086cb
+_EARLY = 10  # epochs
+
+def _early_in_words(epochs):
+    "Say that the first epochs are drawn again; empty where there are hardly more"
+    longer = epochs["epoch"].max() > _EARLY + 2
+    return f" On the right: the first {_EARLY} epochs again." if longer else ""
+
+# %% ../../nbs/61_report.figures.ipynb #d54c32d3
+def _draw_shared(part, epochs, losses, about):
+    "Draw the validation Dice of all losses; beside it the first epochs of a longer training"
+    early, longer = epochs[epochs["epoch"] <= _EARLY], _early_in_words(epochs)
+    axes = part.subplots(1, 2, width_ratios=[3, 2]) if longer else [part.subplots()]
+    _draw_dice(axes[0], epochs, losses, about)
+    together = "all losses" if len(losses) > 1 else about.name(losses[0])
+    axes[0].set_title(together)
+    _draw_best(axes[0], epochs, losses, about)
+    if longer:
+        _draw_dice(axes[1], early, losses, about)
+        axes[1].set_title(f"{together}, first {_EARLY} epochs")
+
+# %% ../../nbs/61_report.figures.ipynb #a5f8eb3c
+_THIN = {"linewidth": .7}
+
+def _draw_course(part, epochs, losses, about):
+    "Fill a data set's band: a panel per loss, then the shared Dice, all epochs and the first ones"
+    rows, looks = ceil(len(losses)/4), about.looks(losses)
+    columns = ceil(len(losses)/rows)
+    above, below = part.subfigures(2, 1, height_ratios=[rows*36, 50 + 2*len(losses)])
+    axes = above.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[len(losses):]:
+        ax.set_axis_off()
+    for ax, loss in zip(axes, losses, strict=False):
+        of_loss = epochs[epochs["loss"] == loss]
+        line = {key: looks[loss][key] for key in ("color", "linestyle")}
+        _draw_curve(ax, of_loss, "train_loss", **line | _THIN)
+        _draw_curve(ax, of_loss, "valid_loss", **line)
+        ax.set(title=wrapped(about.name(loss), 26), ylabel="Loss (own scale)")
+    _draw_shared(below, epochs, losses, about)
+    for ax in (*axes[:len(losses)], *below.axes):
+        ax.set_xlabel("Epoch")
+        locator = matplotlib.ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10])
+        ax.xaxis.set_major_locator(locator)
+
 # %% ../../nbs/61_report.figures.ipynb #3b49ba53
 def _course_in_words(epochs, about):
     "Put best epoch and best mean validation Dice per data set and loss into words"
@@ -240,6 +212,33 @@ def _course_in_words(epochs, about):
         best = f"{shown_number(curve.max())} at epoch {curve.idxmax()[2]}"
         words.append(f"{about.dataset(dataset)}, {about.name(loss)}: {best}")
     return f"Best mean validation Dice: {'; '.join(words)}."
+
+# %% ../../nbs/61_report.figures.ipynb #063bed05
+@study_style()
+def fig2(
+    epochs, # dataset, loss, seed, epoch, train_loss, valid_loss, valid_dice; a row per epoch
+    about=About(), # what the caption must say
+): # -> Picture
+    "Draw both losses over the epochs, an axis per loss, and the validation Dice on shared axes"
+    columns = ["dataset", "loss", "seed", "epoch", "train_loss", "valid_loss", "valid_dice"]
+    checked(epochs, "fig2", columns)
+    losses = list(epochs["loss"].unique())
+    about = replace(about, protocol="", grid=_GRID)
+    heights = [-(-len(losses)//4)*36 + 62 + 2*len(losses)]*epochs["dataset"].nunique()
+    figure, parts = bands(epochs, heights, about, extra=18)
+    for dataset, part in parts.items():
+        _draw_course(part, epochs[epochs["dataset"] == dataset], losses, about)
+    grey = [Line2D([], [], color="#555555", label="training loss", **_THIN),
+            Line2D([], [], color="#555555", label="validation loss")]
+    legend_below(figure, [*grey, *loss_handles(losses, about)])
+    band = "; bands: smallest to largest training" if has_spread(epochs) else ""
+    body = (f"Lines: mean over trainings{band}. Upper panels: training loss thin, validation loss"
+            " thick, each loss on its own scale. Colour and line style are those of the loss in"
+            " all panels. At the foot of the shared axis, one row per loss: the best epoch of the"
+            " mean validation Dice, and as dots the best epoch of each training."
+            f"{_early_in_words(epochs)}")
+    alt = f"Line charts. {_course_in_words(epochs, about)}"
+    return finished(figure, "Training and validation over the epochs", body, alt, epochs, about)
 
 # %% ../../nbs/61_report.figures.ipynb #34278b28
 @study_style()

@@ -88,7 +88,7 @@ def _draw(ax, table, settings, losses, about):
     ax.axvline(0, color="#222222", lw=.8)
     draw_intervals(ax, rows, settings, {loss: looks[loss] for loss in losses}, _reach(table))
     ax.set_yticks(range(len(settings)), [each.replace("; ", "\n") for each in settings])
-    ax.xaxis.set_major_locator(MaxNLocator(6))
+    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     ax.set_xlabel("Difference in mean Dice")
 
 def _number(rows):

@@ -26,7 +26,7 @@ def _frame(ax, view, spacing=None):
     for spine in ax.spines.values():
         spine.set_visible(False)
 
-# %% ../../nbs/61a_report.segmentations.ipynb #c07bf693
+# %% ../../nbs/61a_report.segmentations.ipynb #bf15c083
 def show_slice(
     ax,
     image, # (row, column)
@@ -38,11 +38,6 @@ def show_slice(
     ax.imshow(image, vmin=low, vmax=max(high, low + 1e-6))
     ax.set_facecolor("black")
     _frame(ax, view, spacing)
-
-# %% ../../nbs/61a_report.segmentations.ipynb #fa5fa563
-def _reach(mask):
-    "The pixels of the upright box around a mask: a ring's is larger than that of what it encloses"
-    return int(np.prod([np.ptp(places) + 1 for places in np.nonzero(mask)])) if mask.any() else 0
 
 # %% ../../nbs/61a_report.segmentations.ipynb #76ee83f7
 def draw_contours(
@@ -60,6 +55,18 @@ def draw_contours(
         if inside[name].any() and not inside[name].all():
             ax.contour(inside[name], levels=[.5], colors=[colors[name]], **look)
 
+# %% ../../nbs/61a_report.segmentations.ipynb #60c9421e
+def _reach(mask):
+    "The pixels of the upright box around a mask: a ring's is larger than that of what it encloses"
+    return int(np.prod([np.ptp(places) + 1 for places in np.nonzero(mask)])) if mask.any() else 0
+
+# %% ../../nbs/61a_report.segmentations.ipynb #9cfc0884
+def _draw_dashed(ax, reference, structures):
+    "Draw outlines in white dashes on black, which are seen on any grey"
+    for color, line in (("black", "-"), ("white", (0, (2, 2)))):
+        colors = dict.fromkeys(structures, color)
+        draw_contours(ax, reference, structures, colors, linewidths=.6, linestyles=[line])
+
 # %% ../../nbs/61a_report.segmentations.ipynb #2b34140f
 def _scale_bar(ax, view, spacing):
     "Draw a bar of a round length, about a quarter of the window, in mm (or voxels)"
@@ -74,9 +81,8 @@ def _scale_bar(ax, view, spacing):
     ax.plot([x, x + length/pixel], [y, y], **line)
     ax.text(x, y - .04*height, f"{length} {unit}", **text)
 
-# %% ../../nbs/61a_report.segmentations.ipynb #4f1bb157
-def _edge(width):
-    return [withStroke(linewidth=width, foreground="black")]
+# %% ../../nbs/61a_report.segmentations.ipynb #58af008b
+def _edge(width): return [withStroke(linewidth=width, foreground="black")]
 
 # %% ../../nbs/61a_report.segmentations.ipynb #48eadbc5
 def _window_around(
@@ -95,17 +101,13 @@ def _window_around(
     x, y = (columns.min() + columns.max())/2, (rows.min() + rows.max())/2
     return x - width/2, x + width/2, y + height/2, y - height/2
 
-# %% ../../nbs/61a_report.segmentations.ipynb #0749a057
-def _smallest_structure(reference, structures):
-    "Name of the structure with the fewest voxels among those present, or None"
-    counts = {name: int((reference == value).sum()) for name, value in structures.items()}
-    return min((name for name in counts if counts[name]), key=counts.get, default=None)
-
 # %% ../../nbs/61a_report.segmentations.ipynb #00690465
 def _views(example):
-    "The windows of the three rows: twice the structures, then the smallest of them"
+    "The smallest structure; the windows of the three rows: twice all structures, then the smallest"
     reference, structures = example["reference"], example["structures"]
-    spacing, name = example.get("spacing"), _smallest_structure(reference, structures)
+    counts = {name: (reference == value).sum() for name, value in structures.items()}
+    name = min(filter(counts.get, counts), key=counts.get, default=None)
+    spacing = example.get("spacing")
     whole = _window_around(reference > 0, spacing)
     mask, most = reference == structures.get(name, -1), .6*(whole[1] - whole[0])
     return name, [whole, whole, _window_around(mask, spacing, margin=.6, most=most)]
@@ -133,41 +135,29 @@ def _slice_dice(reference, prediction, structures):
     values = [2*(a & b).sum()/(a.sum() + b.sum()) for a, b in pairs if a.any() or b.any()]
     return float(np.mean(values)) if values else np.nan
 
-# %% ../../nbs/61a_report.segmentations.ipynb #312dfe70
-@study_style()
-def fig4(
-    examples, # dicts: dataset, case, slice, role ('typical', 'best', 'worst'), image, reference,
-    # predictions {loss: labels}, structures {name: value}, spacing (row, column) in mm or None
-    about=About(), # what the caption must say
-): # -> Picture
-    "Show slices with reference, segmentations, their errors and a zoom on the smallest structure"
-    if not examples: raise StudyError("fig4: there are no cases to show; are there results yet?")
-    losses = list(examples[0]["predictions"])
-    count = -(-len(losses)//4)
-    groups = [list(g) for g in np.array_split(np.array(losses, dtype=object), count)]
-    columns = 2 + max(map(len, groups))
-    figure, parts = _open_bands(len(examples)*count, columns, losses, about)
-    for k, example in enumerate(examples):
-        for part, group in zip(parts[k*count:], groups, strict=False):
-            _draw_example(part, example, group, columns, about)
-            name = _example_name(example, about)
-            part.suptitle(name, x=.006, ha="left", fontsize=7.5, fontweight="normal")
-    names = structure_colors({name: 1 for e in examples for name in e["structures"]})
-    handles = [Line2D([], [], color=color, label=name) for name, color in names.items()]
-    dashed = dict(color="black", lw=.8, ls=(0, (2, 2)), label="reference, in the zoom")
-    legend_below(figure, [*handles, Line2D([], [], **dashed)])
-    table = pd.DataFrame([{key: e[key] for key in ("dataset", "case")} for e in examples])
-    body, alt = _caption_body(examples), _examples_in_words(examples, losses, about)
-    return finished(figure, "Segmentations of single slices", body, alt, table, about)
-
-# %% ../../nbs/61a_report.segmentations.ipynb #ab24f1a0
-def _open_bands(count, columns, losses, about):
-    "A figure with a band of three rows of panels for each case and group of losses"
-    lines = max(wrapped(about.name(loss), 120//columns).count("\n") for loss in losses)
-    height = min((DOUBLE - 8)/columns - 1, 45)*3/4*3 + 16 + 3*lines
-    figure = Figure(figsize=(DOUBLE*MM, (height*count + 16)*MM), layout="constrained")
-    figure.get_layout_engine().set(w_pad=.01, h_pad=.03, wspace=0, hspace=0)
-    return figure, figure.subfigures(count, 1, squeeze=False)[:, 0]
+# %% ../../nbs/61a_report.segmentations.ipynb #bae942ce
+def _draw_row(axes, example, losses, content, view):
+    "Fill a row: 'segmentation', 'errors' or 'zoom'; the first two panels: image and reference"
+    image, reference, structures = (example[k] for k in ("image", "reference", "structures"))
+    spacing = example.get("spacing")
+    if content == "errors":
+        for ax in axes[:2]: _frame(ax, view, spacing)
+    else:
+        for ax in axes[:2]: show_slice(ax, image, view, spacing)
+        draw_contours(axes[1], reference, structures)
+        _scale_bar(axes[0], view, spacing)
+    for ax, loss in zip(axes[2:], losses, strict=True):
+        show_slice(ax, image, view, spacing)
+        prediction = example["predictions"][loss]
+        if content == "errors":
+            errors = _error_map(reference, prediction)
+            ax.imshow(errors, interpolation="nearest", aspect=ax.get_aspect())
+            white = dict.fromkeys(structures, "white")
+            draw_contours(ax, reference, structures, white, linewidths=.4)
+        else:
+            draw_contours(ax, prediction, structures)
+        if content == "zoom":
+            _draw_dashed(ax, reference, structures)
 
 # %% ../../nbs/61a_report.segmentations.ipynb #1e71e8b7
 def _draw_example(part, example, losses, columns, about):
@@ -193,40 +183,14 @@ def _draw_example(part, example, losses, columns, about):
     legend = axes[1, 1].legend(handles=errors, **look)
     legend.set_in_layout(False)  # it may reach into the empty panel beside it
 
-# %% ../../nbs/61a_report.segmentations.ipynb #bae942ce
-def _draw_row(axes, example, losses, content, view):
-    "Fill a row: 'segmentation', 'errors' or 'zoom'; the first two panels: image and reference"
-    image, reference, structures = (example[k] for k in ("image", "reference", "structures"))
-    spacing = example.get("spacing")
-    for ax, loss in zip(axes, [None, None, *losses], strict=True):
-        if content == "errors" and loss is None:
-            _frame(ax, view, spacing)
-            continue
-        show_slice(ax, image, view, spacing)
-        if loss is None: continue
-        prediction = example["predictions"][loss]
-        if content == "errors":
-            _draw_errors(ax, reference, prediction, structures)
-        else:
-            draw_contours(ax, prediction, structures)
-        if content == "zoom":
-            _draw_dashed(ax, reference, structures)
-    if content != "errors":
-        draw_contours(axes[1], reference, structures)
-        _scale_bar(axes[0], view, spacing)
-
-# %% ../../nbs/61a_report.segmentations.ipynb #b083037a
-def _draw_errors(ax, reference, prediction, structures):
-    errors = _error_map(reference, prediction)
-    ax.imshow(errors, interpolation="nearest", aspect=ax.get_aspect())
-    draw_contours(ax, reference, structures, dict.fromkeys(structures, "white"), linewidths=.4)
-
-# %% ../../nbs/61a_report.segmentations.ipynb #9cfc0884
-def _draw_dashed(ax, reference, structures):
-    "White dashes on black are seen on any grey"
-    for color, line in (("black", "-"), ("white", (0, (2, 2)))):
-        colors = dict.fromkeys(structures, color)
-        draw_contours(ax, reference, structures, colors, linewidths=.6, linestyles=[line])
+# %% ../../nbs/61a_report.segmentations.ipynb #ab24f1a0
+def _open_bands(count, columns, losses, about):
+    "A figure with a band of three rows of panels for each case and group of losses"
+    lines = max(wrapped(about.name(loss), 120//columns).count("\n") for loss in losses)
+    height = min((DOUBLE - 8)/columns - 1, 45)*3/4*3 + 16 + 3*lines
+    figure = Figure(figsize=(DOUBLE*MM, (height*count + 16)*MM), layout="constrained")
+    figure.get_layout_engine().set(w_pad=.01, h_pad=.03, wspace=0, hspace=0)
+    return figure, figure.subfigures(count, 1, squeeze=False)[:, 0]
 
 # %% ../../nbs/61a_report.segmentations.ipynb #e8e01eb8
 def _example_name(example, about):
@@ -254,3 +218,30 @@ def _examples_in_words(examples, losses, about):
                           for loss, score in scores.items())
         parts.append(f"{_example_name(e, about)}: {words}")
     return f"Image panels. Slice Dice: {'; '.join(parts)}."
+
+# %% ../../nbs/61a_report.segmentations.ipynb #312dfe70
+@study_style()
+def fig4(
+    examples, # dicts: dataset, case, slice, role ('typical', 'best', 'worst'), image, reference,
+    # predictions {loss: labels}, structures {name: value}, spacing (row, column) in mm or None
+    about=About(), # what the caption must say
+): # -> Picture
+    "Show slices with reference, segmentations, their errors and a zoom on the smallest structure"
+    if not examples: raise StudyError("fig4: there are no cases to show; are there results yet?")
+    losses = list(examples[0]["predictions"])
+    count = -(-len(losses)//4)
+    groups = [list(g) for g in np.array_split(np.array(losses, dtype=object), count)]
+    columns = 2 + max(map(len, groups))
+    figure, parts = _open_bands(len(examples)*count, columns, losses, about)
+    for k, example in enumerate(examples):
+        for part, group in zip(parts[k*count:], groups, strict=False):
+            _draw_example(part, example, group, columns, about)
+            name = _example_name(example, about)
+            part.suptitle(name, x=.006, ha="left", fontsize=7.5, fontweight="normal")
+    names = structure_colors({name: 1 for e in examples for name in e["structures"]})
+    handles = [Line2D([], [], color=color, label=name) for name, color in names.items()]
+    dashed = dict(color="black", lw=.8, ls=(0, (2, 2)), label="reference, in the zoom")
+    legend_below(figure, [*handles, Line2D([], [], **dashed)])
+    table = pd.DataFrame([{key: e[key] for key in ("dataset", "case")} for e in examples])
+    body, alt = _caption_body(examples), _examples_in_words(examples, losses, about)
+    return finished(figure, "Segmentations of single slices", body, alt, table, about)

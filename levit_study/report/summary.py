@@ -17,8 +17,36 @@ from ..evidence.claims import NOT_TESTED, standing_in_words, typeset
 from ..evidence.findings import overall
 from ..evidence.intervals import FEW
 from ..evidence.results import special_trainings
+from ..evidence.words import counted
 from .look import About, about_study
-from .parts import counted
+
+# %% ../../nbs/63a_report.summary.ipynb #07a66e3e
+def summary_html(
+    params: Params,
+    root=".",
+    notes=(),
+    report="report.html", # the page with all claims, as the page sees it; "": the page itself
+) -> tuple[str, list[str]]: # HTML, all notes
+    "What was asked, what came out, how sure, from reports/organs.csv and reports/claims.csv"
+    about, study, read = about_study(params), params.study, []
+    organs, claims = (_read_table(name, root, study.datasets, read) for name in _NEEDED)
+    if claims is None:
+        claims = pd.DataFrame(columns=_NEEDED["claims.csv"], dtype=str)
+    claims, untested = _without(claims, NOT_TESTED)
+    claims, undecided = _without(claims, "no verdict")  # as on synthetic data
+    page = report if Path(root, "reports", "report.ipynb").exists() else None
+    judged = [dataset for dataset in study.datasets if dataset in set(claims.dataset)]
+    notes = [*read, *notes]
+    return _JINJA.from_string(_TEMPLATE).render(
+        question=_question(params, about), effort=_effort(params, about),
+        results=organs is not None and [
+            _results(organs, dataset, study.losses, about) for dataset in study.datasets],
+        splits=[] if organs is None else [_SPLITS[split] for split in _judged(organs)],
+        key=_key(params),
+        points=[*_tally(claims, about.synthetic), *_limits(organs, params, about),
+                *_left_out(untested, undecided, page)],
+        notes=notes, claims=_claims(claims, judged), words=_VERDICTS,
+        judged=[about.dataset(d) for d in judged] if len(judged) > 1 else ["Verdict"]), notes
 
 # %% ../../nbs/63a_report.summary.ipynb #1475921a
 _TEMPLATE = """<div class="answer">
@@ -65,17 +93,34 @@ _TEMPLATE = """<div class="answer">
 """
 
 # %% ../../nbs/63a_report.summary.ipynb #1176278b
-def _bold(text):
-    return Markup("<b>{}</b>").format(text)
+def _bold(text): return Markup("<b>{}</b>").format(text)
 
-# %% ../../nbs/63a_report.summary.ipynb #798d35da
-def _listed(words): # texts or Markup -> Markup, as in 'a, b and c'
+def _listed(words): # texts or Markup -> Markup
     words = [escape(word) for word in words]
     if len(words) < 2: return Markup("").join(words)
     return Markup("{} and {}").format(Markup(", ").join(words[:-1]), words[-1])
 
 _JINJA = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 _JINJA.filters["count"] = counted
+
+# %% ../../nbs/63a_report.summary.ipynb #9b5a0197
+_NEEDED = {
+    "organs.csv": ["dataset", "structure", "loss", "split", "patients", "dice"],
+    "claims.csv": ["claim", "dataset", "statement", "verdict", "standing", "interval"]}
+
+# %% ../../nbs/63a_report.summary.ipynb #84744b37
+def _read_table(name, root, datasets, notes): # -> DataFrame or None
+    "The rows of the study's data sets in a table of the report; what is wrong goes into `notes`"
+    try:
+        table = pd.read_csv(Path(root, "reports", name))
+    except (OSError, ValueError):
+        notes.append(f"reports/{name}: not there yet or not readable; run dvc repro report")
+        return None
+    absent = [column for column in _NEEDED[name] if column not in table]
+    if absent:
+        notes.append(f"reports/{name}: has no column {', '.join(absent)}; run dvc repro report")
+        return None
+    return table[table.dataset.isin(datasets)]
 
 # %% ../../nbs/63a_report.summary.ipynb #b97dde90
 def _question(params: Params, about: About):
@@ -93,7 +138,7 @@ def _question(params: Params, about: About):
 
 # %% ../../nbs/63a_report.summary.ipynb #68654f3c
 def _effort(params: Params, about: About):
-    "The data, the number of trainings, and losses that are trained in another way"
+    "The data, the number of trainings, and the losses with training settings of their own"
     study, data = params.study, []
     for name in study.datasets:
         settings = params.datasets[name]
@@ -109,27 +154,22 @@ def _effort(params: Params, about: About):
     return text
 
 # %% ../../nbs/63a_report.summary.ipynb #251905de
-_SPLITS = {"fold": "cross-validation", "test": "test", "valid": "validation"}
-
-def _with_interval(row, name, digits): # row: a mapping
+def _with_interval(row, name): # row: a mapping
     "A mean with its interval, or a dash"
-    value, low, high = (row.get(key) for key in (name, f"{name}_low", f"{name}_high"))
-    if not _is_number(value): return "–"
-    mean = f"{value:.{digits}f}"
-    if not (_is_number(low) and _is_number(high)): return mean
-    interval = f"[{low:.{digits}f}, {high:.{digits}f}]"
-    return Markup("{} <small>{}</small>").format(mean, interval)
-
-# %% ../../nbs/63a_report.summary.ipynb #a3054450
-def _is_number(value):
-    return isinstance(value, (int, float)) and value == value
+    keys = name, f"{name}_low", f"{name}_high"
+    value, low, high = (pd.to_numeric(row.get(key), errors="coerce") for key in keys)
+    if pd.isna(value): return "–"
+    if pd.isna(low) or pd.isna(high): return f"{value:.3f}"
+    return Markup("{} <small>{}</small>").format(f"{value:.3f}", f"[{low:.3f}, {high:.3f}]")
 
 # %% ../../nbs/63a_report.summary.ipynb #8d4aa712
+_SPLITS = {"fold": "cross-validation", "test": "test", "valid": "validation"}
+
+# %% ../../nbs/63a_report.summary.ipynb #793b4207
 def _heading(rows, name): # rows: one data set's in organs.csv
     "The name of a data set and its patients"
-    patients = {split: rows.loc[rows.split == split, "patients"].max() for split in _SPLITS}
-    counts = [f"{patients[split]:.0f} {word}" for split, word in _SPLITS.items()
-              if split in set(rows.split)]
+    most = rows.groupby("split").patients.max()
+    counts = [f"{most[split]:.0f} {word}" for split, word in _SPLITS.items() if split in most]
     return f"{name}: " + (f"{_listed(counts)} patients" if counts else "no results yet")
 
 # %% ../../nbs/63a_report.summary.ipynb #e60f8edb
@@ -152,9 +192,9 @@ def _results(organs, dataset, losses, about: About): # -> heading, rows (loss, c
         cells = []
         for split in _judged(organs):
             row = of_split.get(split, {})
-            dice = _with_interval(row, "dice", 3)
+            dice = _with_interval(row, "dice")
             cells.append(_bold(dice) if row.get("dice") == best[split] else dice)
-        surface = _with_interval(of_split.get(held, {}), "nsd", 3)
+        surface = _with_interval(of_split.get(held, {}), "nsd")
         shown.append((about.name(loss), [*cells, surface]))
     return _heading(rows, about.dataset(dataset)), shown
 
@@ -186,23 +226,39 @@ def _key(params: Params):
             " a miss counts 0."
             f" Brackets: {100*params.evaluation.confidence:g} % interval over patients{trainings}.")
 
-# %% ../../nbs/63a_report.summary.ipynb #e0eaadef
+# %% ../../nbs/63a_report.summary.ipynb #e43cfcff
 _VERDICTS = {"supported": "supported", "contradicted": "contradicted", "inconclusive": "undecided"}
 
-# %% ../../nbs/63a_report.summary.ipynb #3b40f3a9
-def _touched(claims): # -> claims, the others' numbers
-    "Leave out the claims that no loss of the study touches"
-    open_ones = claims.standing.str.startswith(NOT_TESTED)
-    others = open_ones.groupby(claims.claim, sort=False).all()
-    others = list(others.index[others])
-    return claims[~claims.claim.isin(others)], others
+def _tally(claims, synthetic):
+    "How many claims are supported, contradicted and open, on real data and on synthetic"
+    made_up = claims.dataset.isin(synthetic)
+    parts = (claims[~made_up], ""), (claims[made_up], ", rehearsed on synthetic scans")
+    for judged, where in parts:
+        counts = judged.verdict.value_counts()
+        words = [_bold(f"{counts.get(verdict, 0)} {word}") for verdict, word in _VERDICTS.items()]
+        tests = counted(len(judged), "test")
+        if len(judged):
+            text = Markup("{} of the paper's claims{}: {}.")
+            yield text.format(tests, where, Markup(", ").join(words))
 
-# %% ../../nbs/63a_report.summary.ipynb #4eedcecd
-def _judgeable(claims): # -> claims, the number of the others
-    "Leave out the claims without a verdict on any data set, as on synthetic ones"
-    without = claims.standing.str.startswith("no verdict")
-    without = without.groupby(claims.claim, sort=False).all()
-    return claims[~claims.claim.isin(without.index[without])], int(without.sum())
+# %% ../../nbs/63a_report.summary.ipynb #251128f3
+def _without(claims, standing): # -> claims, the numbers of those left out
+    "Leave out the claims whose standing begins with `standing` on every data set"
+    alike = claims.standing.str.startswith(standing)
+    left_out = [claim for claim, of_one in alike.groupby(claims.claim, sort=False) if of_one.all()]
+    return claims[~claims.claim.isin(left_out)], left_out
+
+# %% ../../nbs/63a_report.summary.ipynb #6959f730
+def _left_out(untested, undecided, page): # numbers of claims; page: with their numbers, or None
+    "Say of which claims the table has no row, and why"
+    if untested:
+        yield f"Not tested with these losses: {_listed(untested)} of the paper's claims."
+    if not undecided: return
+    words = f"{counted(len(undecided), 'claim')} of the paper"
+    link = Markup('<a href="{}#the-paper-s-claims-one-by-one">{}</a>').format(page, words)
+    verb = "has" if len(undecided) == 1 else "have"
+    yield Markup("{} {} no verdict here: synthetic scans decide none.").format(
+        words if page is None else link, verb)
 
 # %% ../../nbs/63a_report.summary.ipynb #99daa65b
 def _claims(claims, datasets): # -> rows of claim, statement, interval, verdict per data set
@@ -216,40 +272,11 @@ def _claims(claims, datasets): # -> rows of claim, statement, interval, verdict 
         shown.append((claim, first.statement, typeset(interval), cells))
     return shown
 
-# %% ../../nbs/63a_report.summary.ipynb #e43cfcff
-def _tally(claims, synthetic):
-    "How many claims are supported, contradicted and open, on real data and on synthetic"
-    made_up = claims.dataset.isin(synthetic)
-    parts = (claims[~made_up], ""), (claims[made_up], ", rehearsed on synthetic scans")
-    for judged, where in parts:
-        counts = judged.verdict.value_counts()
-        words = [_bold(f"{counts.get(verdict, 0)} {word}") for verdict, word in _VERDICTS.items()]
-        tests = counted(len(judged), "test")
-        if len(judged):
-            text = Markup("{} of the paper's claims{}: {}.")
-            yield text.format(tests, where, Markup(", ").join(words))
-
-# %% ../../nbs/63a_report.summary.ipynb #6959f730
-def _left_out(untouched):
-    "One line for the claims that the study's losses cannot test"
-    if untouched: yield f"Not tested with these losses: {_listed(untouched)} of the paper's claims."
-
-# %% ../../nbs/63a_report.summary.ipynb #d077cff4
-def _without_verdict(number, report, has_report):
-    "One line for the claims without a verdict, with a link to their numbers"
-    if not number: return
-    words = f"{counted(number, 'claim')} of the paper"
-    link = Markup('<a href="{}#the-paper-s-claims-one-by-one">{}</a>').format(report, words)
-    verb = "has" if number == 1 else "have"
-    yield Markup("{} {} no verdict here: synthetic scans decide none.").format(
-        link if has_report else words, verb)
-
-# %% ../../nbs/63a_report.summary.ipynb #3d714c2f
-def _points(organs, claims, params: Params, about: About): # organs, claims: tables or None
+# %% ../../nbs/63a_report.summary.ipynb #2bec4887
+def _limits(organs, params: Params, about: About): # organs: a table or None
     "What limits the numbers"
-    points = list(_tally(claims, about.synthetic)) if claims is not None else []
     number = len(params.study.seeds) * len(params.study.folds)
-    points.append(
+    yield (
         f"{number} trainings per loss: the intervals include the variation between trainings, too."
         if number > 1
         else Markup("<b>One training per loss</b>: how far two trainings differ by chance is not"
@@ -258,60 +285,8 @@ def _points(organs, claims, params: Params, about: About): # organs, claims: tab
     few = [f"{about.dataset(d)} {least[d]:.0f}" for d in params.study.datasets
            if least.get(d, FEW) < FEW]
     if few:
-        points.append(Markup("<b>Few patients</b> in the smallest set: {}.").format(_listed(few)))
-    names = [about.dataset(d) for d in about.synthetic]
+        yield Markup("<b>Few patients</b> in the smallest set: {}.").format(_listed(few))
+    names = [about.dataset(dataset) for dataset in about.synthetic]
     if names:
-        points.append(Markup("{}: <b>synthetic</b>. Such data show that the study works and decide"
-                             " nothing about a loss or a claim.").format(_listed(names)))
-    return points
-
-# %% ../../nbs/63a_report.summary.ipynb #9b5a0197
-_NEEDED = {
-    "organs.csv": ["dataset", "structure", "loss", "split", "patients", "dice"],
-    "claims.csv": ["claim", "dataset", "statement", "verdict", "standing", "interval"]}
-
-# %% ../../nbs/63a_report.summary.ipynb #84744b37
-def _read_table(name, root, datasets, notes): # -> DataFrame or None
-    "The rows of the study's data sets in a table of the report; what is wrong goes into `notes`"
-    try:
-        table = pd.read_csv(Path(root, "reports", name))
-    except (OSError, ValueError):
-        notes.append(f"reports/{name}: not there yet or not readable; run dvc repro report")
-        return None
-    absent = [column for column in _NEEDED[name] if column not in table]
-    if absent:
-        notes.append(f"reports/{name}: has no column {', '.join(absent)}; run dvc repro report")
-        return None
-    return table[table.dataset.isin(datasets)]
-
-# %% ../../nbs/63a_report.summary.ipynb #07a66e3e
-def summary_html(
-    params: Params,
-    root=".",
-    notes=(),
-    report="report.html", # the page with all claims, as the page sees it; "": the page itself
-) -> tuple[str, list[str]]: # HTML, all notes
-    "What was asked, what came out, how sure, from reports/organs.csv and reports/claims.csv"
-    about, study, read = about_study(params), params.study, []
-    organs, claims = (_read_table(name, root, study.datasets, read) for name in _NEEDED)
-    notes = [*read, *notes]
-    claims, untouched = (None, []) if claims is None else _touched(claims)
-    claims, without = (None, 0) if claims is None else _judgeable(claims)
-    points = [*_points(organs, claims, params, about), *_left_out(untouched)]
-    if claims is not None:
-        points += _without_verdict(without, report, Path(root, "reports", "report.ipynb").exists())
-    judged = [d for d in study.datasets if claims is not None and d in set(claims.dataset)]
-    results = None if organs is None else [
-        _results(organs, dataset, study.losses, about) for dataset in study.datasets]
-    html = _JINJA.from_string(_TEMPLATE).render(
-        question=_question(params, about),
-        effort=_effort(params, about),
-        results=results,
-        splits=[] if organs is None else [_SPLITS[split] for split in _judged(organs)],
-        key=_key(params),
-        points=points,
-        notes=notes,
-        claims=_claims(claims, judged) if judged else [],
-        judged=[about.dataset(d) for d in judged] if len(judged) > 1 else ["Verdict"],
-        words=_VERDICTS)
-    return html, notes
+        yield Markup("{}: <b>synthetic</b>. Such data show that the study works and decide"
+                     " nothing about a loss or a claim.").format(_listed(names))
