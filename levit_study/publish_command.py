@@ -7,6 +7,8 @@ __all__ = ['add_report', 'add_publish', 'add_verify']
 
 # %% ../nbs/70f_publish_command.ipynb #38c077ae
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from .files import StudyError, enter_project, written_whole
 
@@ -62,12 +64,34 @@ def _publish(a):
     for remark in remarks: print(f"{folder}: {remark}")
     _make_report(folder)
 
+# %% ../nbs/70f_publish_command.ipynb #b5f45f36
+def _words(folder) -> dict: # file of a figure's words -> the words
+    "Return what the figures of a published study say, without what made them"
+    from levit_study.evidence.manifests import json_content
+    texts = {path.name: json_content(path) for path in Path(folder, "figures").glob("*.json")}
+    return {name: {key: text for key, text in words.items() if key != "source"}
+            for name, words in texts.items()}
+
+def _verify_figures(folder) -> dict[str, str]: # file -> what is wrong; empty where nothing is
+    "Draw a published study's figures again, elsewhere, and compare their words"
+    from levit_study.pipeline import run_notebook
+    kept = _words(folder)
+    with tempfile.TemporaryDirectory() as place:
+        copy = shutil.copytree(folder, Path(place, Path(folder).name))
+        run_notebook("nbs/study/report.ipynb", f"{place}/report.ipynb", {"reports": str(copy)})
+        made = _words(copy)
+    wrong = "its words do not follow; levit-study report makes it again"
+    return {f"figures/{name}": "" if kept.get(name) == made.get(name) else wrong
+            for name in sorted({*kept, *made})}
+
 # %% ../nbs/70f_publish_command.ipynb #3560869d
 def add_verify(commands):
     "Add `verify` to the parser of the command line"
     about = "say whether every published table follows from its study's records"
     command = commands.add_parser("verify", help=about)
     command.add_argument("folders", nargs="*", help="default: all of reports/studies")
+    figures = "also draw each figure again and compare its caption: about a minute per study"
+    command.add_argument("--figures", action="store_true", help=figures)
     command.set_defaults(run=_verify)
 
 def _verify(a):
@@ -83,7 +107,7 @@ def _verify(a):
     bar = tqdm(folders, unit="study", leave=False)
     for folder in bar:
         bar.set_description(f"{folder.name}, computed from its records")
-        try: outcome = verify_study(folder)
+        try: outcome = verify_study(folder) | (_verify_figures(folder) if a.figures else {})
         except StudyError as error:  # the other studies are looked at
             bar.write(f"{folder}: {str(error).removeprefix(f'{folder}: ')}")
             wrong += 1

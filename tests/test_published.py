@@ -83,6 +83,16 @@ def test_a_changed_number_is_named(root, tmp_path, capsys):
     assert " files follow from the records" in told.out and "1 of " in told.err
 
 
+def test_a_caption_that_does_not_follow_is_named(root, tmp_path, capsys):
+    study = tmp_path / "acdc_128_controls"
+    shutil.copytree(root / "reports/studies/acdc_128_controls", study)
+    words = study / "figures/fig1.json"
+    words.write_text(words.read_text().replace("n = 10 patients", "n = 11 patients"))
+    assert main(["verify", "--figures", str(study)]) == 1
+    printed = capsys.readouterr()
+    assert re.findall(r"figures/(\S+): its words do not follow", printed.out) == ["fig1.json"] and "1 of " in printed.err
+
+
 def test_a_damaged_manifest_is_named(root, tmp_path, capsys):
     study = tmp_path / "acdc_128_controls"
     shutil.copytree(root / "reports/studies/acdc_128_controls", study)
