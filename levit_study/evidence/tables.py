@@ -17,6 +17,7 @@ from .intervals import small_note, tabulate_values, weighted_means
 from .results import NATIVE, PROTOCOLS, best_and_last, judging_cases
 from .results import judging_splits
 from .statistics import ALL, BASELINE, by_structure
+from .words import from_to
 
 # %% ../../nbs/51a_evidence.tables.ipynb #113021c9
 def _as_text(value, form, whole=True): # form: of numbers; whole: those that are whole without it
@@ -314,8 +315,7 @@ def table1(
     several = (count > 1).any(axis=None)
     table = pd.concat([mean, spread.add_suffix("_sd")], axis=1) if several else mean
     extremes = count.fillna(0).astype(int).agg(["min", "max"], axis=1).to_numpy()
-    trainings = [f"{low}" if low == high else f"{low} to {high}" for low, high in extremes]
-    table = table.assign(trainings=trainings)
+    table = table.assign(trainings=[from_to(low, high) for low, high in extremes])
     if paper is not None:
         printed = paper.drop(columns="note", errors="ignore").set_index("metric")
         table = table.join(printed.add_prefix("paper_"), on="metric")

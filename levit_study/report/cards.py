@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 import pandas as pd
 from ..evidence.tables import to_markdown
-from ..evidence.words import counted, judged_on
+from ..evidence.words import counted, from_to, judged_on
 from ..networks import network_name
 from ..params import Params, pick_run
 from .checklists import checklist_text
@@ -132,8 +132,7 @@ def _composition(manifest) -> list: # of pairs
 def _range(values, form="g"):
     values = sorted(value for value in values if value is not None)
     if not values: return None
-    low, high = (f"{each:{form}}" for each in (values[0], values[-1]))
-    return low if low == high else f"{low} to {high}"
+    return from_to(values[0], values[-1], form)
 
 # %% ../../nbs/63f_report.cards.ipynb #9f1fcb26
 def _shares(manifest) -> pd.DataFrame:

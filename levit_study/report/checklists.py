@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pandas as pd
 from ..evidence.results import special_trainings
 from ..evidence.tables import to_markdown
+from ..evidence.words import from_to
 from ..files import StudyError
 from ..networks import network_name
 from .pages import escaped
@@ -287,8 +288,8 @@ def _hardware(r: Records):
 def _cost(r: Records):
     seconds = [record["seconds"] for record in r.runs.values() if record.get("seconds")]
     if not seconds: return _open("Not recorded")
-    minutes = f"{min(seconds) / 60:.0f} to {max(seconds) / 60:.0f} minutes per training"
-    return _partly(f"{minutes}, {sum(seconds) / 3600:.1f} hours in all, "
+    minutes = from_to(min(seconds) / 60, max(seconds) / 60)
+    return _partly(f"{minutes} minutes per training, {sum(seconds) / 3600:.1f} hours in all, "
                    f"recorded for {len(seconds)} of {len(r.runs)}; energy is not measured")
 
 # %% ../../nbs/63e_report.checklists.ipynb #093f7539

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from ..evaluation.metrics import with_worst_case
 from ..evidence.claims import BASELINE
-from ..evidence.words import signed
+from ..evidence.words import from_to, signed
 from ..evidence.results import judging_splits
 from ..evidence.statistics import ALL
 from .look import About, DOUBLE, checked, study_style
@@ -91,7 +91,7 @@ def _n_in_words(counts):
     "A number of patients, or its range where the losses differ"
     low, high = counts.min(), counts.max()
     if not len(counts.dropna()): return ""
-    return f"n = {low:.0f}" if low == high else f"n = {low:.0f} to {high:.0f}"
+    return f"n = {from_to(low, high)}"
 
 # %% ../../nbs/62_report.differences.ipynb #57d5af13
 def with_trainings(table):
