@@ -65,12 +65,13 @@ def setting_in_words(
     "Return how networks were trained; where data sets differ, all that there is"
     each = lambda values: listed(list(dict.fromkeys(values)))
     trainings = [data.training for data in datasets]
-    schedules = each("" if t.schedule == "constant" else t.schedule for t in trainings)
+    schedules = list(dict.fromkeys(t.schedule for t in trainings))
     several = "" if {t.epochs for t in trainings} == {1} else "s"
+    changing = f" ({listed(schedules)} schedule{'s' * (len(schedules) > 1)})"
     return [each(network_name(data.model) for data in datasets),
             f"{each(f'{data.data.size} × {data.data.size}' for data in datasets)} pixels",
             f"{each(str(t.epochs) for t in trainings)} epoch{several}"
-            + (f" ({schedules} schedule)" if schedules else ""),
+            + (changing if schedules != ["constant"] else ""),
             f"learning rate {each(f'{t.learning_rate:g}' for t in trainings)}"]
 
 # %% ../../nbs/50d_evidence.words.ipynb #45c513c3

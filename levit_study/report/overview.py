@@ -77,8 +77,9 @@ def differences_of_studies(
 
 # %% ../../nbs/63g_report.overview.ipynb #510d9a06
 def _reach(table): # two trainings leave an interval that would press all others together
-    "How far from 0 intervals are drawn: three times the largest difference"
-    return 3*table.difference.abs().max()
+    "How far from 0 intervals are drawn: twice as far as three quarters of them go"
+    ends = table[["low", "high"]].abs().max(axis=1)
+    return max(2*ends.quantile(.75), table.difference.abs().max())
 
 def _draw(ax, table, settings, losses, about):
     "Draw a mark and an interval per setting and loss; settings name the rows"

@@ -104,10 +104,10 @@ def _scores(study): # Markdown
     return "; ".join(words)
 
 # %% ../../nbs/63c_report.studies.ipynb #a7c1d2e5
-def _judged_on(study, in_full=False):
+def _judged_on(study):
     "How many patients judge, and by which protocol"
     groups = _judging(study)[["split", "patients"]].drop_duplicates()
-    return "; ".join(judged_on(row.split, row.patients, in_full) for row in groups.itertuples())
+    return "; ".join(judged_on(row.split, row.patients) for row in groups.itertuples())
 
 # %% ../../nbs/63c_report.studies.ipynb #a9c3d269
 def _tested(study):
@@ -265,9 +265,8 @@ def _more_tables(study):
 def _study_page(study) -> Page:
     "One published study as a page: answer, tables, claims, figures, records"
     from nbformat.v4 import new_markdown_cell
-    about = f"{_setting(study)}. Judged on {_judged_on(study, True)}."
-    text = [f"# {escaped(study.name)}: {escaped(study.params.study.title)}", about,
-            study.answer(), *_more_tables(study)]
+    title = f"# {escaped(study.name)}: {escaped(study.params.study.title)}"
+    text = [title, study.answer(), *_more_tables(study)]
     if len(_tested(study)): text.append(f"## The paper's claims\n\n{_claims_table(study)}")
     cells = [new_markdown_cell(part) for part in ("\n\n".join(text), "## Figures")]
     figures = study.folder / "figures"
