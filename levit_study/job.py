@@ -51,7 +51,8 @@ class Job:
         if study_digest(self.folder) != self.digest:
             changed = "params.yaml or the code changed after it was submitted"
             raise StudyError(f"{self.cell}: {changed}; submit again")
-        with held_alone(Path(self.folder, self.cell.models), "job"): status = self._run()
+        models = Path(self.folder, self.cell.models)
+        with held_alone(models, "checkpoints/job"): status = self._run()
         if self.asked: raise StudyError(f"{self.cell}: stopped; started again, it resumes")
         if status: raise StudyError(f"{self.cell}: ended with status {status}; {self._reason()}")
 

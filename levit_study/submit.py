@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .evidence.words import counted
 from .files import StudyError
-from .processes import STOPPING
+from .processes import STOPPING, usable_cores
 from .job import Job, study_digest
 from .matrix import Cell, Cost, all_cells, call_dvc, changed_stages, expected_cost
 from .matrix import missing_cells, recorded_runs, spoken_time
@@ -185,17 +185,13 @@ def _checked(params: Params, workers: int | None, request: Request | None) -> li
     "Return the workers' environments, none on a cluster; `StudyError` for what cannot run"
     if not request:
         gpus = _visible_gpus(params.compute.device)
-        return _worker_variables(workers, _cores(), gpus, _processes(params))
+        return _worker_variables(workers, usable_cores(), gpus, _processes(params))
     check_slurm(request)
     check_shared(request)
     _check_gpus(request.gpus, _processes(params))
     return []
 
 # %% ../nbs/70d_submit.ipynb #1f33f8e5
-def _cores() -> int:
-    "Return the cores that this process may use"
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
 def _processes(params: Params) -> int:
     "Return the most processes that a training of the study runs in"
     runs = [pick_run(params, *cell) for cell in all_cells(params)]

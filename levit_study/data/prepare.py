@@ -9,18 +9,17 @@ __all__ = ['prepare']
 import hashlib
 import h5py
 import json
+import math
 import os
 import shutil
-import signal
-import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from tqdm import tqdm
 from ..files import StudyError, written_whole
+from ..processes import held_alone, usable_cores, worker_pool
 from .voxels import prepare_case
 from .dataset import STORE_FORMAT
 from .jobs import code_digest, find_prepared, plan_case, rows_of
@@ -36,19 +35,8 @@ def _default_workers(
     cases, # those to be prepared
 ): # number of processes
     "Return one process per core, or just this one where the work is too small for more"
-    known = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count()
     size = sum(path.stat().st_size for case in cases for path in source_files(case))
-    return min(cores, len(cases)) if size > 64 * 2**20 else 1
-
-# %% ../../nbs/19_data.prepare.ipynb #f0328168
-def _start_worker():
-    "Let the parent alone handle Ctrl-C, and end this process when the parent ends, however it does"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    def watch():
-        parent_process().join()
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
+    return min(usable_cores(), len(cases)) if size > 64 * 2**20 else 1
 
 # %% ../../nbs/19_data.prepare.ipynb #b134acff
 def _outcome(case, call):
@@ -67,9 +55,7 @@ def _run_cases(
         for some in arguments:
             yield _outcome(some[0], lambda some=some: prepare_case(*some))
         return
-    # Fresh processes: a forked copy of a process that already ran torch's threads can hang.
-    fresh = {"mp_context": get_context("spawn"), "initializer": _start_worker}
-    with ProcessPoolExecutor(workers, **fresh) as pool:
+    with worker_pool(workers) as pool:
         try:
             futures = {pool.submit(prepare_case, *some): some[0] for some in arguments}
             for future in as_completed(futures):
@@ -259,7 +245,8 @@ def prepare(
     data = share_orientation(data, cases)
     jobs = [plan_case(case, data) for case in cases]
     name = f"prepare {outputs.store.stem}"
-    with _writing(store):
+    alone = held_alone(outputs.store.parent, f".{outputs.store.name}", wait=math.inf)
+    with _writing(store), alone:  # who comes later finds the cases prepared
         outputs.parts.mkdir(parents=True, exist_ok=True)
         prepared, digests = find_prepared(store)
         with tqdm(unit="case", desc=name, disable=not progress, mininterval=0.5) as bar:

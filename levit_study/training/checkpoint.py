@@ -21,6 +21,8 @@ from .identity import identity_of, why_anew
 from .device import platform_of
 
 # %% ../../nbs/30f_training.checkpoint.ipynb #c33d902c
+_NAMES = "epoch*-step*-*.pt"
+
 def _save_checkpoint(
     folder: Path,
     state: dict, # tensors and plain values only: it is read back without running code
@@ -32,7 +34,7 @@ def _save_checkpoint(
     name = f"epoch{state['epoch']:04d}-step{state['step']:06d}-{digest}.pt"
     with written_whole(new := Path(folder) / name) as path:
         path.write_bytes(buffer.getbuffer())
-    others = [path for path in Path(folder).glob("epoch*.pt") if path != new]
+    others = [path for path in Path(folder).glob(_NAMES) if path != new]
     # by age: of a damaged one the name may say a later epoch
     others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for old in others[keep - 1:]: old.unlink()
@@ -40,7 +42,7 @@ def _save_checkpoint(
 # %% ../../nbs/30f_training.checkpoint.ipynb #b5b4ae55
 def load_checkpoint(folder: Path, say=print) -> dict | None:
     "Return the newest undamaged checkpoint of `folder`, or None"
-    for path in sorted(Path(folder).glob("epoch*.pt"), reverse=True):
+    for path in sorted(Path(folder).glob(_NAMES), reverse=True):
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest()[:16] == path.stem.rsplit("-", 1)[1]:
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
