@@ -7,10 +7,10 @@ __all__ = ['add_report', 'add_publish', 'add_verify']
 
 # %% ../nbs/70f_publish_command.ipynb #38c077ae
 import os
-import shutil
-import tempfile
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from .files import StudyError, enter_project, written_whole
+from .processes import usable_cores, worker_pool
 
 # %% ../nbs/70f_publish_command.ipynb #84f462c0
 def add_report(commands):
@@ -64,52 +64,56 @@ def _publish(a):
     for remark in remarks: print(f"{folder}: {remark}")
     _make_report(folder)
 
-# %% ../nbs/70f_publish_command.ipynb #b5f45f36
-def _words(folder) -> dict: # file of a figure's words -> the words
-    "Return what the figures of a published study say, without what made them"
-    from levit_study.evidence.manifests import json_content
-    texts = {path.name: json_content(path) for path in Path(folder, "figures").glob("*.json")}
-    return {name: {key: text for key, text in words.items() if key != "source"}
-            for name, words in texts.items()}
-
-def _verify_figures(folder) -> dict[str, str]: # file -> what is wrong; empty where nothing is
-    "Draw a published study's figures again, elsewhere, and compare their words"
-    from levit_study.pipeline import run_notebook
-    kept = _words(folder)
-    with tempfile.TemporaryDirectory() as place:
-        copy = shutil.copytree(folder, Path(place, Path(folder).name))
-        run_notebook("nbs/study/report.ipynb", f"{place}/report.ipynb", {"reports": str(copy)})
-        made = _words(copy)
-    wrong = "its words do not follow; levit-study report makes it again"
-    return {f"figures/{name}": "" if kept.get(name) == made.get(name) else wrong
-            for name in sorted({*kept, *made})}
-
 # %% ../nbs/70f_publish_command.ipynb #3560869d
+def _verified(folder): # -> file -> what is wrong; or why the study cannot be read
+    "Verify a study's tables and what its figures say"
+    from levit_study.evidence.published import verify_study
+    from levit_study.report.gallery import figure_words
+    try: return verify_study(folder, figure_words)
+    except StudyError as error: return str(error).removeprefix(f"{folder}: ")
+
+def _verify_studies(folders): # yields each one's outcome, in their order
+    "Verify studies side by side, or one of them in this process"
+    workers = min(usable_cores(), len(folders), 8) # half a gigabyte each
+    if workers < 2:
+        yield from map(_verified, folders)
+        return
+    with worker_pool(workers) as pool:
+        try: yield from pool.map(_verified, folders)
+        except BrokenProcessPool as error:
+            raise StudyError("a process that verified a study was killed, most likely for lack of "
+                             "memory; name the studies one by one") from error
+
+# %% ../nbs/70f_publish_command.ipynb #212c857a
+def _verify_pages(): # -> what was verified -> what is wrong
+    "Verify the figure of all studies, and the answers that README shows"
+    from levit_study.evidence.published import verify_page
+    from levit_study.report.overview import verify_differences
+    outcome = {f"reports/studies/{name}": text for name, text in verify_differences().items()}
+    if not Path("README.md").exists(): return outcome
+    answers = verify_page("README.md").items()
+    return outcome | {f"README.md, answer of {folder}": text for folder, text in answers}
+
+# %% ../nbs/70f_publish_command.ipynb #72035300
 def add_verify(commands):
     "Add `verify` to the parser of the command line"
-    about = "say whether every published table follows from its study's records"
+    about = "say whether every published number follows from its study's records"
     command = commands.add_parser("verify", help=about)
     command.add_argument("folders", nargs="*", help="default: all of reports/studies")
-    figures = "also draw each figure again and compare its caption: about a minute per study"
-    command.add_argument("--figures", action="store_true", help=figures)
     command.set_defaults(run=_verify)
 
 def _verify(a):
     from tqdm import tqdm
-    from levit_study.evidence.published import verify_page, verify_study
-    from levit_study.report.overview import verify_differences
     folders = [Path(folder).resolve() for folder in a.folders]
     enter_project()
     folders = [Path(os.path.relpath(folder)) for folder in folders]
     published = Path("reports/studies").glob("[!.]*/runs")  # a plan without results has none
     folders = folders or sorted(path.parent for path in published)
     right = wrong = 0
-    bar = tqdm(folders, unit="study", leave=False)
-    for folder in bar:
-        bar.set_description(f"{folder.name}, computed from its records")
-        try: outcome = verify_study(folder) | (_verify_figures(folder) if a.figures else {})
-        except StudyError as error:  # the other studies are looked at
-            bar.write(f"{folder}: {str(error).removeprefix(f'{folder}: ')}")
+    bar = tqdm(folders, desc="studies computed from their records", unit="study", leave=False)
+    for folder, outcome in zip(bar, _verify_studies(folders), strict=True):
+        if isinstance(outcome, str):  # the other studies are looked at
+            bar.write(f"{folder}: {outcome}")
             wrong += 1
             continue
         problems = {name: problem for name, problem in outcome.items() if problem}
@@ -117,15 +121,9 @@ def _verify(a):
         follow = len(outcome) - len(problems)
         right, wrong = right + follow, wrong + len(problems)
         bar.write(f"{folder}: {follow} of {len(outcome)} files follow from the records")
-    if not a.folders:
-        problem = verify_differences()
+    for name, problem in ({} if a.folders else _verify_pages()).items():
         right, wrong = right + (not problem), wrong + bool(problem)
-        print(f"reports/studies/differences.csv: {problem or 'follows from the studies'}")
-    pages = [] if a.folders or not Path("README.md").exists() else ["README.md"]
-    for page in pages:
-        for folder, problem in verify_page(page).items():
-            right, wrong = right + (not problem), wrong + bool(problem)
-            print(f"{page}, answer of {folder}: {problem or 'is what the study says'}")
+        print(f"{name}: {problem or 'follows from the studies'}")
     if wrong:
         problem = f"{wrong} of {right + wrong} files and answers do not follow from the records"
         raise StudyError(f"{problem}; see above")

@@ -64,7 +64,7 @@ ROOMS = {
         report.contrasts
         report.progress
         report.ablation report.figures report.differences report.design report.behaviour
-        report.clinical report.segmentations report.viewer report.charts""",
+        report.clinical report.segmentations report.viewer report.charts report.gallery""",
     "site": """evaluation.elsewhere evidence.results evidence.manifests report.look
         report.parts report.provenance report.pages report.summary report.contents report.studies
         report.records report.checklists report.cards report.site""",

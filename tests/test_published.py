@@ -11,6 +11,7 @@ from levit_study.evidence.imbalance import training_shares
 from levit_study.evidence.published import verify_study
 from levit_study.evidence.results import judging_splits
 from levit_study.params import Run, load_params, pick_run
+from levit_study.report.gallery import figure_words
 from levit_study.report.overview import verify_differences
 from levit_study.report.progress import differences_by_epoch
 
@@ -27,11 +28,11 @@ def test_all_studies_are_verified(root):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_published_study_follows_from_its_records(root, name):
-    assert {file: problem for file, problem in verify_study(root / "reports/studies" / name).items() if problem} == {}
+    assert {file: problem for file, problem in verify_study(root / "reports/studies" / name, figure_words).items() if problem} == {}
 
 
 def test_the_figure_of_all_studies_follows_from_them(root):
-    assert verify_differences(root) == ""
+    assert verify_differences(root) == {"differences.csv": "", "differences.json": ""}
     rows = pd.read_csv(root / "reports/studies/differences.csv").query("loss == 'focal'")
     words = "none one two three four five six seven eight nine ten".split()
     below, established = (rows.difference < 0).sum(), rows.established.sum()
@@ -88,9 +89,9 @@ def test_a_caption_that_does_not_follow_is_named(root, tmp_path, capsys):
     shutil.copytree(root / "reports/studies/acdc_128_controls", study)
     words = study / "figures/fig1.json"
     words.write_text(words.read_text().replace("n = 10 patients", "n = 11 patients"))
-    assert main(["verify", "--figures", str(study)]) == 1
+    assert main(["verify", str(study)]) == 1
     printed = capsys.readouterr()
-    assert re.findall(r"figures/(\S+): its words do not follow", printed.out) == ["fig1.json"] and "1 of " in printed.err
+    assert re.findall(r"figures/(\S+): caption does not follow; ", printed.out) == ["fig1.json"] and "1 of " in printed.err
 
 
 def test_a_damaged_manifest_is_named(root, tmp_path, capsys):

@@ -17,7 +17,7 @@ from ..evidence.claims import CLAIMS, standing_in_words
 from ..evidence.survival import false_ranking
 from .look import About, DOUBLE, MM, Picture, checked, study_style
 from .parts import bands, finished, label_rows, legend_below, loss_handles
-from .parts import print_right, row_height, settle, shade_rows
+from .parts import print_right, row_height, shade_rows
 from .parts import structures_of, wrapped
 
 # %% ../../nbs/62d_report.design.ipynb #3105fe1c
@@ -250,7 +250,6 @@ def survival_curves(
     legend_below(figure, handles)
     title = "Would published rankings survive another sample of patients?"
     figure.suptitle(title, x=.006, ha="left")
-    settle(figure)
     alt = f"{title} Curves. {_survival_in_words(tables)}"
     grey = "Grey: the spread between patients in this study's trainings on real scans. "
     body = _SURVIVAL_BODY.format(recorded=grey if recorded else "")

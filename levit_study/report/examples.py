@@ -101,7 +101,7 @@ def _overlap(a, b):
 def check_figure(picture, panels=None, units=True):
     "Raise AssertionError unless all can be read, all axes are named and the words fit"
     with study_style():
-        picture.figure.draw_without_rendering()
+        picture.settled().draw_without_rendering()
         texts, page = _texts_of(picture.figure), picture.figure.bbox
     axes = [ax for ax in picture.figure.findobj(matplotlib.axes.Axes) if ax.axison]
     outside = [t for t, box in texts if min(box.x0, box.y0) < -1

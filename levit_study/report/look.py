@@ -56,11 +56,27 @@ class Picture:
     caption: str
     alt: str # text alternative: what a reader who cannot see the figure needs to know
 
+    @property
+    def words(self) -> dict: # title, caption, alt
+        return {"title": self.title, "caption": self.caption, "alt": self.alt}
+
+    def settled(self) -> Figure:
+        """Return the figure with its layout made once for all: PNG, SVG and screen share it, and
+        matplotlib draws once for each, where it would draw twice"""
+        if engine := self.figure.get_layout_engine():
+            with study_style():
+                for _ in range(2): engine.execute(self.figure)  # again for ticks that it moved
+            self.figure.set_layout_engine(None)
+        return self.figure
+
+    def save(self, file, **settings):
+        "Save the figure in the study's style"
+        with study_style(): self.settled().savefig(file, **settings)
+
     def _repr_png_(self):
         from PIL import Image
         raw, small = io.BytesIO(), io.BytesIO()
-        with study_style():
-            self.figure.savefig(raw, format="png", dpi=96, metadata={"Software": None})
+        self.save(raw, format="png", dpi=96, metadata={"Software": None})
         few = Image.open(raw).convert("RGB").quantize(160, dither=Image.Dither.NONE)
         few.save(small, format="png", optimize=True)
         return small.getvalue()
@@ -197,15 +213,13 @@ def _saved_words(picture, png, words): # -> dict
     "What the file of words holds if the files hold the picture already, every pixel; else nothing"
     import numpy as np
     from PIL import Image
-    texts = {key: getattr(picture, key) for key in ("title", "caption", "alt")}
     try:
         saved = Image.open(png).convert("RGB")
         kept = json.loads(Path(words).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    if kept | texts != kept: return {}
-    with study_style():
-        picture.figure.savefig(drawn := io.BytesIO(), format="png")
+    if kept | picture.words != kept: return {}
+    picture.save(drawn := io.BytesIO(), format="png")
     return kept if np.array_equal(Image.open(drawn).convert("RGB"), saved) else {}
 
 # %% ../../nbs/60_report.look.ipynb #8a8375c7
@@ -225,14 +239,12 @@ def save_figure(
     if source:
         about_svg["Source"] = about_png["Source"] = source
     if not (kept and svg.exists()):  # git ignores a published study's SVG
-        with study_style(), written_whole(svg) as p:
-            picture.figure.savefig(p, format="svg", metadata=about_svg)
+        with written_whole(svg) as p:
+            picture.save(p, format="svg", metadata=about_svg)
             p.write_text(_rounded_paths(p.read_text(encoding="utf-8")), encoding="utf-8")
     if kept: return paths
-    with study_style(), written_whole(png) as p:
-        picture.figure.savefig(p, format="png", metadata=about_png)
+    with written_whole(png) as p: picture.save(p, format="png", metadata=about_png)
     with written_whole(words) as p:
-        texts = {key: getattr(picture, key) for key in ("title", "caption", "alt")}
-        texts |= {"source": source} if source else {}
+        texts = picture.words | ({"source": source} if source else {})
         p.write_text(json.dumps(texts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return paths

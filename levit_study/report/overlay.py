@@ -36,4 +36,4 @@ def draw_overlay(
     seen = f"predicted contours on {len(shown)} of {len(labels)} slices"
     sheet = contact_sheet(shown, about, f"{volume.case}: {seen}, for research use only")
     with written_whole(path) as p:
-        sheet.figure.savefig(p, dpi=150)
+        sheet.save(p, dpi=150)

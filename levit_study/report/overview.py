@@ -13,14 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from ..evidence.claims import BASELINE
 from ..evidence.findings import overall
-from ..evidence.published import verify_table
+from ..evidence.published import verify_figure, verify_table
 from ..evidence.results import judging_cases
 from ..evidence.words import counted, judged_on, setting_in_words, signed
 from ..files import write_csv
 from .differences import against, draw_intervals, with_trainings
 from .look import About, DOUBLE, MM, Picture, save_figure, study_style
-from .parts import legend_below, loss_handles, pair_handles
-from .parts import print_right, settle
+from .parts import legend_below, loss_handles, pair_handles, print_right
 from .studies import published_studies
 from ..settings import loss_name
 
@@ -129,7 +128,6 @@ def draw_differences(
     legend_below(figure, [*loss_handles(losses, about, ls="none"), *marks])
     title = "Mean Dice less the baseline's, in every published setting"
     figure.suptitle(title, x=.006, ha="left")
-    settle(figure)
     further = table[["low", "high"]].abs().max(axis=None) > _reach(table)
     body = f"{_BODY} An arrow: the interval goes on." if further else _BODY
     return Picture(figure, title, f"{title}. {body}", f"{title}. Forest plot. {_in_words(table)}")
@@ -156,7 +154,11 @@ def save_differences(
 
 def verify_differences(
     root=".", # of the project
-) -> str: # what is wrong; empty where the table follows
-    "Compare `differences.csv` with what follows from the tables of the studies"
-    path, table = Path(root, "reports", "studies", "differences.csv"), differences_of_studies(root)
-    return verify_table(path, table) if len(table) or path.exists() else ""
+) -> dict[str, str]: # file -> what is wrong; empty where it follows
+    "Compare table and figure of all studies with what follows from the studies' tables"
+    folder, table = Path(root, "reports", "studies"), differences_of_studies(root)
+    kept, words = folder / "differences.csv", folder / "differences.json"
+    if table.empty and not kept.exists(): return {}
+    outcome = {kept.name: verify_table(kept, table)}
+    if len(table): outcome[words.name] = verify_figure(words, draw_differences(table).words)
+    return outcome

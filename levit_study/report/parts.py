@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['wrapped', 'shown_number', 'shown_score', 'per_training', 'has_spread', 'means_in_words', 'table_in_words',
            'row_height', 'bands', 'label_rows', 'shade_rows', 'print_right', 'log_axis', 'lines_with_bars',
-           'structures_of', 'loss_handles', 'pair_handles', 'legend_below', 'settle', 'finished']
+           'structures_of', 'loss_handles', 'pair_handles', 'legend_below', 'finished']
 
 # %% ../../nbs/60a_report.parts.ipynb #e25366d0
 import re
@@ -268,19 +268,11 @@ def legend_below(figure, handles):
     growth = (rows*max(map(len, lines)) - 1)*3.4*MM
     figure.set_figheight(figure.get_figheight() + growth)
 
-# %% ../../nbs/60a_report.parts.ipynb #d3948da3
-def settle(figure):
-    """Make a figure's layout once for all: PNG, SVG and screen share it, and matplotlib draws once
-    for each of them, where it would draw twice for a figure that has a layout to make"""
-    for _ in range(2): figure.get_layout_engine().execute(figure)  # again for ticks that it moved
-    figure.set_layout_engine(None)
-
 # %% ../../nbs/60a_report.parts.ipynb #8817a795
 def finished(figure, title, body, alt, table, about): # -> Picture
-    "Title the figure, settle its layout once for all, and return it with its words"
+    "Title the figure and return it with its words"
     title = _titled(title, table, about)
     printed = wrapped(title, int(figure.get_figwidth()/MM*.5))
     figure.suptitle(printed, x=.006, ha="left")
     figure.set_figheight(figure.get_figheight() + 4*MM*printed.count("\n"))
-    settle(figure)
     return Picture(figure, title, _caption(title, body, table, about), f"{title}. {alt}")
