@@ -8,6 +8,7 @@ __all__ = ['FEW', 'patients_of', 'small_note', 'Tabulated', 'tabulate_values', '
            'folds_t']
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #de02fb53
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ def patients_of(
     cases: pd.DataFrame, # with the column case, and patient where it was written
 ) -> pd.Series:
     "Return the patient of each row, the unit of sampling: as the data say, else by the case's name"
-    named = cases["case"].astype(str).map(patient_of)
+    names = cases["case"].astype(str)
+    named = names.map({name: patient_of(name) for name in names.unique()})
     return cases["patient"].fillna(named) if "patient" in cases else named
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #9ffc1818
@@ -40,13 +42,13 @@ class Tabulated(NamedTuple):
 # %% ../../nbs/50b_evidence.intervals.ipynb #06cecc33
 def tabulate_values(values, patients, seeds, strata) -> Tabulated:
     "Sum and count values by stratum, patient and seed; undefined ones are left out"
-    columns = {"value": np.asarray(values, dtype=float), "stratum": strata}
-    frame = pd.DataFrame(columns | {"patient": patients, "seed": seeds}).dropna(subset=["value"])
-    keys = ("stratum", "patient", "seed")
-    codes = tuple(pd.factorize(frame[name], sort=True)[0] for name in keys)
-    shape = [code.max() + 1 if len(code) else 0 for code in codes]
+    values = np.asarray(values, dtype=float)
+    kept = ~np.isnan(values)
+    keys = (np.asarray(each)[kept] for each in (strata, patients, seeds))
+    codes = tuple(pd.factorize(each, sort=True)[0] for each in keys)
+    shape = [code.max(initial=-1) + 1 for code in codes]
     table = Tabulated(np.zeros(shape), np.zeros(shape))
-    np.add.at(table.sums, codes, frame["value"].to_numpy())
+    np.add.at(table.sums, codes, values[kept])
     np.add.at(table.counts, codes, 1)
     return table
 
@@ -155,6 +157,14 @@ def _reach(estimate, chance, confidence, draw):
     method = "bootstrap" if freedom >= 7 else "Student t"
     return limits | dict(method=method, error=error, freedom=freedom)
 
+# %% ../../nbs/50b_evidence.intervals.ipynb #afdc9230
+@lru_cache(maxsize=16) # most intervals of a study are over the same patients
+def _weights(patients: tuple, seeds: int, resamples: int):
+    "Draw weights of each table's patients, and of seeds; the same for the same numbers"
+    random = np.random.default_rng(0)
+    drawn = [draw_counts(random, size, resamples) for size in patients]
+    return drawn, draw_counts(random, seeds, resamples)
+
 # %% ../../nbs/50b_evidence.intervals.ipynb #753d4be8
 def interval_of(
     tables: list,    # one `Tabulated`, or two that share their seeds, not their patients
@@ -166,12 +176,7 @@ def interval_of(
     estimate = float(_difference(tables)[0])
     rests_on = int(sum(table.counts.sum() for table in tables)), min(patients), seeds
     if min(patients) < 2: return Interval(estimate, np.nan, np.nan, *rests_on, "none")
-    random = np.random.default_rng(0)  # the same numbers give the same interval
-
-    def draw():
-        weights = [draw_counts(random, size, resamples) for size in patients]
-        return _difference(tables, weights, draw_counts(random, seeds, resamples))
-
+    draw = lambda: _difference(tables, *_weights(tuple(patients), seeds, resamples))
     n, units, trainings = rests_on
     reach = _reach(estimate, _crossed(tables), confidence, draw)
     return Interval(estimate, n=n, patients=units, trainings=trainings, **reach)
@@ -240,9 +245,11 @@ def _nested(table, folds, patient_folds) -> _Chance:
     return _Chance(np.array(variances), freedom, freedom / units)
 
 # %% ../../nbs/50b_evidence.intervals.ipynb #6edbbc1b
-def _draw_nested(random, folds, patient_folds, resamples):
+@lru_cache(maxsize=16)
+def _nested_weights(folds: tuple, patient_folds: tuple, resamples: int):
     "Return weights (draws, patients) and (draws, trainings): folds drawn, and what is in them"
-    number = len(np.unique(folds))
+    folds, patient_folds = np.array(folds), np.array(patient_folds)
+    random, number = np.random.default_rng(0), len(np.unique(folds))
     drawn = draw_counts(random, number, resamples)
     patients, trainings = (np.zeros((resamples, len(each))) for each in (patient_folds, folds))
     for fold in range(number):
@@ -263,8 +270,8 @@ def _nested_interval(
     patient_folds = _patient_folds(table, folds)
     if patient_folds is None or len(patient_folds) < 2:
         return interval_of([table], confidence, resamples)
-    estimate, random = float(weighted_means(table)[0]), np.random.default_rng(0)
-    draw = lambda: weighted_means(table, *_draw_nested(random, folds, patient_folds, resamples))
+    estimate, places = float(weighted_means(table)[0]), (tuple(folds), tuple(patient_folds))
+    draw = lambda: weighted_means(table, *_nested_weights(*places, resamples))
     rests_on = dict(n=int(table.counts.sum()), patients=len(patient_folds), trainings=len(folds))
     reach = _reach(estimate, _nested(table, folds, patient_folds), confidence, draw)
     return Interval(estimate, **rests_on, **reach)

@@ -9,7 +9,7 @@ __all__ = ['ALL', 'BASELINE', 'THESE', 'ANY', 'SEEDS_AS_ONE', 'SEED_SD', 'PRIOR'
            'count_one_sided', 'allowing_for_spread', 'seeds_as_one', 'without_empty', 'adjusted']
 
 # %% ../../nbs/51_evidence.statistics.ipynb #110e9bfc
-from itertools import combinations, product
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -78,12 +78,13 @@ _TESTED = ["dataset", "split", "protocol", "metric", "structure", "first", "seco
 def _compared(part, limits, seed_sd):
     "Return the rows of all that is tested on the cases of one data set and split"
     losses = sorted(dict.fromkeys(part.loss), key=lambda loss: loss != BASELINE)
-    rows, pairs_of = [], combinations(losses, 2)  # each against the baseline first
-    for (structure, rows_of), (second, first) in product(by_structure(part), pairs_of):
-        pairs = paired_differences(rows_of, first, second)
+    rows = []
+    for structure, rows_of in by_structure(part):
         spread = pooled_spread(training_means(rows_of), seed_sd)
-        names = {"structure": structure, "first": first, "second": second}
-        rows.append(names | _paired_test(pairs, spread, *limits))
+        for second, first in combinations(losses, 2):  # each against the baseline first
+            pairs = paired_differences(rows_of, first, second)
+            names = {"structure": structure, "first": first, "second": second}
+            rows.append(names | _paired_test(pairs, spread, *limits))
     table = adjusted(pd.DataFrame(rows), ["these_p", "any_p", "folds_p"], part)
     by_target = table.target == ANY
     for name in ("p", "p_holm"):
@@ -104,7 +105,8 @@ def paired_differences(
     for loss in (first, second):
         sides.append(cases[cases.loss == loss].set_index(key)[value].astype(float))
     pairs = pd.concat(sides, axis=1, join="inner", keys=["first", "second"]).reset_index()
-    patient = dict(zip(cases["case"], patients_of(cases), strict=True))
+    each = cases.drop_duplicates("case")
+    patient = dict(zip(each["case"], patients_of(each), strict=True))
     return pairs.assign(
         patient=pairs.case.map(patient), difference=pairs["first"] - pairs["second"])
 
