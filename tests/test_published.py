@@ -49,6 +49,21 @@ def test_readme_says_what_shorter_trainings_would_have_shown(root):
         assert f"| {name} | {numbers} |" in text, numbers
 
 
+def test_log_and_readme_say_what_would_decide_it(root, capsys):
+    asked = ["plan", "reports/studies/acdc_100", "--seeds", "1", "2", "4", "8", "20", "--patients", "99", "500", "1000"]
+    assert main(asked) == 0
+    cells = re.findall(r"^ +(\d+) +5 +(\d+) +(\S+ - \S+) +([\d.]+) +([\d.]+) ", capsys.readouterr().out, re.M)
+    shown = {(int(patients), int(seeds), pair): (float(least), float(cautious)) for patients, seeds, pair, least, cautious in cells}
+    pairs = ["focal - baseline", "focal_tversky - baseline", "focal_tversky - focal"]
+    log, readme = ((root / path).read_text() for path in ("reports/studies/log.md", "README.md"))
+    for seeds, name in {1: "1 (complete)", 2: "2 (the plan)", 4: "4", 8: "8"}.items():
+        numbers = " | ".join("{:.3f} [{:.3f}]".format(*shown[99, seeds, pair]) for pair in pairs)
+        assert f"| {name} | {numbers} | {15*seeds} |" in log, numbers
+    with_two = [shown[99, 2, pair][0] for pair in pairs]
+    assert f"two seeds show differences of {min(with_two):.3f} to {max(with_two):.3f} with" in readme
+    assert min(shown[500, 20, pair][0] for pair in pairs) > .01 and shown[1000, 20, pairs[0]][0] < .01 < shown[1000, 20, pairs[1]][0]
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_figures_without_cases_count_the_patients_that_judge(root, name):
     organs = pd.read_csv(root / "reports/studies" / name / "organs.csv")
