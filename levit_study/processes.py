@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from .files import StudyError
@@ -27,11 +27,16 @@ def held_alone(
     wait: float = 0,  # seconds, for another process to end; math.inf: as long as it takes
 ):
     "Hold a folder for what is done there, for the block; `StudyError` if another process does it"
-    path = Path(folder).resolve() / f"{name}_in_use"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        _lock(file, folder, time.monotonic() + wait)
-        yield
+    path, until = Path(folder).resolve() / f"{name}_in_use", time.monotonic() + wait
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+") as file:
+            _lock(file, folder, until)
+            if not _is_there(file, path): continue  # who held it has removed it
+            try: yield
+            finally:
+                with suppress(OSError): path.unlink()
+            return
 
 # %% ../nbs/00g_processes.ipynb #e1072e52
 def _lock(file, folder, until: float):
@@ -55,6 +60,10 @@ def _lock(file, folder, until: float):
     about = f"process {os.getpid()} on {socket.gethostname()}"
     file.write(about + (f" (Slurm job {job})" if job else ""))
     file.flush()
+
+def _is_there(file, path) -> bool:
+    "Whether an open file still has its name"
+    return os.fstat(file.fileno()).st_nlink > 0 and path.exists()
 
 _WAIT = "wait until it has ended, or stop it"
 

@@ -219,7 +219,7 @@ def _write_results(
     with written_whole(outputs.manifest) as partial:
         partial.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(joined, outputs.store)
-    shutil.rmtree(outputs.parts)
+    shutil.rmtree(outputs.parts, ignore_errors=True)  # a network disk keeps what is open
     return record
 
 # %% ../../nbs/19_data.prepare.ipynb #830575e9
@@ -245,9 +245,8 @@ def prepare(
     data = share_orientation(data, cases)
     jobs = [plan_case(case, data) for case in cases]
     name = f"prepare {outputs.store.stem}"
-    alone = held_alone(outputs.store.parent, f".{outputs.store.name}", wait=math.inf)
+    alone = held_alone(outputs.parts, ".preparation", wait=math.inf)
     with _writing(store), alone:  # who comes later finds the cases prepared
-        outputs.parts.mkdir(parents=True, exist_ok=True)
         prepared, digests = find_prepared(store)
         with tqdm(unit="case", desc=name, disable=not progress, mininterval=0.5) as bar:
             while True:  # a second round only where copies were found and cases change places

@@ -79,9 +79,10 @@ def _of_trainings(study: _Study, paper): # -> name -> list[Drawing]
     draw = {"fig1": partial(fig1, study.runs, about, paper),
             "fig2": partial(fig2, study.epochs, about),
             "fig3": partial(fig3, study.runs, about, paper)}
-    if len(differences_by_epoch(study.epochs)):
-        draw["lead_over_epochs"] = partial(lead_over_epochs, study.epochs, about)
-    return {name: [Drawing(name, each)] for name, each in draw.items()}
+    leads = [Drawing("lead_over_epochs", partial(lead_over_epochs, study.epochs, about))]
+    figures = {name: [Drawing(name, each)] for name, each in draw.items()}
+    there = len(differences_by_epoch(study.epochs)) # not without a baseline
+    return figures | {"lead_over_epochs": leads if there else []}
 
 # %% ../../nbs/62k_report.gallery.ipynb #d574110b
 def _draw_forest(part, about, confidence): # -> Picture
@@ -115,8 +116,10 @@ def _of_cases(study: _Study): # -> name -> list[Drawing]
     for unit, name in (("%", "ejection_fraction"), ("ml", "ventricle_volumes")):
         of_unit = values[values.unit == unit].dropna(subset=["error"])
         figures[f"agreement_{name}"] = bland_altman, of_unit, agreement_charts
-    if len(study.reliability): figures["reliability"] = reliability, study.reliability
-    return {name: study.judged(name, *what) for name, what in figures.items()}
+    figures = {name: study.judged(name, *what) for name, what in figures.items()}
+    table = study.reliability # empty in records from before it was written
+    calibration = study.judged("reliability", reliability, table) if len(table) else []
+    return figures | {"reliability": calibration}
 
 # %% ../../nbs/62k_report.gallery.ipynb #39b96de7
 def _of_study(study: _Study): # -> name -> list[Drawing]
