@@ -97,6 +97,7 @@ def usable_cores() -> int:
     "Return the cores that this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
+# %% ../nbs/00g_processes.ipynb #42d9d362
 def _start_worker():
     "Let the parent alone handle Ctrl-C, and end this process when the parent ends, however it does"
     signal.signal(signal.SIGINT, signal.SIG_IGN)

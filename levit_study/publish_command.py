@@ -72,6 +72,7 @@ def _verified(folder): # -> file -> what is wrong; or why the study cannot be re
     try: return verify_study(folder, figure_words)
     except StudyError as error: return str(error).removeprefix(f"{folder}: ")
 
+# %% ../nbs/70f_publish_command.ipynb #562d7346
 def _verify_studies(folders): # yields each one's outcome, in their order
     "Verify studies side by side, or one of them in this process"
     workers = min(usable_cores(), len(folders), 8) # half a gigabyte each

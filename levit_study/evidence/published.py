@@ -149,6 +149,7 @@ def verify_figure(
     if not Path(path).with_suffix(".png").exists(): return f"has no picture; {_REPORT}"
     return _difference(path, partial(_differing_words, words))
 
+# %% ../../nbs/56_evidence.published.ipynb #c77bfd8b
 def _verify_figures(folder, words) -> dict[str, str]: # words: figure -> what it says
     "Compare what all figures of a study say with their files"
     figures = Path(folder, "figures")

@@ -92,6 +92,7 @@ def _draw_forest(part, about, confidence): # -> Picture
     name = f"{100 * confidence:g} % interval over {over}"
     return forest(part, about, interval_name=name)
 
+# %% ../../nbs/62k_report.gallery.ipynb #dffbe781
 def _of_differences(study: _Study): # -> name -> list[Drawing]
     "Differences between losses, effects over several of them, and between settings"
     tests, cases = study.tables["tests"], study.cases
